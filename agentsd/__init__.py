@@ -1,0 +1,40 @@
+"""Training-free faster Stable Diffusion by token-merged agent attention: the public names, imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .attention import agent_attention
+    from .config import AgentConfig, Phase
+    from .patch import apply_patch, patched, remove_patch
+    from .pipelines import load_pipeline
+    from .report import describe
+
+_HOME = {
+    "AgentConfig": "config",
+    "Phase": "config",
+    "agent_attention": "attention",
+    "apply_patch": "patch",
+    "describe": "report",
+    "load_pipeline": "pipelines",
+    "patched": "patch",
+    "remove_patch": "patch",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

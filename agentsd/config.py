@@ -1,0 +1,161 @@
+"""The settings of a patch (AgentConfig) and the two phases of a diffusion run (Phase); standard library only."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+
+DEFAULT_NUM_TRAIN_TIMESTEPS = 1000
+
+
+class Phase(enum.Enum):
+    """What the patched layers do in one UNet call; a function of the timestep alone."""
+
+    AGENT = "agent"
+    """Agent attention on merged tokens: the early, noisy steps."""
+    MERGE = "merge"
+    """Softmax attention on merged tokens, as ToMeSD does: the later steps."""
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Settings of `agentsd.apply_patch`, checked when made.
+
+    Attributes:
+        ratio: fraction of the tokens merged away before self-attention, in both phases.
+            0 … 1 − 1/(rows · columns) of the smallest stride in use.
+        early: the noisiest fraction of the diffusion run that uses agent attention; the rest uses token merging alone.
+        alpha: α of the mixing term (agent_attention).
+        broadcast_exponent: the second softmax has the scale head_dim ** broadcast_exponent.
+        agent_ratio: fraction of the tokens merged away to make the agents, capped by the number of srcs.
+        agent_stride, merge_stride: cell of the destination grid in each phase, in tokens; an int or (rows, columns).
+        max_downsample: patch the levels of the UNet down to this downsampling of the latent (1, 2, 4 or 8);
+            "auto" takes the level of highest resolution that has self-attention.
+        use_rand: draw the destination inside each cell at random; False takes the upper left token.
+        seed: of those draws.
+        merge_crossattn, merge_mlp: merge around cross-attention and feed-forward too.
+        upcast: softmax logits in float32; None does what the layer's own `upcast_attention` says.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of its range. The message names field, value, range and remedy.
+    """
+
+    ratio: float = 0.4
+    early: float = 0.4
+    alpha: float = 0.075
+    broadcast_exponent: float = -0.15
+    agent_ratio: float = 0.95
+    agent_stride: int | tuple[int, int] = 4
+    merge_stride: int | tuple[int, int] = 2
+    max_downsample: int | str = "auto"
+    use_rand: bool = True
+    seed: int = 0
+    merge_crossattn: bool = False
+    merge_mlp: bool = False
+    upcast: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("ratio", 0, 1),
+            ("early", 0, 1),
+            ("alpha", -10, 10),
+            ("broadcast_exponent", -2, 1),
+            ("agent_ratio", 0, 1),
+        ):
+            self._set(name, _number(name, getattr(self, name), low, high))
+        for name in ("agent_stride", "merge_stride"):
+            self._set(name, _stride(name, getattr(self, name)))
+        if self.max_downsample != "auto" and (
+            not _is_int(self.max_downsample) or self.max_downsample not in (1, 2, 4, 8)
+        ):
+            error = ValueError if _is_int(self.max_downsample) or isinstance(self.max_downsample, str) else TypeError
+            raise error(
+                f'max_downsample={self.max_downsample!r}: must be "auto", 1, 2, 4 or 8; "auto" patches the level of '
+                "highest resolution that has self-attention"
+            )
+        for name in ("use_rand", "merge_crossattn", "merge_mlp"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
+        if self.upcast is not None and not isinstance(self.upcast, bool):
+            raise TypeError(f"upcast={self.upcast!r}: must be True, False or None (as the layer's upcast_attention says)")
+        if not _is_int(self.seed):
+            raise TypeError(f"seed={self.seed!r}: must be an integer")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: must lie in 0 … 2**63 − 1")
+        self._check_ratio_is_possible()
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen; this is its own clean-up of what it was given
+
+    def _check_ratio_is_possible(self) -> None:
+        used = [("merge_stride", Phase.MERGE)] if self.early < 1 else []
+        used += [("agent_stride", Phase.AGENT)] if self.early > 0 else []
+        for name, phase in used:
+            rows, columns = self.stride(phase)
+            possible = 1 - 1 / (rows * columns)
+            if self.ratio > possible:
+                raise ValueError(
+                    f"ratio={self.ratio}: at most {possible:g} of the tokens can be merged with {name}="
+                    f"{getattr(self, name)!r} (one token of each {rows}×{columns} cell stays); lower ratio or raise {name}"
+                )
+
+    def stride(self, phase: Phase) -> tuple[int, int]:
+        """(rows, columns) of one cell of the destination grid."""
+        stride = self.agent_stride if phase is Phase.AGENT else self.merge_stride
+        return (stride, stride) if _is_int(stride) else tuple(stride)
+
+    def phase_at(self, timestep: float, num_train_timesteps: int = DEFAULT_NUM_TRAIN_TIMESTEPS) -> Phase:
+        """The phase at a timestep: agent attention where timestep ≥ (1 − early) · num_train_timesteps."""
+        if self.early > 0 and timestep >= (1 - self.early) * num_train_timesteps:
+            return Phase.AGENT
+        return Phase.MERGE
+
+    def num_merged(self, num_tokens: int) -> int:
+        """r = int(N · ratio), the number of tokens merged away before attention."""
+        return int(num_tokens * self.ratio)
+
+    def num_merged_for_agents(self, num_tokens: int, num_src: int) -> int:
+        """r_agent = min(num_src, int(N · agent_ratio)): N − r_agent tokens are left and become the agents."""
+        return min(num_src, int(num_tokens * self.agent_ratio))
+
+
+FIELD_NAMES = tuple(field.name for field in fields(AgentConfig))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _number(name: str, value: object, low: float, high: float) -> float:
+    allowed = f"must be a number in {low} … {high}"
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: {allowed}, not {type(value).__name__}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r}: {allowed}; {_HINTS[name]}")
+    return float(value)
+
+
+_HINTS = {
+    "ratio": "it is a fraction of the tokens, 0.4 merges 40 % of them",
+    "early": "it is a fraction of the diffusion run, 0.4 is the noisiest 40 %",
+    "alpha": "the paper uses 0.075 without training",
+    "broadcast_exponent": "-0.5 is the standard softmax scale, the paper uses -0.15",
+    "agent_ratio": "it is a fraction of the tokens, 0.95 leaves one agent per cell of agent_stride 4",
+}
+
+
+def _stride(name: str, value: object) -> int | tuple[int, int]:
+    parts = (value, value) if _is_int(value) else value
+    if not isinstance(parts, (tuple, list)) or not all(_is_int(part) for part in parts):
+        raise TypeError(f"{name}={value!r}: must be an integer or a pair (rows, columns)")
+    if len(parts) != 2:
+        raise ValueError(f"{name}={value!r}: must be an integer or a pair (rows, columns)")
+    if min(parts) < 1 or math.prod(parts) < 2:
+        raise ValueError(
+            f"{name}={value!r}: a cell needs at least 1 row, 1 column and 2 tokens; the defaults are 4 for agent_stride "
+            "and 2 for merge_stride"
+        )
+    return int(value) if _is_int(value) else (int(parts[0]), int(parts[1]))

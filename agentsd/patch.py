@@ -1,0 +1,463 @@
+"""apply_patch, remove_patch, patched: puts agent attention into a diffusers UNet and takes it out again.
+
+The only file that changes a model. What it adds, all of it removed by `remove_patch`:
+- an AgentAttnProcessor on `attn1` of each eligible transformer block, with its LayerState beside it;
+- a pre-hook on each of those blocks, which hands the un-normalised block input to the processor;
+- a pre-hook on the UNet, which notes latent size and phase of each call;
+- with merge_crossattn / merge_mlp, hooks around `attn2` / `ff`;
+- where the UNet is or gets compiled as a whole, a wrapper that chooses the phase before the graph is entered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from torch import Tensor, nn
+
+from .config import DEFAULT_NUM_TRAIN_TIMESTEPS, FIELD_NAMES, AgentConfig, Phase
+from .merging import draw_offsets, grid_cells, merge_tokens, unmerge_tokens
+from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerState, RunState
+
+PATCH_ATTRIBUTE = "_agentsd_patch"
+
+# Processors that compute plain softmax attention with the layer's own projections: what ours may stand in for.
+_SOFTMAX_PROCESSORS = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+
+
+@dataclasses.dataclass
+class PatchedLayer:
+    """One replaced processor and what is needed to put it back."""
+
+    attn: Attention
+    original: Any
+    state: LayerState
+
+
+@dataclasses.dataclass
+class Patch:
+    """Everything one apply_patch did to one UNet.
+
+    Attributes:
+        config: the settings.
+        num_train_timesteps: length of the diffusion run, in timesteps.
+        run: the UNet call in progress.
+        layers: the patched self-attention layers, in the order of the UNet's modules.
+        skipped: (layer name, reason) of every self-attention layer that was left alone.
+        handles: the hooks.
+        compiled_entry: the wrapper around the UNet's compiled call, if it has one.
+    """
+
+    config: AgentConfig
+    num_train_timesteps: int
+    run: RunState
+    layers: list[PatchedLayer]
+    skipped: list[tuple[str, str]]
+    handles: list[Any] = dataclasses.field(default_factory=list)
+    warned: set[str] = dataclasses.field(default_factory=set)
+
+
+def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) -> Any:
+    """Make a Stable Diffusion UNet use agent attention and token merging, in place.
+
+    Args:
+        model: a diffusers pipeline with a UNet2DConditionModel as its `unet` (SD 1.x, 2.x, SDXL, with or without
+            ControlNet, img2img, inpainting …), or such a UNet itself.
+        config: all settings at once; or
+        **settings: fields of AgentConfig by name, `ratio=0.4, early=0.4, …`. Both together: the fields override.
+
+    Returns:
+        `model`, patched. Applying again replaces the former patch.
+
+    Raises:
+        TypeError: the model has no such UNet, or a setting has the wrong type or an unknown name.
+        ValueError: a setting is out of its range, or ToMeSD's patch is on the model.
+        Nothing is changed where an error is raised.
+    """
+    config = _settings_to_config(config, settings)
+    unet, outer = _find_unet(model)
+    _refuse_tomesd(unet)
+    num_train_timesteps = _num_train_timesteps(model)
+
+    remove_patch(unet)
+    eligible, skipped = find_layers(unet, config)
+    if not eligible:
+        reasons = "; ".join(sorted({reason for _, reason in skipped})) or "it has no self-attention"
+        warnings.warn(f"agentsd: no layer of this {type(unet).__name__} was patched: {reasons}", stacklevel=2)
+
+    run = RunState()
+    patch = Patch(config, num_train_timesteps, run, [], skipped)
+    for name, block, downsample in eligible:
+        attn = block.attn1
+        state = LayerState(name, downsample, config, run, fallback=attn.processor)
+        patch.layers.append(PatchedLayer(attn, attn.processor, state))
+        setattr(attn, LAYER_ATTRIBUTE, state)
+        attn.set_processor(AgentAttnProcessor())
+        patch.handles.append(block.register_forward_pre_hook(_hand_over_block_input, with_kwargs=True))
+        if config.merge_crossattn and block.attn2 is not None:
+            patch.handles += _merge_around(block.attn2, attn)
+        if config.merge_mlp:
+            patch.handles += _merge_around(block.ff, attn)
+
+    hook = _UNetHook(patch)
+    patch.handles.append(unet.register_forward_pre_hook(hook, with_kwargs=True))
+    if outer is not unet:
+        patch.handles.append(outer.register_forward_pre_hook(_EagerEntry(hook), with_kwargs=True))
+        patch.handles.append(outer.register_forward_hook(_EagerExit(run), always_call=True))
+    setattr(unet, PATCH_ATTRIBUTE, patch)
+    _watch_compilation(unet, hook)
+    return model
+
+
+def remove_patch(model: Any) -> Any:
+    """Undo `apply_patch`: the very processors that stood there are back, and nothing of ours is left.
+
+    A processor that someone set after the patch stays. Harmless on a model that is not patched.
+
+    Args:
+        model: what apply_patch takes.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: the model has no UNet that could have been patched.
+    """
+    unet, _ = _find_unet(model)
+    patch = get_patch(unet)
+    if patch is None:
+        return model
+    for handle in patch.handles:
+        handle.remove()
+    for layer in patch.layers:
+        if isinstance(layer.attn.processor, AgentAttnProcessor):
+            layer.attn.set_processor(layer.original)
+        delattr(layer.attn, LAYER_ATTRIBUTE)
+    delattr(unet, PATCH_ATTRIBUTE)
+    _unwatch_compilation(unet)
+    return model
+
+
+@contextlib.contextmanager
+def patched(model: Any, config: AgentConfig | None = None, **settings: Any) -> Iterator[Any]:
+    """`apply_patch` for the length of a `with` block; afterwards a patch that stood there before is back.
+
+    Arguments and errors as `apply_patch`; yields `model`.
+    """
+    before = get_patch(_find_unet(model)[0])
+    apply_patch(model, config, **settings)
+    try:
+        yield model
+    finally:
+        remove_patch(model)
+        if before is not None:
+            apply_patch(model, before.config)
+
+
+def get_patch(model: Any) -> Patch | None:
+    """The patch on a pipeline or UNet, or None."""
+    return getattr(_find_unet(model)[0], PATCH_ATTRIBUTE, None)
+
+
+def find_layers(
+    unet: UNet2DConditionModel, config: AgentConfig
+) -> tuple[list[tuple[str, BasicTransformerBlock, int]], list[tuple[str, str]]]:
+    """Which self-attention layers the settings reach.
+
+    Returns:
+        The eligible ones as (name of the attention, its block, downsampling of the latent), and the others as
+        (name, reason).
+    """
+    candidates: list[tuple[str, BasicTransformerBlock, int]] = []
+    skipped: list[tuple[str, str]] = []
+    for prefix, stage, downsample in _stages(unet):
+        for name, module in stage.named_modules(prefix=prefix):
+            if isinstance(module, BasicTransformerBlock):
+                reason = _why_not(module)
+                if reason is None:
+                    candidates.append((f"{name}.attn1", module, downsample))
+                else:
+                    skipped.append((f"{name}.attn1", reason))
+            elif isinstance(module, Attention) and not _inside_block(stage, name[len(prefix) + 1 :]):
+                skipped.append((name, "it is not part of a BasicTransformerBlock"))
+
+    limit = config.max_downsample
+    if limit == "auto":
+        limit = min((downsample for _, _, downsample in candidates), default=1)
+    eligible = [layer for layer in candidates if layer[2] <= limit]
+    skipped += [
+        (name, f"its level is downsampled {downsample}×, max_downsample is {limit}")
+        for name, _, downsample in candidates
+        if downsample > limit
+    ]
+    return eligible, skipped
+
+
+def _stages(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Module, int]]:
+    """The UNet's down, middle and up blocks as (name, module, downsampling of the latent inside it)."""
+    downsample = 1
+    for index, block in enumerate(unet.down_blocks):
+        yield f"down_blocks.{index}", block, downsample
+        downsample *= 2 if getattr(block, "downsamplers", None) else 1
+    if unet.mid_block is not None:
+        yield "mid_block", unet.mid_block, downsample
+    for index, block in enumerate(unet.up_blocks):
+        yield f"up_blocks.{index}", block, downsample
+        downsample //= 2 if getattr(block, "upsamplers", None) else 1
+
+
+def _inside_block(stage: nn.Module, name: str) -> bool:
+    parents = name.split(".")[:-1]
+    return any(
+        isinstance(stage.get_submodule(".".join(parents[: i + 1])), BasicTransformerBlock) for i in range(len(parents))
+    )
+
+
+def _why_not(block: BasicTransformerBlock) -> str | None:
+    """The reason why a block's attn1 cannot be patched, or None."""
+    attn = block.attn1
+    if block.only_cross_attention:
+        return "it attends to the text only"
+    if block.pos_embed is not None:
+        return "its block adds positional embeddings before attention"
+    if type(attn.processor) not in _SOFTMAX_PROCESSORS:
+        return f"its processor {type(attn.processor).__name__} is not plain softmax attention"
+    if attn.group_norm is not None or attn.spatial_norm is not None or attn.residual_connection:
+        return "it has a norm or a residual of its own"
+    return None
+
+
+# --- what the hooks do ------------------------------------------------------------------------------------------------
+
+
+class _UNetHook:
+    """UNet pre-hook: notes latent size and phase, and draws the destinations of every layer, before the call."""
+
+    def __init__(self, patch: Patch):
+        self.patch = patch
+
+    def __call__(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.patch.run.prepared:
+            self.prepare(*_sample_and_timestep(args, kwargs))
+
+    # Choosing the phase reads the timestep on the host, which no graph can do. Under unet.compile() and
+    # compile_repeated_blocks() it happens before the graph; what reaches this inside a graph was compiled behind our back.
+    @torch.compiler.disable(recursive=True)
+    def prepare(self, sample: Tensor, timestep: Tensor | float) -> None:
+        patch = self.patch
+        run, config = patch.run, patch.config
+        # One synchronisation with the device per UNet call. In a batch of mixed timesteps (training) the least noisy
+        # sample decides: agent attention is meant for noise.
+        run.timestep = float(timestep.min().item()) if isinstance(timestep, Tensor) else float(timestep)
+        run.height, run.width = sample.shape[-2:]
+        run.phase = config.phase_at(run.timestep, patch.num_train_timesteps)
+        self._draw_offsets(sample.device)
+        self._warn_where_replaced()
+
+    def _draw_offsets(self, device: torch.device) -> None:
+        patch = self.patch
+        run, config = patch.run, patch.config
+        stride = config.stride(run.phase)
+        by_grid: dict[tuple[int, int], list[LayerState]] = {}
+        for layer in patch.layers:
+            layer.state.offsets = layer.state.block_input = layer.state.plan = None
+            by_grid.setdefault(layer.state.grid(), []).append(layer.state)
+        if not config.use_rand:
+            return
+        for grid, states in by_grid.items():
+            cells = grid_cells(*grid, stride)
+            drawn = draw_offsets(config.seed, run.timestep, len(states), cells, stride[0] * stride[1], device)
+            for state, offsets in zip(states, drawn.unbind()):
+                state.offsets = offsets
+
+    def _warn_where_replaced(self) -> None:
+        patch = self.patch
+        replaced = [layer for layer in patch.layers if not isinstance(layer.attn.processor, AgentAttnProcessor)]
+        if not replaced:
+            patch.warned.clear()
+            return
+        names = ", ".join(sorted({type(layer.attn.processor).__name__ for layer in replaced}))
+        if names not in patch.warned:
+            patch.warned.add(names)
+            warnings.warn(
+                f"agentsd: the patch is not active on {len(replaced)} of its {len(patch.layers)} layers: their attention "
+                f"processors were replaced by {names} (by fuse_qkv_projections, attention slicing, xFormers, "
+                "set_attn_processor or another tool). Call agentsd.apply_patch again to patch them anew, or "
+                "agentsd.remove_patch to be rid of this warning.",
+                stacklevel=2,
+            )
+
+
+def _sample_and_timestep(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | float]:
+    sample = args[0] if args else kwargs["sample"]
+    timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+    return sample, timestep
+
+
+def _hand_over_block_input(block: BasicTransformerBlock, args: tuple, kwargs: dict) -> None:
+    state = getattr(block.attn1, LAYER_ATTRIBUTE)
+    state.block_input = args[0] if args else kwargs["hidden_states"]
+
+
+def _merge_around(module: nn.Module, attn1: Attention) -> list[Any]:
+    """Merge a module's input tokens and unmerge its output tokens, with the plan of the block's self-attention."""
+    around = _MergeAround(attn1)
+    return [
+        module.register_forward_pre_hook(around.merge, with_kwargs=True),
+        module.register_forward_hook(around.unmerge),
+    ]
+
+
+class _MergeAround:
+    def __init__(self, attn1: Attention):
+        self.attn1 = attn1
+
+    def merge(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        plan = self._plan()
+        if plan is None:
+            return None
+        if args:
+            return (merge_tokens(args[0], plan.matching, plan.r), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": merge_tokens(kwargs["hidden_states"], plan.matching, plan.r)}
+
+    def unmerge(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        plan = self._plan()
+        return None if plan is None else unmerge_tokens(output, plan.matching, plan.r)
+
+    def _plan(self):
+        return getattr(self.attn1, LAYER_ATTRIBUTE).plan
+
+
+# --- compiled UNets ---------------------------------------------------------------------------------------------------
+
+
+class _CompiledEntry:
+    """Stands before a UNet's compiled call: chooses the phase outside the graph, then enters it."""
+
+    def __init__(self, compiled: Any, hook: _UNetHook):
+        self.compiled = compiled
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.hook.patch.run
+        self.hook.prepare(*_sample_and_timestep(args, kwargs))
+        run.prepared = True
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            run.prepared = False
+
+
+class _CompileAndWatch:
+    """The UNet's `compile` while it is patched: compiles as ever, then puts a _CompiledEntry before the result."""
+
+    def __init__(self, unet: nn.Module, hook: _UNetHook):
+        self.unet = unet
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        type(self.unet).compile(self.unet, *args, **kwargs)
+        _wrap_compiled_call(self.unet, self.hook)
+
+
+def _watch_compilation(unet: nn.Module, hook: _UNetHook) -> None:
+    unet.compile = _CompileAndWatch(unet, hook)
+    _wrap_compiled_call(unet, hook)
+
+
+def _wrap_compiled_call(unet: nn.Module, hook: _UNetHook) -> None:
+    if unet._compiled_call_impl is not None:
+        unet._compiled_call_impl = _CompiledEntry(unet._compiled_call_impl, hook)
+
+
+def _unwatch_compilation(unet: nn.Module) -> None:
+    unet.__dict__.pop("compile", None)
+    if isinstance(unet._compiled_call_impl, _CompiledEntry):
+        unet._compiled_call_impl = unet._compiled_call_impl.compiled
+
+
+class _EagerEntry:
+    """Pre-hook on a module made by torch.compile(unet): runs outside its graph."""
+
+    def __init__(self, hook: _UNetHook):
+        self.hook = hook
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.hook.prepare(*_sample_and_timestep(args, kwargs))
+        self.hook.patch.run.prepared = True
+
+
+class _EagerExit:
+    def __init__(self, run: RunState):
+        self.run = run
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.run.prepared = False
+
+
+# --- what apply_patch is given ----------------------------------------------------------------------------------------
+
+
+def _settings_to_config(config: AgentConfig | None, settings: dict[str, Any]) -> AgentConfig:
+    unknown = sorted(set(settings) - set(FIELD_NAMES))
+    if unknown:
+        raise TypeError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(FIELD_NAMES)}")
+    if config is None:
+        return AgentConfig(**settings)
+    if not isinstance(config, AgentConfig):
+        raise TypeError(f"config={config!r}: must be an AgentConfig; single settings go by name, as in ratio=0.4")
+    return dataclasses.replace(config, **settings)
+
+
+def _find_unet(model: Any) -> tuple[UNet2DConditionModel, nn.Module]:
+    """The UNet of a pipeline or a UNet, and the module that callers call: another one where torch.compile wraps it."""
+    outer = model if isinstance(model, nn.Module) else getattr(model, "unet", None)
+    unet = getattr(outer, "_orig_mod", outer)
+    if isinstance(unet, UNet2DConditionModel):
+        return unet, outer
+    what = type(model).__name__
+    if unet is not None and unet is not model:
+        what += f" with a {type(unet).__name__}"
+    elif hasattr(model, "transformer"):
+        what += f" with a {type(model.transformer).__name__} (a transformer, not a UNet)"
+    raise TypeError(
+        f"cannot patch a {what}: agentsd patches a UNet2DConditionModel or a diffusers pipeline that has one as its "
+        "`unet`, such as Stable Diffusion 1.x, 2.x and SDXL"
+    )
+
+
+def _refuse_tomesd(unet: nn.Module) -> None:
+    # Not by `_tome_info`, which tomesd.remove_patch leaves behind; the class it swaps in is what merges tokens.
+    if any(type(module).__name__ == "ToMeBlock" for module in unet.modules()):
+        raise ValueError("ToMeSD's patch is on this model and would merge its tokens twice: call tomesd.remove_patch first")
+
+
+def _num_train_timesteps(model: Any) -> int:
+    scheduler_config = getattr(getattr(model, "scheduler", None), "config", {})
+    if scheduler_config.get("timestep_type") == "continuous":
+        warnings.warn(
+            "agentsd: this scheduler counts noise levels, not timesteps (timestep_type='continuous'), so `early` cannot "
+            "be told from them and every step uses token merging alone; use a scheduler with discrete timesteps",
+            stacklevel=3,
+        )
+    return scheduler_config.get("num_train_timesteps", DEFAULT_NUM_TRAIN_TIMESTEPS)

@@ -1,0 +1,203 @@
+"""AgentAttnProcessor: the forward of one patched self-attention layer, put together from the tensor operations."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor
+
+from .attention import agent_attention, softmax_attention
+from .config import AgentConfig, Phase
+from .merging import TokenMatching, grid_cells, match_tokens, merge_tokens, unmerge_tokens
+
+LAYER_ATTRIBUTE = "_agentsd"
+"""Where a patched `Attention` module keeps its LayerState. It hangs on the module and not on the processor because
+diffusers remakes processors with `processor.__class__()` (load_ip_adapter, unload_ip_adapter)."""
+
+_STANDARD_PROCESSOR = AttnProcessor2_0()
+
+
+@dataclass
+class RunState:
+    """What the UNet call in progress is about; one object per patched UNet, written by its pre-hook.
+
+    Attributes:
+        height, width: size of the latent, in latent pixels.
+        phase: what the patched layers do in this call.
+        timestep: noise level of this call, 0 … num_train_timesteps − 1.
+        prepared: a caller outside a compiled graph has set the above, so that the graph need not.
+    """
+
+    height: int = 0
+    width: int = 0
+    phase: Phase = Phase.MERGE
+    timestep: float = 0.0
+    prepared: bool = False
+
+
+@dataclass
+class LayerState:
+    """What one patched self-attention layer knows: its place, its settings, and the block's input of this call.
+
+    Attributes:
+        name: module name of the `Attention` in the UNet.
+        downsample: the layer's tokens form the latent's grid divided by this.
+        config: settings, shared by all layers.
+        run: the UNet call in progress, shared by all layers.
+        fallback: the processor that stood here; it serves what this method does not apply to.
+        offsets: [cells] place of the dst in each cell for this call, or None for the upper left token.
+        block_input: [B, N, C] un-normalised input of the block, between the block's pre-hook and the attention.
+        plan: how the current block input is merged, for the cross-attention and feed-forward that follow.
+    """
+
+    name: str
+    downsample: int
+    config: AgentConfig
+    run: RunState
+    fallback: Any
+    offsets: Tensor | None = None
+    block_input: Tensor | None = None
+    plan: MergePlan | None = None
+    warned: set[str] = field(default_factory=set)
+
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the layer's token grid. Every stride-2 downsampling of diffusers rounds up."""
+        return -(-self.run.height // self.downsample), -(-self.run.width // self.downsample)
+
+    def warn_once(self, kind: str, message: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(f"agentsd: {self.name}: {message}", stacklevel=3)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """How one layer merges its tokens in one call: the edges, and how many of them serve features and agents.
+
+    Attributes:
+        matching: the ranked edges.
+        r: number of tokens merged away before attention.
+        r_agents: number of tokens merged away to make the agents; None where there are none (merge phase).
+    """
+
+    matching: TokenMatching
+    r: int
+    r_agents: int | None
+
+
+def merge_plan(layer: LayerState, block_input: Tensor) -> MergePlan | None:
+    """Decide what the layer merges in this call; None where that is nothing at all.
+
+    Args:
+        layer: the layer, its run state set for this call.
+        block_input: [B, N, C] un-normalised input of the transformer block.
+    """
+    config, phase = layer.config, layer.run.phase
+    height, width = layer.grid()
+    stride = config.stride(phase)
+    num_tokens = block_input.shape[1]
+    r = config.num_merged(num_tokens)
+    if (phase is Phase.MERGE and r == 0) or grid_cells(height, width, stride) == 0:
+        return None
+    matching = match_tokens(block_input, height, width, stride, layer.offsets)
+    r_agents = config.num_merged_for_agents(num_tokens, matching.num_src) if phase is Phase.AGENT else None
+    return MergePlan(matching, min(r, matching.num_src), r_agents)
+
+
+class AgentAttnProcessor:
+    """Self-attention on merged tokens: through agents in the agent phase, plain softmax attention in the merge phase.
+
+    Stateless: all it needs hangs on the `Attention` module (LAYER_ATTRIBUTE), so a copy made with no arguments serves
+    as well. On a module without that state it is diffusers' AttnProcessor2_0.
+
+    Source: shared design of this package; Agent Attention, appendix B, with the merging of ToMe.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention over hidden_states [B, N, C], the block's normalised input. Returns [B, N, C], before the residual."""
+        layer: LayerState | None = getattr(attn, LAYER_ATTRIBUTE, None)
+        if layer is None:
+            return _STANDARD_PROCESSOR(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+
+        block_input, layer.block_input = layer.block_input, None
+        layer.plan = None
+        if _applies(layer, block_input, hidden_states, encoder_hidden_states, attention_mask):
+            layer.plan = merge_plan(layer, block_input)
+        plan = layer.plan
+        if plan is None:
+            return layer.fallback(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+
+        merged = merge_tokens(hidden_states, plan.matching, plan.r)
+        upcast = attn.upcast_attention if layer.config.upcast is None else layer.config.upcast
+        query, key, value = project_qkv(attn, merged)
+        if plan.r_agents is None:
+            out = softmax_attention(query, key, value, upcast=upcast)
+        else:
+            agents = project_queries(attn, merge_tokens(hidden_states, plan.matching, plan.r_agents))
+            out = agent_attention(
+                query, agents, key, value, layer.config.alpha, layer.config.broadcast_exponent, upcast=upcast
+            )
+        out = out.transpose(1, 2).flatten(2).to(query.dtype)
+        out = attn.to_out[1](attn.to_out[0](out))
+        # Unmerging copies whole tokens, so it may come before or after anything that acts on each token alone.
+        out = unmerge_tokens(out, plan.matching, plan.r)
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+
+def project_queries(attn: Attention, tokens: Tensor) -> Tensor:
+    """[B, M, C] -> [B, heads, M, head_dim] by the layer's own query projection; agents are projected like queries."""
+    query = _split_heads(attn, attn.to_q(tokens))
+    return query if attn.norm_q is None else attn.norm_q(query)
+
+
+def project_qkv(attn: Attention, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, M, C] -> query, key, value, each [B, heads, M, head_dim], called as modules so that LoRA stays in force."""
+    key, value = _split_heads(attn, attn.to_k(tokens)), _split_heads(attn, attn.to_v(tokens))
+    key = key if attn.norm_k is None else attn.norm_k(key)
+    return project_queries(attn, tokens), key, value
+
+
+def _split_heads(attn: Attention, projected: Tensor) -> Tensor:
+    return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+def _applies(
+    layer: LayerState,
+    block_input: Tensor | None,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    attention_mask: Tensor | None,
+) -> bool:
+    """Whether this call is self-attention over the whole grid; if not, the layer's own processor answers, with a word."""
+    if encoder_hidden_states is not None:
+        layer.warn_once("cross", "called with encoder_hidden_states; it ran unpatched, merging applies to self-attention")
+        return False
+    if attention_mask is not None:
+        layer.warn_once("mask", "called with an attention mask; it ran unpatched, as merged tokens have no mask")
+        return False
+    height, width = layer.grid()
+    if (
+        block_input is None
+        or hidden_states.ndim != 3
+        or hidden_states.shape[:2] != block_input.shape[:2]
+        or hidden_states.shape[1] != height * width
+    ):
+        layer.warn_once(
+            "tokens",
+            f"got {hidden_states.shape[-2]} tokens where its {height}×{width} grid has {height * width}; it ran unpatched. "
+            "Another tool (tomesd, HyperTile, a tiling hook) may change the tokens too: use one of them",
+        )
+        return False
+    return True

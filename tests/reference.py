@@ -1,0 +1,84 @@
+"""The method in naive loops over tokens, in float64: written from the formulas, sharing no code with the package."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def match(metric, height, width, stride, offsets=None):
+    """For one sample, metric [N, C]: (srcs ranked by falling similarity, {src: dst}, dsts row by row)."""
+    rows, columns = stride
+    dsts = []
+    for i in range(height // rows):
+        for j in range(width // columns):
+            place = 0 if offsets is None else int(offsets[len(dsts)])
+            dsts.append((i * rows + place // columns) * width + j * columns + place % columns)
+    best = {}
+    for token in range(height * width):
+        if token in dsts:
+            continue
+        similarities = [cosine(metric[token], metric[dst]) for dst in dsts]
+        k = max(range(len(dsts)), key=lambda k: similarities[k])
+        best[token] = (similarities[k], dsts[k])
+    ranked = sorted(best, key=lambda token: -best[token][0])
+    return ranked, {token: dst for token, (_, dst) in best.items()}, dsts
+
+
+def cosine(a, b):
+    return float((a * b).sum() / math.sqrt(float((a * a).sum()) * float((b * b).sum())))
+
+
+def merge(x, ranked, best, dsts, r):
+    """For one sample, x [N, C]: list of (mean vector, its member tokens), un-merged srcs first, then dsts."""
+    groups = [[token] for token in ranked[r:]]
+    groups += [[dst] + [src for src in ranked[:r] if best[src] == dst] for dst in dsts]
+    return [(sum(x[token] for token in group) / len(group), group) for group in groups]
+
+
+def attend(queries, keys, values, scale):
+    """Softmax attention for one head, one query at a time: lists of vectors in, list of vectors out."""
+    out = []
+    for query in queries:
+        logits = [scale * float(query @ key) for key in keys]
+        top = max(logits)
+        weights = [math.exp(logit - top) for logit in logits]
+        total = sum(weights)
+        out.append(sum(weight / total * value for weight, value in zip(weights, values)))
+    return out
+
+
+@torch.no_grad()
+def layer(attn, block_input, hidden_states, height, width, stride, offsets, r, r_agents, alpha, exponent):
+    """One patched self-attention layer, [B, N, C] -> [B, N, C]; r_agents None is the merge phase."""
+    double = lambda module, x: torch.nn.functional.linear(  # noqa: E731
+        x, module.weight.double(), None if module.bias is None else module.bias.double()
+    )
+    outputs = []
+    for x, y in zip(block_input.double(), hidden_states.double()):
+        ranked, best, dsts = match(x, height, width, stride, offsets)
+        merged = merge(y, ranked, best, dsts, r)
+        heads = attn.heads
+        tokens = torch.stack([mean for mean, _ in merged])
+        q, k, v = (double(m, tokens).unflatten(-1, (heads, -1)) for m in (attn.to_q, attn.to_k, attn.to_v))
+        d = q.shape[-1]
+        if r_agents is not None:
+            agent_tokens = torch.stack([mean for mean, _ in merge(y, ranked, best, dsts, r_agents)])
+            a = double(attn.to_q, agent_tokens).unflatten(-1, (heads, -1))
+        per_head = []
+        for h in range(heads):
+            if r_agents is None:
+                out = attend(q[:, h], k[:, h], v[:, h], d**-0.5)
+            else:
+                gathered = attend(a[:, h], k[:, h], v[:, h], d**-0.5)
+                out = attend(q[:, h], a[:, h], gathered, d**exponent)
+                out = [o + alpha * value for o, value in zip(out, v[:, h])]
+            per_head.append(torch.stack(out))
+        projected = double(attn.to_out[0], torch.cat(per_head, dim=-1))
+        output = torch.empty_like(y)
+        for row, (_, group) in zip(projected, merged):
+            for token in group:
+                output[token] = row
+        outputs.append(output)
+    return torch.stack(outputs)

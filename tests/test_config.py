@@ -1,0 +1,94 @@
+"""config.py: every setting is checked when given, and the phase is a function of the timestep."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from agentsd import AgentConfig, Phase
+
+
+@pytest.mark.parametrize(
+    "field, value, error",
+    [
+        ("ratio", 1.2, ValueError),
+        ("ratio", "abc", TypeError),
+        ("ratio", True, TypeError),
+        ("ratio", float("nan"), ValueError),
+        ("ratio", 0.76, ValueError),  # above 1 − 1/2²
+        ("early", -1, ValueError),
+        ("early", "abc", TypeError),
+        ("alpha", None, TypeError),
+        ("broadcast_exponent", 5, ValueError),
+        ("agent_ratio", 1.01, ValueError),
+        ("agent_stride", 0, ValueError),
+        ("agent_stride", 1, ValueError),
+        ("agent_stride", 2.5, TypeError),
+        ("merge_stride", (2, 0), ValueError),
+        ("merge_stride", (2, 2, 2), ValueError),
+        ("merge_stride", "22", TypeError),
+        ("max_downsample", 3, ValueError),
+        ("max_downsample", "all", ValueError),
+        ("max_downsample", 1.0, TypeError),
+        ("use_rand", 1, TypeError),
+        ("merge_mlp", None, TypeError),
+        ("upcast", "yes", TypeError),
+        ("seed", -1, ValueError),
+        ("seed", 1.5, TypeError),
+    ],
+)
+def test_bad_values_name_field_and_value(field, value, error):
+    with pytest.raises(error, match=f"{field}=") as caught:
+        AgentConfig(**{field: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_ratio_limit_follows_the_stride_in_use():
+    assert AgentConfig(ratio=0.75).ratio == 0.75
+    assert AgentConfig(ratio=0.9, early=1.0).ratio == 0.9  # only the agents' 4 × 4 grid is ever used
+    assert AgentConfig(ratio=0.9, merge_stride=4).ratio == 0.9
+    with pytest.raises(ValueError, match="0.9375.*agent_stride=4"):
+        AgentConfig(ratio=0.94, early=1.0)
+    with pytest.raises(ValueError, match="0.5 of the tokens.*merge_stride=\\(1, 2\\)"):
+        AgentConfig(ratio=0.6, merge_stride=(1, 2))
+
+
+def test_is_a_plain_hashable_value():
+    assert AgentConfig(merge_stride=[2, 4]) == AgentConfig(merge_stride=(2, 4))
+    assert hash(AgentConfig()) == hash(AgentConfig(ratio=0.4))
+    assert AgentConfig(merge_stride=(2, 4)).stride(Phase.MERGE) == (2, 4)
+    assert AgentConfig().stride(Phase.AGENT) == (4, 4)
+    with pytest.raises(AttributeError):
+        AgentConfig().ratio = 0.5
+
+
+@pytest.mark.parametrize(
+    "early, timestep, phase",
+    [
+        (0.4, 999, Phase.AGENT),
+        (0.4, 600, Phase.AGENT),
+        (0.4, 599.9, Phase.MERGE),
+        (0.4, 1, Phase.MERGE),
+        (0.0, 1000, Phase.MERGE),
+        (1.0, 0, Phase.AGENT),
+    ],
+)
+def test_phase(early, timestep, phase):
+    assert AgentConfig(early=early).phase_at(timestep) is phase
+
+
+def test_phase_scales_with_the_training_length():
+    assert AgentConfig().phase_at(60, num_train_timesteps=100) is Phase.AGENT
+    assert AgentConfig().phase_at(59, num_train_timesteps=100) is Phase.MERGE
+
+
+def test_default_agents_are_one_sixteenth():
+    """Upstream's defaults never activate agents (r_agent below the number of tokens kept); ours must."""
+    assert 4096 - AgentConfig().num_merged_for_agents(4096, num_src=4096 - 256) == 256
+
+
+def test_importing_the_light_part_loads_no_torch():
+    code = "import sys, agentsd; agentsd.AgentConfig(ratio=0.3); assert 'torch' not in sys.modules and agentsd.__all__"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,170 @@
+"""merging.py: against naive loops, and by its properties."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+
+from agentsd import merging
+from agentsd.merging import draw_offsets, grid_cells, match_tokens, merge_tokens, merged_position, unmerge_tokens
+
+
+@st.composite
+def grids(draw):
+    """(height, width, stride, offsets or None, batch, r) with at least one whole cell."""
+    stride = draw(st.sampled_from([(2, 2), (4, 4), (1, 2), (3, 2), (2, 5)]))
+    height = draw(st.integers(stride[0], 11))
+    width = draw(st.integers(stride[1], 11))
+    cells = grid_cells(height, width, stride)
+    offsets = None
+    if draw(st.booleans()):
+        size = stride[0] * stride[1]
+        offsets = torch.tensor(draw(st.lists(st.integers(0, size - 1), min_size=cells, max_size=cells)))
+    num_src = height * width - cells
+    return height, width, stride, offsets, draw(st.integers(1, 3)), draw(st.integers(0, num_src))
+
+
+@settings(max_examples=60, deadline=None)
+@given(grids(), st.integers(0, 2**31))
+def test_equals_naive_loops(grid, seed):
+    height, width, stride, offsets, batch, r = grid
+    generator = torch.Generator().manual_seed(seed)
+    metric = torch.randn(batch, height * width, 6, generator=generator, dtype=torch.float64)
+    x = torch.randn(batch, height * width, 5, generator=generator, dtype=torch.float64)
+    matching = match_tokens(metric, height, width, stride, offsets)
+    merged = merge_tokens(x, matching, r)
+    unmerged = unmerge_tokens(merged, matching, r)
+    for b in range(batch):
+        ranked, best, dsts = reference.match(metric[b], height, width, stride, offsets)
+        assert matching.src_index[b].tolist() == ranked
+        assert matching.dst_index.tolist() == dsts
+        groups = reference.merge(x[b], ranked, best, dsts, r)
+        if r:
+            torch.testing.assert_close(merged[b], torch.stack([mean for mean, _ in groups]))
+        else:
+            assert merged is x  # nothing merged: the grid's own order
+            continue
+        for mean, group in groups:
+            for token in group:
+                torch.testing.assert_close(unmerged[b, token], mean)
+
+
+@settings(max_examples=60, deadline=None)
+@given(grids(), st.integers(0, 2**31))
+def test_properties(grid, seed):
+    height, width, stride, offsets, batch, r = grid
+    num_tokens = height * width
+    metric = torch.randn(batch, num_tokens, 4, generator=torch.Generator().manual_seed(seed))
+    matching = match_tokens(metric, height, width, stride, offsets)
+    # Every token is used once, as a src or as a dst.
+    tokens = torch.cat([matching.src_index, matching.dst_index.expand(batch, -1)], dim=1)
+    assert torch.equal(tokens.sort(dim=1).values, torch.arange(num_tokens).expand(batch, -1))
+    # Constant input survives merge and unmerge exactly in shape, and in value.
+    constant = torch.full((batch, num_tokens, 3), 0.7)
+    torch.testing.assert_close(unmerge_tokens(merge_tokens(constant, matching, r), matching, r), constant)
+    # Merging keeps every token's share: the means weighted by group size add up to the sum of all tokens.
+    if r:
+        x = torch.randn(batch, num_tokens, 3)
+        sizes = torch.zeros(batch, num_tokens - r).scatter_add(
+            1, merged_position(matching, r), torch.ones(batch, num_tokens)
+        )
+        torch.testing.assert_close((merge_tokens(x, matching, r) * sizes[..., None]).sum(1), x.sum(1), atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_of_similarities_change_nothing(monkeypatch):
+    metric = torch.randn(2, 24 * 16, 8, generator=torch.Generator().manual_seed(0))
+    whole = match_tokens(metric, 24, 16, (2, 2))
+    monkeypatch.setattr(merging, "_SIMILARITIES_PER_BLOCK", 2 * 96 * 7)
+    blocked = match_tokens(metric, 24, 16, (2, 2))
+    assert torch.equal(whole.src_index, blocked.src_index)
+    assert torch.equal(whole.best_dst, blocked.best_dst)
+
+
+def test_similarities_never_stand_in_memory_whole():
+    """At 2048 px (65,536 tokens) the full similarity matrix would take 3 GiB per sample; a block takes 128 MiB."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Watch():
+        match_tokens(torch.empty(2, 256 * 256, 8, device="meta"), 256, 256, (2, 2))
+    assert largest <= merging._SIMILARITIES_PER_BLOCK
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_keep_their_dtype_and_accumulate_in_float32(dtype):
+    # 63 tokens merge into one: summed in half precision, 60,000 × 64 overflows float16 and bfloat16 loses the ones.
+    x = torch.full((1, 64, 2), 60000.0).to(dtype)
+    matching = match_tokens(torch.ones(1, 64, 4, dtype=dtype), 8, 8, (8, 8))
+    merged = merge_tokens(x, matching, 63)
+    assert merged.dtype == dtype and merged.shape == (1, 1, 2)
+    torch.testing.assert_close(merged, x[:, :1])
+
+
+def test_large_half_precision_tokens_still_match():
+    generator = torch.Generator().manual_seed(0)
+    metric = torch.randn(1, 64, 8, generator=generator)
+    exact = match_tokens(metric, 8, 8, (2, 2))
+    large = match_tokens((metric * 2000).half(), 8, 8, (2, 2))  # squared norms far above 65,504
+    assert (exact.best_dst.sort().values == large.best_dst.sort().values).float().mean() > 0.9
+    assert large.best_dst.unique().numel() > 8  # with infinite norms every src would take dst 0
+
+
+def test_zero_tokens_are_no_nan():
+    matching = match_tokens(torch.zeros(1, 16, 4), 4, 4, (2, 2))
+    assert torch.isfinite(merge_tokens(torch.randn(1, 16, 4), matching, 6)).all()
+
+
+def test_gradients_flow_through_features_not_through_the_matching():
+    metric = torch.randn(1, 16, 4, requires_grad=True)
+    x = torch.randn(1, 16, 4, requires_grad=True)
+    matching = match_tokens(metric, 4, 4, (2, 2))
+    unmerge_tokens(merge_tokens(x, matching, 6), matching, 6).sum().backward()
+    assert metric.grad is None
+    torch.testing.assert_close(x.grad.sum(), torch.tensor(64.0))
+
+
+def test_draws_are_a_pure_function():
+    state = torch.get_rng_state()
+    draws = draw_offsets(3, 981, 5, 256, 16)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(draws, draw_offsets(3, 981.0, 5, 256, 16))
+    assert draws.shape == (5, 256) and draws.min() == 0 and draws.max() == 15
+    for other in (draw_offsets(4, 981, 5, 256, 16), draw_offsets(3, 961, 5, 256, 16), draws.roll(1, 0)):
+        assert (draws == other).float().mean() < 0.15  # 1/16 by chance
+    assert draw_offsets(2**63 - 1, 0.5, 1, 3, 4).max() < 4
+
+
+@pytest.mark.parametrize("cell_size", [4, 6, 16])
+def test_draws_are_uniform(cell_size):
+    draws = draw_offsets(0, 500, 8, 4096, cell_size)
+    counts = torch.bincount(draws.flatten(), minlength=cell_size).double()
+    expected = draws.numel() / cell_size
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert chi_squared < 45  # 99.99 % quantile at 15 degrees of freedom
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: match_tokens(torch.ones(1, 15, 2), 4, 4, (2, 2)), "15 tokens"),
+        (lambda: match_tokens(torch.ones(1, 4, 2), 2, 2, (4, 4)), "no 4×4 cell"),
+        (lambda: match_tokens(torch.ones(1, 16, 2), 4, 4, (2, 2), torch.zeros(3)), "offsets"),
+        (lambda: merge_tokens(torch.ones(1, 16, 2), match_tokens(torch.ones(1, 16, 2), 4, 4, (2, 2)), 13), "r must"),
+        (lambda: merge_tokens(torch.ones(1, 15, 2), match_tokens(torch.ones(1, 16, 2), 4, 4, (2, 2)), 3), "15 tokens"),
+        (lambda: unmerge_tokens(torch.ones(1, 16, 2), match_tokens(torch.ones(1, 16, 2), 4, 4, (2, 2)), 3), "16 tokens"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
