@@ -247,6 +247,11 @@ def _why_not(block: BasicTransformerBlock) -> str | None:
     return None
 
 
+_COMPILED_UNSEEN = (
+    "agentsd must choose its phase outside the compiled graph: compile with unet.compile(fullgraph=True), or call "
+    "agentsd.apply_patch again after torch.compile(unet, fullgraph=True)"
+)
+
 # --- what the hooks do ------------------------------------------------------------------------------------------------
 
 
@@ -260,9 +265,9 @@ class _UNetHook:
         if not self.patch.run.prepared:
             self.prepare(*_sample_and_timestep(args, kwargs))
 
-    # Choosing the phase reads the timestep on the host, which no graph can do. Under unet.compile() and
-    # compile_repeated_blocks() it happens before the graph; what reaches this inside a graph was compiled behind our back.
-    @torch.compiler.disable(recursive=True)
+    # Choosing the phase reads the timestep on the host, which no graph can do. With unet.compile() and
+    # compile_repeated_blocks() it happens before the graph; a call that gets here inside one was compiled behind our back.
+    @torch.compiler.disable(reason=_COMPILED_UNSEEN)
     def prepare(self, sample: Tensor, timestep: Tensor | float) -> None:
         patch = self.patch
         run, config = patch.run, patch.config
