@@ -174,9 +174,14 @@ def patched(model: Any, config: AgentConfig | None = None, **settings: Any) -> I
             apply_patch(model, before.config)
 
 
+def find_unet(model: Any) -> UNet2DConditionModel:
+    """The UNet that apply_patch patches in a pipeline or UNet. Raises TypeError as apply_patch does."""
+    return _find_unet(model)[0]
+
+
 def get_patch(model: Any) -> Patch | None:
     """The patch on a pipeline or UNet, or None."""
-    return getattr(_find_unet(model)[0], PATCH_ATTRIBUTE, None)
+    return getattr(find_unet(model), PATCH_ATTRIBUTE, None)
 
 
 def find_layers(

@@ -38,6 +38,11 @@ class RunState:
     prepared: bool = False
 
 
+def token_grid(latent_height: int, latent_width: int, downsample: int) -> tuple[int, int]:
+    """(height, width) of the tokens at a level of the UNet. Every stride-2 downsampling of diffusers rounds up."""
+    return -(-latent_height // downsample), -(-latent_width // downsample)
+
+
 @dataclass
 class LayerState:
     """What one patched self-attention layer knows: its place, its settings, and the block's input of this call.
@@ -64,8 +69,8 @@ class LayerState:
     warned: set[str] = field(default_factory=set)
 
     def grid(self) -> tuple[int, int]:
-        """(height, width) of the layer's token grid. Every stride-2 downsampling of diffusers rounds up."""
-        return -(-self.run.height // self.downsample), -(-self.run.width // self.downsample)
+        """(height, width) of the layer's token grid in the UNet call in progress."""
+        return token_grid(self.run.height, self.run.width, self.downsample)
 
     def warn_once(self, kind: str, message: str) -> None:
         if kind not in self.warned:
