@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import (
     Attention,
@@ -34,6 +34,9 @@ from .merging import draw_offsets, grid_cells, merge_tokens, unmerge_tokens
 from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerState, RunState
 
 PATCH_ATTRIBUTE = "_agentsd_patch"
+
+# AnimateDiff's UNet is the first with motion modules between its blocks: its spatial layers are the same.
+_UNET_CLASSES = (UNet2DConditionModel, UNetMotionModel)
 
 # Processors that compute plain softmax attention with the layer's own projections: what ours may stand in for.
 _SOFTMAX_PROCESSORS = (
@@ -82,7 +85,7 @@ def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) 
 
     Args:
         model: a diffusers pipeline with a UNet2DConditionModel as its `unet` (SD 1.x, 2.x, SDXL, with or without
-            ControlNet, img2img, inpainting …), or such a UNet itself.
+            ControlNet, img2img, inpainting …) or AnimateDiff's UNetMotionModel, or such a UNet itself.
         config: all settings at once; or
         **settings: fields of AgentConfig by name, `ratio=0.4, early=0.4, …`. Both together: the fields override.
 
@@ -109,8 +112,12 @@ def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) 
     patch = Patch(config, num_train_timesteps, run, [], skipped)
     for name, block, downsample in eligible:
         attn = block.attn1
-        state = LayerState(name, downsample, config, run, fallback=attn.processor)
-        patch.layers.append(PatchedLayer(attn, attn.processor, state))
+        original = attn.processor
+        if isinstance(original, AgentAttnProcessor):
+            # Not a patch: someone put back what they had saved while there was one (unfuse_qkv_projections, PAG).
+            original = AttnProcessor2_0()
+        state = LayerState(name, downsample, config, run, fallback=original)
+        patch.layers.append(PatchedLayer(attn, original, state))
         setattr(attn, LAYER_ATTRIBUTE, state)
         attn.set_processor(AgentAttnProcessor())
         patch.handles.append(block.register_forward_pre_hook(_hand_over_block_input, with_kwargs=True))
@@ -185,7 +192,7 @@ def get_patch(model: Any) -> Patch | None:
 
 
 def find_layers(
-    unet: UNet2DConditionModel, config: AgentConfig
+    unet: UNet2DConditionModel | UNetMotionModel, config: AgentConfig
 ) -> tuple[list[tuple[str, BasicTransformerBlock, int]], list[tuple[str, str]]]:
     """Which self-attention layers the settings reach.
 
@@ -198,7 +205,7 @@ def find_layers(
     for prefix, stage, downsample in _stages(unet):
         for name, module in stage.named_modules(prefix=prefix):
             if isinstance(module, BasicTransformerBlock):
-                reason = _why_not(module)
+                reason = "it attends over time, in a motion module" if ".motion_modules." in name else _why_not(module)
                 if reason is None:
                     candidates.append((f"{name}.attn1", module, downsample))
                 else:
@@ -218,7 +225,7 @@ def find_layers(
     return eligible, skipped
 
 
-def _stages(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Module, int]]:
+def _stages(unet: UNet2DConditionModel | UNetMotionModel) -> Iterator[tuple[str, nn.Module, int]]:
     """The UNet's down, middle and up blocks as (name, module, downsampling of the latent inside it)."""
     downsample = 1
     for index, block in enumerate(unet.down_blocks):
@@ -245,7 +252,7 @@ def _why_not(block: BasicTransformerBlock) -> str | None:
         return "it attends to the text only"
     if block.pos_embed is not None:
         return "its block adds positional embeddings before attention"
-    if type(attn.processor) not in _SOFTMAX_PROCESSORS:
+    if type(attn.processor) not in (*_SOFTMAX_PROCESSORS, AgentAttnProcessor):
         return f"its processor {type(attn.processor).__name__} is not plain softmax attention"
     if attn.group_norm is not None or attn.spatial_norm is not None or attn.residual_connection:
         return "it has a norm or a residual of its own"
@@ -439,11 +446,11 @@ def _settings_to_config(config: AgentConfig | None, settings: dict[str, Any]) ->
     return dataclasses.replace(config, **settings)
 
 
-def _find_unet(model: Any) -> tuple[UNet2DConditionModel, nn.Module]:
+def _find_unet(model: Any) -> tuple[UNet2DConditionModel | UNetMotionModel, nn.Module]:
     """The UNet of a pipeline or a UNet, and the module that callers call: another one where torch.compile wraps it."""
     outer = model if isinstance(model, nn.Module) else getattr(model, "unet", None)
     unet = getattr(outer, "_orig_mod", outer)
-    if isinstance(unet, UNet2DConditionModel):
+    if isinstance(unet, _UNET_CLASSES):
         return unet, outer
     what = type(model).__name__
     if unet is not None and unet is not model:
@@ -451,8 +458,8 @@ def _find_unet(model: Any) -> tuple[UNet2DConditionModel, nn.Module]:
     elif hasattr(model, "transformer"):
         what += f" with a {type(model.transformer).__name__} (a transformer, not a UNet)"
     raise TypeError(
-        f"cannot patch a {what}: agentsd patches a UNet2DConditionModel or a diffusers pipeline that has one as its "
-        "`unet`, such as Stable Diffusion 1.x, 2.x and SDXL"
+        f"cannot patch a {what}: agentsd patches a UNet2DConditionModel, a UNetMotionModel or a diffusers pipeline that "
+        "has one as its `unet`, such as Stable Diffusion 1.x, 2.x, SDXL and AnimateDiff"
     )
 
 

@@ -19,6 +19,11 @@ from diffusers import (
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "compat(group, name, status, note): proof of one row of the compatibility table")
+
+
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
 
 
@@ -91,8 +96,9 @@ def call_unet(unet, sample=None, timestep=900, seed=0, batch=2, size=(16, 16)):
         return unet(sample.to(parameter), timestep, text.to(parameter), **extra).sample
 
 
-def make_text_encoder(hidden_size: int = 32):
-    from transformers import CLIPTextConfig, CLIPTextModel
+def make_text_encoder(hidden_size: int = 32, projection: int | None = None):
+    """A CLIP text encoder; with a projection the kind that SDXL's pooled embedding comes from."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(1)
     config = CLIPTextConfig(
@@ -105,8 +111,9 @@ def make_text_encoder(hidden_size: int = 32):
         bos_token_id=1288,
         eos_token_id=1289,
         pad_token_id=1289,
+        projection_dim=projection or 512,
     )
-    return CLIPTextModel(config).eval()
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
 def make_tokenizer():
