@@ -1,2 +1,175 @@
+"""load_pipeline and set_scheduler: a diffusers pipeline by id, folder or "demo", with a scheduler by name."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+
 DEMO_MODEL = Path(__file__).parent / "demo_model"
+"""Folder of the built-in demo model, in Stable Diffusion's format."""
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+"""Scheduler names of the command line: diffusers class and what to change in the model's own scheduler settings."""
+
+
+class ModelError(Exception):
+    """A model could not be loaded; the message is one sentence: what, why, what to try."""
+
+
+def load_pipeline(
+    model: str | Path = "demo",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    scheduler: str | None = None,
+    **options: Any,
+) -> DiffusionPipeline:
+    """Load a text-to-image pipeline with a UNet.
+
+    Weights are read from safetensors files only, and no code is run that comes with a model.
+
+    Args:
+        model: "demo" (the built-in model, no network), a folder saved by `save_pretrained`, or a Hugging Face id.
+        device: None takes the best there is: "cuda", "mps" or "cpu".
+        dtype: of the weights, a torch dtype or its name; None takes float16 on CUDA and float32 elsewhere.
+        scheduler: a name from SCHEDULERS; None keeps the model's own.
+        **options: passed to `DiffusionPipeline.from_pretrained` (`variant="fp16"`, `revision=…`).
+
+    Returns:
+        The pipeline on its device, unpatched.
+
+    Raises:
+        ModelError: the model is not there, cannot be fetched, or is damaged.
+        ValueError: unknown scheduler or dtype, or a device that this machine has not.
+    """
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    if scheduler is not None:
+        _check_scheduler(scheduler)
+    source = DEMO_MODEL if model == "demo" else model
+    quiet = _quiet() if model == "demo" else contextlib.nullcontext()
+    try:
+        with quiet:
+            pipe = DiffusionPipeline.from_pretrained(
+                str(source), use_safetensors=True, **{_dtype_argument(): dtype}, **options
+            )
+    except Exception as error:  # diffusers raises many kinds here; all of them mean that there is no pipeline
+        raise ModelError(_why_not_loaded(model, error)) from error
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    return pipe.to(device)
+
+
+def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+    """Give a pipeline another scheduler, with the noise schedule of the one it has. Raises ValueError on its name."""
+    class_name, changes = _check_scheduler(name)
+    # Keys of the old class that the new one does not know are dropped by from_config; Karras sigmas must not linger.
+    config = {**pipe.scheduler.config, "use_karras_sigmas": False, **changes}
+    with _quiet():
+        pipe.scheduler = getattr(diffusers, class_name).from_config(config)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device meant: the best there is for None. Raises ValueError for one that this machine has not."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None:
+        return torch.device(next(kind for kind, there in available.items() if there))
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: unknown to torch, use cuda, mps or cpu") from error
+    if not available.get(chosen.type, True):
+        there = ", ".join(kind for kind, is_there in available.items() if is_there)
+        raise ValueError(f"device={device!r}: this machine has none that torch {torch.__version__} can use, only {there}")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype meant: for None float16 on CUDA, float32 elsewhere. Raises ValueError for other than floating types."""
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+    chosen = getattr(torch, names.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype={dtype!r}: must be float32, float16 or bfloat16")
+    return chosen
+
+
+def _check_scheduler(name: str) -> tuple[str, dict[str, Any]]:
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler={name!r}: must be one of {', '.join(SCHEDULERS)}")
+    return SCHEDULERS[name]
+
+
+def _dtype_argument() -> str:
+    # diffusers renamed torch_dtype to dtype; each version warns of, or ignores, the other's name.
+    from diffusers.pipelines import pipeline_utils
+
+    return "dtype" if 'kwargs.pop("dtype"' in inspect.getsource(pipeline_utils) else "torch_dtype"
+
+
+def _why_not_loaded(model: str | Path, error: Exception) -> str:
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            return (
+                f"{model} is a folder without model_index.json, so it is no diffusers pipeline: give the folder that "
+                "pipe.save_pretrained(…) wrote"
+            )
+        return f"the pipeline in {model} cannot be loaded ({_first_line(error)}): save it again as safetensors"
+    if path.is_file():
+        return f"{model} is a file: give a folder in diffusers' format, or a Hugging Face id"
+    looks_like_path = str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
+    if looks_like_path or "must use alphanumeric" in str(error) or not str(model).strip():
+        return f"there is no folder {str(model)!r}: give a folder in diffusers' format, a Hugging Face id, or demo"
+    return (
+        f"{model} is no folder here and could not be fetched from the Hugging Face hub ({_first_line(_root(error))}): check "
+        "the id and the network connection, or give a folder in diffusers' format, or demo"
+    )
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".")[:200]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' remarks and bars, which for the demo model and for switched schedulers only distract."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in libraries]
+    for logging in libraries:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging, (verbosity, bar) in zip(libraries, before):
+            logging.set_verbosity(verbosity)
+            if bar:
+                logging.enable_progress_bar()

@@ -104,10 +104,12 @@ class Report:
             lines.append("settings: " + ", ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(self.config).items()))
         if self.active:
             lines += ["", *self._table(), "", *self._totals()]
-        others = [layer for layer in self.layers if layer.status != "active"]
-        if others:
-            lines += ["", "not active:"]
-            lines += [f"  {layer.name}: {layer.status}" for layer in others]
+        others: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.status != "active":
+                others.setdefault(layer.status, []).append(layer.name)
+        for status, names in others.items():
+            lines += ["", f"{len(names)} {status}"] + [f"  {name}" for name in names]
         return "\n".join(lines)
 
     def _headline(self) -> str:
@@ -263,9 +265,9 @@ def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_w
         text = torch.empty(1, 77, max(text_dim) if isinstance(text_dim, (tuple, list)) else text_dim)
         extra: dict[str, Any] = {}
         if twin.config.addition_embed_type == "text_time":
-            ids = 6 if twin.config.projection_class_embeddings_input_dim % 256 == 0 else 5  # SDXL's refiner has five
-            pooled = twin.config.projection_class_embeddings_input_dim - ids * twin.config.addition_time_embed_dim
-            extra["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, ids)}
+            # Only the width of text embedding and size numbers together matters: the refiner's 1280 + 5 · 256 counts alike.
+            pooled = twin.config.projection_class_embeddings_input_dim - 6 * twin.config.addition_time_embed_dim
+            extra["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
         if twin.class_embedding is not None:
             extra["class_labels"] = torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,0 +1,220 @@
+"""Look inside one patched layer at one step: its merge map, and each agent's attention over the picture, as pictures."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .config import AgentConfig, Phase
+from .generate import Request, draw
+from .merging import merged_position
+from .patch import get_patch, patched
+from .processor import LayerState, merge_plan, merge_tokens, project_qkv, project_queries
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What one layer did in one UNet call, for one sample (the one with the prompt).
+
+    Attributes:
+        layer: module name of the attention.
+        call: number of the UNet call in its run, from 0.
+        timestep: its noise level.
+        phase: what the layer did.
+        grid: (height, width) of its tokens.
+        position: [N] where each token went: tokens with the same number were merged into one.
+        agent_tokens: [num_agents] the token at whose place each agent stands; None in the merge phase.
+        agent_attention: [num_agents, N] what each agent gathers from each token, averaged over heads: the weight of the
+            token's group, shared by its members, so each row sums to 1; None in the merge phase.
+    """
+
+    layer: str
+    call: int
+    timestep: float
+    phase: Phase
+    grid: tuple[int, int]
+    position: Tensor
+    agent_tokens: Tensor | None
+    agent_attention: Tensor | None
+
+
+def look_inside(
+    pipe: Any, request: Request, config: AgentConfig | None = None, layer: int | str = 0, call: int = 0, **extra: Any
+) -> tuple[Image.Image, LayerView]:
+    """Draw a picture with the patch and record one layer in one UNet call on the way.
+
+    Args:
+        pipe: a text-to-image pipeline, patched or not.
+        request: what to draw.
+        config: settings of the patch; None takes the defaults.
+        layer: number among the patched layers, or a module name.
+        call: number of the UNet call; with the default settings the first ones are in the agent phase.
+        **extra: further arguments of the pipeline call.
+
+    Returns:
+        The finished picture and the LayerView.
+
+    Raises:
+        ValueError: no such layer or call, or the layer merged nothing in that call (ratio 0 in the merge phase).
+
+    Source: Agent Attention, appendix E, shows such agent maps for classifiers.
+    """
+    config = config or AgentConfig()
+    with patched(pipe, config):
+        state, attn = _choose_layer(pipe, layer)
+        calls_seen = 0
+        views: list[LayerView] = []
+
+        def record(module, args):
+            nonlocal calls_seen
+            if calls_seen == call:
+                views.append(_view(state, attn, args[0], call))
+            calls_seen += 1
+
+        handle = attn.register_forward_pre_hook(record)
+        try:
+            # draw() as "sd" leaves the model as it is: it is patched already, so that the hook above can see inside.
+            image = draw(pipe, request, method="sd", **extra).image
+        finally:
+            handle.remove()
+    if not views:
+        raise ValueError(f"call={call}: this run had {calls_seen} UNet calls; choose 0 … {calls_seen - 1}")
+    return image, views[0]
+
+
+def _choose_layer(pipe: Any, layer: int | str) -> tuple[LayerState, Any]:
+    layers = get_patch(pipe).layers
+    names = [entry.state.name for entry in layers]
+    if isinstance(layer, str) and layer in names:
+        layer = names.index(layer)
+    if isinstance(layer, str) or not 0 <= layer < len(layers):
+        listed = "; ".join(f"{i}: {name}" for i, name in enumerate(names))
+        raise ValueError(f"layer={layer!r}: must be a number or name of a patched layer ({listed})")
+    return layers[layer].state, layers[layer].attn
+
+
+@torch.no_grad()
+def _view(state: LayerState, attn: Any, hidden_states: Tensor, call: int) -> LayerView:
+    # With guidance the last sample of the batch is the one with the prompt.
+    plan = None if state.block_input is None else merge_plan(state, state.block_input)
+    if plan is None:
+        raise ValueError(
+            f"call={call}: {state.name} merges nothing at timestep {state.run.timestep:g} with these settings; choose an "
+            "earlier call or a ratio above 0"
+        )
+    matching = plan.matching
+    position = merged_position(matching, plan.r)[-1]
+    agent_tokens = attention = None
+    if plan.r_agents is not None:
+        _, key, _ = project_qkv(attn, merge_tokens(hidden_states, matching, plan.r))
+        agents = project_queries(attn, merge_tokens(hidden_states, matching, plan.r_agents))
+        logits = agents[-1].float() @ key[-1].float().mT * key.shape[-1] ** -0.5
+        by_group = logits.softmax(dim=-1).mean(dim=0)
+        group_sizes = torch.bincount(position, minlength=by_group.shape[-1]).clamp_min(1)
+        attention = (by_group / group_sizes)[:, position].cpu()
+        agent_tokens = torch.cat([matching.src_index[-1, plan.r_agents :], matching.dst_index]).cpu()
+    return LayerView(
+        state.name, call, state.run.timestep, state.run.phase, state.grid(), position.cpu(), agent_tokens, attention
+    )
+
+
+def merge_map(view: LayerView, picture: Image.Image) -> Image.Image:
+    """The picture with every group of merged tokens in a colour of its own; tokens that stayed alone keep the picture.
+
+    Returns:
+        RGB, the size of `picture`.
+    """
+    height, width = view.grid
+    sizes = torch.bincount(view.position, minlength=int(view.position.max()) + 1)
+    colours = Image.new("RGB", (width, height))
+    mask = Image.new("L", (width, height))
+    for token, group in enumerate(view.position.tolist()):
+        place = (token % width, token // width)
+        if sizes[group] > 1:
+            hue, shade = group * 0.61803398875 % 1, 0.75 + 0.25 * (group * 0.7548776662 % 1)
+            colours.putpixel(place, tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.85, shade)))
+            mask.putpixel(place, 190)
+    base = picture.convert("RGB")
+    faded = Image.blend(base, Image.new("RGB", base.size, "white"), 0.35)
+    enlarge = lambda image: image.resize(base.size, Image.Resampling.NEAREST)  # noqa: E731
+    return Image.composite(enlarge(colours), faded, enlarge(mask))
+
+
+def agent_map(view: LayerView, agent: int, picture: Image.Image) -> Image.Image:
+    """What one agent gathers, as heat over the grey picture; a ring marks the agent's own place.
+
+    Raises:
+        ValueError: the view is of the merge phase, or has no such agent.
+    """
+    if view.agent_attention is None:
+        raise ValueError(f"timestep {view.timestep:g} is in the merge phase, which has no agents: choose an earlier call")
+    if not 0 <= agent < len(view.agent_attention):
+        raise ValueError(f"agent={agent}: must lie in 0 … {len(view.agent_attention) - 1}")
+    height, width = view.grid
+    weights = view.agent_attention[agent]
+    heat = (weights / weights.max()).view(height, width)
+    small = Image.frombytes("L", (width, height), bytes((heat * 255).round().to(torch.uint8).flatten().tolist()))
+    level = small.resize(picture.size, Image.Resampling.BICUBIC)
+    coloured = Image.merge("RGB", [level.point(channel) for channel in _HEAT])
+    base = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "black"), 0.25)
+    out = Image.composite(coloured, base, level.point([min(255, round(60 + v * 0.75)) for v in range(256)]))
+    token = int(view.agent_tokens[agent])
+    x, y = ((token % width + 0.5) * picture.width / width, (token // width + 0.5) * picture.height / height)
+    radius = max(3, picture.width / width * 0.8)
+    ImageDraw.Draw(out).ellipse((x - radius, y - radius, x + radius, y + radius), outline="white", width=2)
+    return out
+
+
+def agents_sheet(view: LayerView, picture: Image.Image, count: int = 16) -> Image.Image:
+    """Maps of `count` agents spread evenly over the picture, as one labelled picture."""
+    if view.agent_attention is None:
+        raise ValueError(f"timestep {view.timestep:g} is in the merge phase, which has no agents: choose an earlier call")
+    chosen = _agents_spread_over(view, count)
+    columns = math.ceil(math.sqrt(len(chosen)))
+    tile_width = 192
+    tile_height = round(tile_width * picture.height / picture.width)
+    gap, label = 6, 18
+    rows = math.ceil(len(chosen) / columns)
+    sheet = Image.new("RGB", (columns * (tile_width + gap) + gap, rows * (tile_height + label + gap) + gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for i, agent in enumerate(chosen):
+        left = gap + i % columns * (tile_width + gap)
+        top = gap + i // columns * (tile_height + label + gap)
+        tile = agent_map(view, agent, picture).resize((tile_width, tile_height), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (left, top))
+        token = int(view.agent_tokens[agent])
+        place = f"row {token // view.grid[1]}, column {token % view.grid[1]}"
+        pen.text((left, top + tile_height + 1), f"agent {agent}: {place}", font=font, fill="black")
+    return sheet
+
+
+def _agents_spread_over(view: LayerView, count: int) -> list[int]:
+    """Up to `count` agents, each the nearest to one of as many points in even rows and columns, in reading order."""
+    height, width = view.grid
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    y, x = view.agent_tokens // width, view.agent_tokens % width
+    chosen: list[int] = []
+    for i in range(count):
+        target_y, target_x = (i // columns + 0.5) * height / rows - 0.5, (i % columns + 0.5) * width / columns - 0.5
+        agent = int(((y - target_y) ** 2 + (x - target_x) ** 2).argmin())
+        if agent not in chosen:
+            chosen.append(agent)
+    return chosen
+
+
+def _heat_channel(stops: tuple[int, ...]) -> list[int]:
+    scaled = [v / 255 * (len(stops) - 1) for v in range(256)]
+    return [
+        round(stops[int(v)] + (stops[min(int(v) + 1, len(stops) - 1)] - stops[int(v)]) * (v - int(v))) for v in scaled
+    ]
+
+
+# Dark violet, red, orange, light yellow: dark to light also for the colour-blind.
+_HEAT = [_heat_channel((20, 140, 230, 252, 252)), _heat_channel((10, 30, 85, 170, 253)), _heat_channel((60, 105, 40, 20, 190))]
