@@ -29,7 +29,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor, nn
 
-from .config import DEFAULT_NUM_TRAIN_TIMESTEPS, FIELD_NAMES, AgentConfig, Phase
+from .config import DEFAULT_NUM_TRAIN_TIMESTEPS, FIELD_NAMES, AgentConfig
 from .merging import draw_offsets, grid_cells, merge_tokens, unmerge_tokens
 from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerState, RunState
 
@@ -68,7 +68,8 @@ class Patch:
         layers: the patched self-attention layers, in the order of the UNet's modules.
         skipped: (layer name, reason) of every self-attention layer that was left alone.
         handles: the hooks.
-        compiled_entry: the wrapper around the UNet's compiled call, if it has one.
+        replaced_by: the processors found in place of ours in the last call, which a warning has named.
+        warned_of_noise_levels: that the scheduler does not count timesteps has been said.
     """
 
     config: AgentConfig
@@ -77,7 +78,8 @@ class Patch:
     layers: list[PatchedLayer]
     skipped: list[tuple[str, str]]
     handles: list[Any] = dataclasses.field(default_factory=list)
-    warned: set[str] = dataclasses.field(default_factory=set)
+    replaced_by: str = ""
+    warned_of_noise_levels: bool = False
 
 
 def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) -> Any:
@@ -100,7 +102,11 @@ def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) 
     config = _settings_to_config(config, settings)
     unet, outer = _find_unet(model)
     _refuse_tomesd(unet)
-    num_train_timesteps = _num_train_timesteps(model)
+    scheduler = getattr(model, "scheduler", None)
+    noise_levels = _counts_noise_levels(scheduler)
+    if noise_levels:
+        warnings.warn(_NOISE_LEVELS, stacklevel=2)
+    num_train_timesteps = _config(scheduler).get("num_train_timesteps", DEFAULT_NUM_TRAIN_TIMESTEPS)
 
     remove_patch(unet)
     eligible, skipped = find_layers(unet, config)
@@ -109,7 +115,7 @@ def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) 
         warnings.warn(f"agentsd: no layer of this {type(unet).__name__} was patched: {reasons}", stacklevel=2)
 
     run = RunState()
-    patch = Patch(config, num_train_timesteps, run, [], skipped)
+    patch = Patch(config, num_train_timesteps, run, [], skipped, warned_of_noise_levels=noise_levels)
     for name, block, downsample in eligible:
         attn = block.attn1
         original = attn.processor
@@ -259,9 +265,17 @@ def _why_not(block: BasicTransformerBlock) -> str | None:
     return None
 
 
+# PAG's and SAG's processors, which stand on the layers they guide by for the length of one call.
+_GUIDANCE_PROCESSORS = ("PAG", "CrossAttnStore")
+
 _COMPILED_UNSEEN = (
     "agentsd must choose its phase outside the compiled graph: compile with unet.compile(fullgraph=True), or call "
     "agentsd.apply_patch again after torch.compile(unet, fullgraph=True)"
+)
+
+_NOISE_LEVELS = (
+    "agentsd: this scheduler counts noise levels, not timesteps, so `early` cannot be told from them and every step "
+    "uses token merging alone; use a scheduler with discrete timesteps to have agent attention"
 )
 
 # --- what the hooks do ------------------------------------------------------------------------------------------------
@@ -278,7 +292,7 @@ class _UNetHook:
             self.prepare(*_sample_and_timestep(args, kwargs))
 
     # Choosing the phase reads the timestep on the host, which no graph can do. With unet.compile() and
-    # compile_repeated_blocks() it happens before the graph; a call that gets here inside one was compiled behind our back.
+    # compile_repeated_blocks() it happens before the graph; what gets here inside one was compiled behind our back.
     @torch.compiler.disable(reason=_COMPILED_UNSEEN)
     def prepare(self, sample: Tensor, timestep: Tensor | float) -> None:
         patch = self.patch
@@ -288,6 +302,9 @@ class _UNetHook:
         run.timestep = float(timestep.min().item()) if isinstance(timestep, Tensor) else float(timestep)
         run.height, run.width = sample.shape[-2:]
         run.phase = config.phase_at(run.timestep, patch.num_train_timesteps)
+        if run.timestep < 0 and not patch.warned_of_noise_levels:  # a scheduler set after the patch
+            patch.warned_of_noise_levels = True
+            warnings.warn(_NOISE_LEVELS, stacklevel=2)
         self._draw_offsets(sample.device)
         self._warn_where_replaced()
 
@@ -310,19 +327,24 @@ class _UNetHook:
     def _warn_where_replaced(self) -> None:
         patch = self.patch
         replaced = [layer for layer in patch.layers if not isinstance(layer.attn.processor, AgentAttnProcessor)]
-        if not replaced:
-            patch.warned.clear()
-            return
         names = ", ".join(sorted({type(layer.attn.processor).__name__ for layer in replaced}))
-        if names not in patch.warned:
-            patch.warned.add(names)
-            warnings.warn(
-                f"agentsd: the patch is not active on {len(replaced)} of its {len(patch.layers)} layers: their attention "
-                f"processors were replaced by {names} (by fuse_qkv_projections, attention slicing, xFormers, "
-                "set_attn_processor or another tool). Call agentsd.apply_patch again to patch them anew, or "
-                "agentsd.remove_patch to be rid of this warning.",
-                stacklevel=2,
+        if names == patch.replaced_by:
+            return
+        patch.replaced_by = names
+        if not replaced:
+            return
+        if all(type(layer.attn.processor).__name__.startswith(_GUIDANCE_PROCESSORS) for layer in replaced):
+            cause, remedy = "PAG or SAG, while they guide", "Guide other layers (pag_applied_layers) to have both."
+        else:
+            cause = "fuse_qkv_projections, attention slicing, xFormers, set_attn_processor or another tool"
+            remedy = (
+                "Call agentsd.apply_patch again to patch them anew, or agentsd.remove_patch to be rid of this warning."
             )
+        warnings.warn(
+            f"agentsd: the patch is not active on {len(replaced)} of its {len(patch.layers)} layers: their attention "
+            f"processors were replaced by {names} (by {cause}). {remedy}",
+            stacklevel=2,
+        )
 
 
 def _sample_and_timestep(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | float]:
@@ -458,23 +480,21 @@ def _find_unet(model: Any) -> tuple[UNet2DConditionModel | UNetMotionModel, nn.M
     elif hasattr(model, "transformer"):
         what += f" with a {type(model.transformer).__name__} (a transformer, not a UNet)"
     raise TypeError(
-        f"cannot patch a {what}: agentsd patches a UNet2DConditionModel, a UNetMotionModel or a diffusers pipeline that "
-        "has one as its `unet`, such as Stable Diffusion 1.x, 2.x, SDXL and AnimateDiff"
+        f"cannot patch a {what}: agentsd patches a UNet2DConditionModel, a UNetMotionModel or a diffusers pipeline "
+        "that has one as its `unet`, such as Stable Diffusion 1.x, 2.x, SDXL and AnimateDiff"
     )
 
 
 def _refuse_tomesd(unet: nn.Module) -> None:
     # Not by `_tome_info`, which tomesd.remove_patch leaves behind; the class it swaps in is what merges tokens.
     if any(type(module).__name__ == "ToMeBlock" for module in unet.modules()):
-        raise ValueError("ToMeSD's patch is on this model and would merge its tokens twice: call tomesd.remove_patch first")
+        raise ValueError("ToMeSD's patch on this model would merge its tokens twice: call tomesd.remove_patch first")
 
 
-def _num_train_timesteps(model: Any) -> int:
-    scheduler_config = getattr(getattr(model, "scheduler", None), "config", {})
-    if scheduler_config.get("timestep_type") == "continuous":
-        warnings.warn(
-            "agentsd: this scheduler counts noise levels, not timesteps (timestep_type='continuous'), so `early` cannot "
-            "be told from them and every step uses token merging alone; use a scheduler with discrete timesteps",
-            stacklevel=3,
-        )
-    return scheduler_config.get("num_train_timesteps", DEFAULT_NUM_TRAIN_TIMESTEPS)
+def _counts_noise_levels(scheduler: Any) -> bool:
+    # The EDM schedulers have no timestep_type; what they share is this method.
+    return _config(scheduler).get("timestep_type") == "continuous" or hasattr(scheduler, "precondition_noise")
+
+
+def _config(scheduler: Any) -> Any:
+    return getattr(scheduler, "config", {})

@@ -1,7 +1,7 @@
 """The compatibility matrix: what a row is, and the one check that every row of working combinations must pass.
 
-A row is a `Row` (build, prepare, call) given to `check_row`, or any test marked with `compat(...)` where the expected answer
-is a warning or an error. `python tests/compat_table.py` runs them all and writes the README's table from the outcome.
+A row is a `Row` (build, prepare, call) given to `check_row`, or any test marked with `compat(...)`, such as those where the
+right answer is an error. `python tests/compat_table.py` runs them all and writes the README's table from the outcome.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def parametrize(group: str, rows: list[Row]) -> pytest.MarkDecorator:
 
 
 def check_row(row: Row) -> None:
-    """The row runs patched, truly active, differs from the unpatched, repeats bit for bit, and is removed without trace."""
+    """The row runs patched and active, differs from the unpatched, repeats bit for bit, is removed without trace."""
     reference = row.build()
     row.before(reference)
     row.after(reference)
@@ -104,23 +104,19 @@ def check_row(row: Row) -> None:
 
 
 class AttentionRecord:
-    """What the patched layers of some models really computed: (timestep, phase) of every UNet call and attention call."""
+    """What the patched layers of some models really computed, beside what the timesteps of their UNet calls ask for."""
 
     def __init__(self) -> None:
-        self.unet_calls: list[tuple[float, Phase, int]] = []
-        self.attention_calls: list[tuple[Phase, int]] = []
+        self.expected: Counter[Phase] = Counter()
+        self.found: Counter[Phase] = Counter()
 
     def check(self, phases: frozenset = frozenset(Phase), every_layer: bool = True) -> None:
         """Agents were used in just the UNet calls whose timestep says so, merging in the others, on every layer."""
-        expected = Counter()
-        for _, phase, num_layers in self.unet_calls:
-            expected[phase] += num_layers
-        found = Counter(phase for phase, _ in self.attention_calls)
-        assert set(found) == set(phases), f"phases {set(found)}"
+        assert set(self.found) == set(phases), f"phases {set(self.found)}"
         if every_layer:
-            assert found == expected
+            assert self.found == self.expected
         else:
-            assert all(0 < found[phase] <= expected[phase] for phase in phases)
+            assert all(self.found[phase] <= self.expected[phase] for phase in phases)
 
 
 @contextmanager
@@ -131,11 +127,11 @@ def record_attention(*models: Any):
 
     def agents(query, agents, key, value, *args, **kwargs):
         assert 0 < agents.shape[-2] < query.shape[-2]
-        record.attention_calls.append((Phase.AGENT, query.shape[-2]))
+        record.found[Phase.AGENT] += 1
         return agent_attention(query, agents, key, value, *args, **kwargs)
 
     def softmax(query, key, value, *args, **kwargs):
-        record.attention_calls.append((Phase.MERGE, query.shape[-2]))
+        record.found[Phase.MERGE] += 1
         return softmax_attention(query, key, value, *args, **kwargs)
 
     handles = []
@@ -145,7 +141,7 @@ def record_attention(*models: Any):
         def note(module, args, kwargs, patch=patch):
             timestep = float(torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]).min())
             agent = timestep >= (1 - patch.config.early) * patch.num_train_timesteps
-            record.unet_calls.append((timestep, Phase.AGENT if agent else Phase.MERGE, len(patch.layers)))
+            record.expected[Phase.AGENT if agent else Phase.MERGE] += len(patch.layers)
 
         handles.append(unet.register_forward_pre_hook(note, with_kwargs=True))
     try:
