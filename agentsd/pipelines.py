@@ -129,7 +129,8 @@ def _dtype_argument() -> str:
 
 def _why_not_loaded(model: str | Path, error: Exception) -> str:
     path = Path(model)
-    if path.is_dir():
+    named = bool(str(model).strip())  # Path("") is the working folder
+    if named and path.is_dir():
         if not (path / "model_index.json").is_file():
             return (
                 f"{model} is a folder without model_index.json, so it is no diffusers pipeline: give the folder that "
@@ -139,7 +140,7 @@ def _why_not_loaded(model: str | Path, error: Exception) -> str:
     if path.is_file():
         return f"{model} is a file: give a folder in diffusers' format, or a Hugging Face id"
     looks_like_path = str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
-    if looks_like_path or "must use alphanumeric" in str(error) or not str(model).strip():
+    if looks_like_path or "must use alphanumeric" in str(error) or not named:
         return f"there is no folder {str(model)!r}: give a folder in diffusers' format, a Hugging Face id, or demo"
     return (
         f"{model} is no folder here and could not be fetched from the Hugging Face hub ({_first_line(_root(error))}): check "

@@ -1,0 +1,166 @@
+"""cli.py: the command as a user types it; wrong input is exit code 2, one sentence, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import make_pipeline
+from PIL import Image
+
+from agentsd import cli
+from agentsd.generate import read_settings
+
+QUICK = ["--steps", "4", "--height", "64", "--width", "64"]
+
+
+def run(capsys, *arguments):
+    """The command inside this process: exit code, what it printed, what it complained about."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_generate(capsys, tmp_path):
+    path = tmp_path / "zebra.png"
+    code, out, _ = run(capsys, "generate", "a zebra", "-o", path, *QUICK, "--ratio", "0.3", "--seed", "5")
+    assert code == 0 and str(path) in out and "AgentSD" in out
+    assert Image.open(path).size == (64, 64)
+    settings = read_settings(path)
+    assert settings["method"] == "agentsd" and settings["seed"] == 5 and settings["patch"]["ratio"] == 0.3
+    again = tmp_path / "again.png"
+    run(capsys, "generate", "a zebra", "-o", again, *QUICK, "--ratio", "0.3", "--seed", "5")
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(again)))
+
+
+def test_generate_compare(capsys, tmp_path):
+    path = tmp_path / "compare.png"
+    code, out, _ = run(capsys, "generate", "a zebra", "-o", path, *QUICK, "--compare", "--rounds", "1")
+    assert code == 0
+    lines = out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:3]] == ["Stable Diffusion", "ToMeSD", "AgentSD"]
+    assert "1.00x" in lines[0] and "rough" in out and lines[-1] == str(path)
+    assert [entry["method"] for entry in read_settings(path)["compare"]] == ["sd", "tomesd", "agentsd"]
+    assert Image.open(path).width > 3 * 64
+
+
+def test_info(capsys):
+    code, out, _ = run(capsys, "info", "--ratio", "0.5", "--height", "512", "--width", "512")
+    assert code == 0 and "512×512 px" in out and "64×64 = 4096" in out and "256" in out
+    code, out, _ = run(capsys, "info", "--json", "--early", "0")
+    data = json.loads(out)
+    assert code == 0 and data["config"]["early"] == 0.0 and sum(e["status"] == "active" for e in data["layers"]) == 3
+
+
+def test_visualize(capsys, tmp_path):
+    folder = tmp_path / "a" / "maps"
+    code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--layer", "2", "--call", "0", "--agents", "4")
+    assert code == 0 and "agent phase" in out
+    assert sorted(os.listdir(folder)) == ["agents.png", "merge_map.png", "picture.png"]
+    view = read_settings(folder / "merge_map.png")["view"]
+    assert view["layer"].startswith("up_blocks.2.attentions.1") and view["call"] == 0
+    code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder / "late", *QUICK, "--call", "4")
+    assert code == 0 and sorted(os.listdir(folder / "late")) == ["merge_map.png", "picture.png"]
+
+
+def test_models_from_folders(capsys, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "model")
+    code, _, err = run(capsys, "generate", "x", "-o", tmp_path / "a.png", "--model", tmp_path / "model", *QUICK, "--scheduler", "euler")
+    assert code == 0, err
+    assert read_settings(tmp_path / "a.png")["scheduler"] == "EulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--ratio", "1.2"], "ratio=1.2"),
+        (["--ratio", "abc"], "ratio"),
+        (["--ratio", "0.8"], "merge_stride=2"),
+        (["--early", "-1"], "early=-1"),
+        (["--agent-stride", "0"], "agent_stride=0"),
+        (["--merge-stride", "2x2x2"], "merge_stride"),
+        (["--agent-stride", "wide"], "ROWSxCOLUMNS"),
+        (["--max-downsample", "3"], "max_downsample=3"),
+        (["--patch-seed", "-1"], "seed=-1"),
+        (["--height", "100"], "height=100: must be a multiple of 8"),
+        (["--steps", "0"], "steps=0"),
+        (["--steps", "1000"], "steps=1000"),
+        (["--guidance", "nan"], "guidance=nan"),
+        (["--scheduler", "plsm"], "scheduler='plsm'"),
+        (["--dtype", "int8"], "dtype='int8'"),
+        (["--device", "abacus"], "device='abacus'"),
+        (["--method", "magic"], "invalid choice: 'magic'"),
+        (["--rounds", "2"], "rounds: belongs to --compare"),
+        (["--compare", "--rounds", "0"], "rounds=0"),
+        (["--model", "nobody/nothing"], "could not be fetched"),
+        (["--model", "./nowhere"], "there is no folder"),
+    ],
+)
+def test_wrong_input_of_generate(capsys, tmp_path, arguments, message):
+    path = tmp_path / "a.png"
+    code, out, err = run(capsys, "generate", "a zebra", "-o", path, *QUICK[:2], *arguments)
+    assert code == 2 and not out
+    assert message in err and "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("agentsd")
+    assert os.listdir(tmp_path) == []
+
+
+def test_wrong_outputs_and_prompts(capsys, tmp_path):
+    for prompt, output, message in [
+        ("", tmp_path / "a.png", "prompt=''"),
+        ("x", tmp_path / "missing" / "a.png", "does not exist"),
+        ("x", tmp_path / "a.jpeg", ".png"),
+        ("x", tmp_path, ".png"),
+        ("x", "/proc/self/a.png", "cannot be written to"),
+    ]:
+        code, _, err = run(capsys, "generate", prompt, "-o", output)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    (tmp_path / "file").write_text("mine")
+    code, _, err = run(capsys, "visualize", "x", "-o", tmp_path / "file")
+    assert code == 2 and "is a file" in err and (tmp_path / "file").read_text() == "mine"
+    for arguments, message in [(["--layer", "9"], "layer=9"), (["--call", "99"], "call=99"), (["--call", "-1"], "call=-1")]:
+        code, _, err = run(capsys, "visualize", "x", "-o", tmp_path / "new", *QUICK, *arguments)
+        assert code == 2 and message in err
+        assert os.listdir(tmp_path) == ["file"]  # the folder made for the pictures is gone again
+
+
+def test_a_refused_setting_answers_before_anything_heavy_is_loaded(tmp_path):
+    code = (
+        "import sys\nfrom agentsd.cli import main\n"
+        "code = main(['generate', 'x', '-o', 'x.png', '--ratio', '2'])\n"
+        "assert code == 2 and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_installed_command_help_and_version():
+    for arguments in (["--help"], ["--version"], ["generate", "--help"], ["info", "--help"], ["visualize", "--help"]):
+        done = subprocess.run([sys.executable, "-m", "agentsd.cli", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout and not done.stderr
+    assert subprocess.run([sys.executable, "-m", "agentsd.cli"], capture_output=True).returncode == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_writes_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agentsd.cli", "generate", "a zebra", "-o", "a.png", "--steps", "999"],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    # Wait for the progress bar: the picture is being drawn.
+    seen = ""
+    while "/999" not in seen and process.poll() is None:
+        seen += process.stderr.read(1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stopped" in err and "Traceback" not in err
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,144 @@
+"""pipelines.py and the built-in model: it loads with no network, draws what it should, and others load as well."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw, make_pipeline
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+import agentsd
+from agentsd.pipelines import DEMO_MODEL, SCHEDULERS, ModelError, load_pipeline, set_scheduler
+
+
+@pytest.fixture(scope="module")
+def demo():
+    pipe = load_pipeline("demo")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_demo_model_is_in_stable_diffusions_format(demo):
+    assert type(demo) is StableDiffusionPipeline
+    assert type(demo.unet).__name__ == "UNet2DConditionModel"
+    assert demo.unet.dtype == torch.float32 and demo.unet.config.in_channels == 4
+    assert type(demo.scheduler).__name__ == "PNDMScheduler"
+    files = [path for path in DEMO_MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 32e6
+    assert {path.suffix for path in files if path.stat().st_size > 200_000} == {".safetensors"}
+    assert (DEMO_MODEL / "README.md").is_file()  # the model card
+
+
+def picture(pipe, prompt, method_settings=None):
+    with torch.no_grad():
+        arguments = dict(prompt=prompt, output_type="pil", guidance_scale=5.0)
+        if method_settings is None:
+            return draw(pipe, steps=20, **arguments)[0]
+        with agentsd.patched(pipe, **method_settings):
+            return draw(pipe, steps=20, **arguments)[0]
+
+
+def test_demo_model_draws_what_it_is_asked_for(demo):
+    """Colours tell: a strawberry is red, a frog is green, on white; agent attention keeps the picture."""
+    for prompt, channel in (("a high quality photograph of a strawberry.", 0), ("a frog", 1)):
+        plain = np.asarray(picture(demo, prompt), dtype=float)
+        assert plain.shape == (256, 256, 3)
+        corner = plain[:20, :20].mean()
+        thing = plain[plain.min(axis=2) < 150].mean(axis=0)
+        assert corner > 230 and thing.argmax() == channel
+        patched = np.asarray(picture(demo, prompt, {}), dtype=float)
+        psnr = 10 * np.log10(255**2 / ((plain - patched) ** 2).mean())
+        assert 25 < psnr < 80  # another picture, but the same thing in the same place
+
+
+def test_demo_model_does_not_depend_on_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert load_pipeline().unet is not None
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(demo, name):
+    before = demo.scheduler
+    try:
+        set_scheduler(demo, name)
+        assert demo.scheduler.config.beta_schedule == "scaled_linear"
+        assert demo.scheduler.config.num_train_timesteps == 1000
+        assert demo.scheduler.config.get("use_karras_sigmas", False) is (name == "dpm++2m-karras")
+        out = draw(demo, steps=3)
+        assert torch.isfinite(torch.as_tensor(out)).all()
+        set_scheduler(demo, "dpm++2m-karras")
+        set_scheduler(demo, "dpm++2m")
+        assert demo.scheduler.config.use_karras_sigmas is False
+    finally:
+        demo.scheduler = before
+
+
+def test_any_saved_folder_loads(tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    again = load_pipeline(tmp_path / "model", dtype="float32", device="cpu", scheduler="ddim")
+    assert torch.equal(again.unet.conv_in.weight, pipe.unet.conv_in.weight)
+    half = load_pipeline(str(tmp_path / "model"), dtype="bf16")
+    assert half.unet.dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+def test_pickled_weights_are_refused(saved, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(saved, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(make_pipeline().unet.state_dict(), folder / "unet" / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ModelError, match="save it again as safetensors"):
+        load_pipeline(folder)
+
+
+def test_what_cannot_be_loaded_is_one_clear_sentence(saved, tmp_path, monkeypatch):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(saved, damaged)
+    (damaged / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    for model, message in [
+        (damaged, "cannot be loaded"),
+        ("empty", "without model_index.json"),
+        ("a.png", "is a file"),
+        ("./missing", "there is no folder './missing'"),
+        ("no such model!", "there is no folder"),
+        ("", "there is no folder ''"),
+        ("nobody/nothing", "nobody/nothing is no folder here and could not be fetched from the Hugging Face hub"),
+    ]:
+        with pytest.raises(ModelError, match=message) as caught:
+            load_pipeline(model)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"scheduler": "plsm"}, "scheduler='plsm'.*plms"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"device": "abacus"}, "device='abacus'"),
+        pytest.param({"device": "cuda"}, "this machine has none", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it has one")),
+    ],
+)  # fmt: skip
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_pipeline("demo", **arguments)
+
+
+def test_demo_folder_is_part_of_the_package():
+    assert Path(agentsd.__file__).parent in DEMO_MODEL.parents

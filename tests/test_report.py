@@ -1,0 +1,123 @@
+"""report.py: the figures against ones counted by hand or by PyTorch, and a status that tells the truth."""
+
+from __future__ import annotations
+
+import json
+
+import diffusers
+import pytest
+import torch
+from conftest import call_unet, make_pipeline, make_unet
+from torch.utils.flop_counter import FlopCounterMode
+
+import agentsd
+from agentsd import Phase
+
+
+def sd15_unet():
+    """Stable Diffusion 1.5's own architecture, without weights."""
+    with torch.device("meta"):
+        return diffusers.UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
+
+
+def test_sd15_at_512():
+    report = agentsd.describe(agentsd.apply_patch(sd15_unet(), ratio=0.4))
+    assert (report.height, report.width) == (512, 512)
+    assert len(report.layers) == 16 and len(report.active) == 5
+    for layer in report.active:
+        assert layer.tokens == 4096
+        assert layer.phases["agent"].agents == 256  # DESIGN §1: N / 16
+        assert layer.phases["agent"].merged_tokens == layer.phases["merge"].merged_tokens == 4096 - 1638
+        assert layer.phases["merge"].agents == 0
+        assert layer.multiply_adds == 4 * 4096 * 320 * 320 + 2 * 4096 * 4096 * 320
+        # matching + projections + aggregation and broadcast + mixing
+        assert layer.phases["agent"].multiply_adds == (
+            3840 * 256 * 320 + (4 * 2458 + 256) * 320 * 320 + 4 * 2458 * 256 * 320 + 2458 * 320
+        )
+    assert 350e9 < report.unet_multiply_adds < 450e9
+    assert report.unet_fraction(Phase.AGENT) < report.unet_fraction(Phase.MERGE) < 1
+    assert report.early_timestep == 600
+
+
+def test_whole_unet_is_counted_as_pytorch_counts_it():
+    for kind in ("sd15", "sdxl"):
+        unet = make_unet(kind)
+        with FlopCounterMode(display=False) as counter:
+            sample = torch.randn(1, 4, 16, 24)
+            text = torch.randn(1, 77, unet.config.cross_attention_dim)
+            extra = {"text_embeds": torch.randn(1, 32), "time_ids": torch.randn(1, 6)} if kind == "sdxl" else None
+            unet(sample, 1, text, added_cond_kwargs=extra)
+        assert agentsd.describe(unet, 128, 192).unet_multiply_adds == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("size", [(128, 128), (136, 120), (160, 200)])
+def test_token_counts_are_the_ones_that_run(size):
+    unet = make_unet()
+    agentsd.apply_patch(unet, ratio=0.3, merge_stride=(2, 3))
+    report = agentsd.describe(unet, *size)
+    for phase, timestep in ((Phase.AGENT, 900), (Phase.MERGE, 100)):
+        seen = {}
+        handles = [
+            unet.get_submodule(layer.name).to_k.register_forward_hook(
+                lambda m, a, out, name=layer.name: seen.__setitem__(name, out.shape[1])
+            )
+            for layer in report.active
+        ]
+        call_unet(unet, timestep=timestep, size=(size[0] // 8, size[1] // 8))
+        for handle in handles:
+            handle.remove()
+        assert seen == {layer.name: layer.phases[phase.value].merged_tokens for layer in report.active}
+
+
+def test_unpatched_says_so():
+    report = agentsd.describe(make_pipeline())
+    assert report.config is None and not report.active
+    assert {layer.status for layer in report.layers} == {"not patched"}
+    assert "not patched" in str(report)
+    json.dumps(report.to_dict())
+
+
+def test_status_follows_the_processors():
+    pipe = agentsd.apply_patch(make_pipeline())
+    report = agentsd.describe(pipe)
+    assert {layer.status.split(":")[0] for layer in report.layers} == {"active", "left alone"}
+    pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())
+    report = agentsd.describe(pipe)
+    assert not report.active
+    assert sum("replaced by AttnProcessor2_0" in layer.status for layer in report.layers) == 3
+    agentsd.apply_patch(pipe)
+    assert len(agentsd.describe(pipe).active) == 3
+
+
+def test_small_grids_are_told():
+    pipe = agentsd.apply_patch(make_pipeline())
+    assert "smaller than a cell" in str(agentsd.describe(pipe, 8, 8))
+
+
+def test_readable_and_usable_as_data():
+    pipe = agentsd.apply_patch(make_pipeline())
+    report = agentsd.describe(pipe, 128, 192)
+    text = str(report)
+    for expected in ("16×24 = 384", "agent", "merge", "Mmul-add", "max_downsample is 1", "ratio=0.4", "timesteps ≥ 600"):
+        assert expected in text
+    assert max(map(len, text.splitlines())) < 260
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["layers"][0]["tokens"] == 384 and set(data["unet_fraction"]) == {"agent", "merge"}
+    only_merge = str(agentsd.describe(agentsd.apply_patch(pipe, early=0.0)))
+    assert "agent phase" not in only_merge and "token merging in every step" in only_merge
+
+
+def test_describing_disturbs_nothing():
+    unet = make_unet()
+    agentsd.apply_patch(unet)
+    before = call_unet(unet)
+    state = torch.get_rng_state()
+    agentsd.describe(unet, 256, 256)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(call_unet(unet), before)
+
+
+@pytest.mark.parametrize("size, error", [((130, 128), ValueError), ((0, 128), ValueError), (("a", 128), TypeError)])
+def test_bad_sizes(size, error):
+    with pytest.raises(error, match="height="):
+        agentsd.describe(make_unet(), *size)

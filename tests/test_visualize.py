@@ -1,0 +1,96 @@
+"""visualize.py: the maps show what the layer did."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline
+from PIL import Image
+
+import agentsd
+from agentsd import AgentConfig, Phase
+from agentsd.generate import Request
+from agentsd.patch import get_patch
+from agentsd.visualize import agent_map, agents_sheet, look_inside, merge_map
+
+REQUEST = Request("a zebra", steps=5)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline()
+
+
+def test_agent_phase(pipe):
+    image, view = look_inside(pipe, REQUEST, AgentConfig(ratio=0.4), layer=1, call=1)
+    assert get_patch(pipe) is None  # nothing left behind
+    assert view.phase is Phase.AGENT and view.timestep >= 600 and view.grid == (16, 16)
+    assert view.agent_attention.shape == (16, 256)
+    torch.testing.assert_close(view.agent_attention.sum(1), torch.ones(16))
+    assert view.position.unique().numel() == 256 - int(256 * 0.4)
+    # each agent of a full merge stands in a cell of its own
+    cells = (view.agent_tokens // 16 // 4) * 4 + view.agent_tokens % 16 // 4
+    assert sorted(cells.tolist()) == list(range(16))
+    # members of one group get the same weight
+    for group in view.position.unique():
+        members = view.agent_attention[:, view.position == group]
+        torch.testing.assert_close(members, members[:, :1].expand_as(members))
+
+    overlay = merge_map(view, image)
+    assert overlay.size == image.size
+    pixels = np.asarray(overlay)[4::8, 4::8].reshape(256, 3)  # one pixel in the middle of each token
+    sizes = torch.bincount(view.position)
+    for group in (sizes > 1).nonzero()[:, 0]:
+        hues = {Image.fromarray(p[None, None]).convert("HSV").getpixel((0, 0))[0] // 12 for p in pixels[view.position == group]}
+        assert len(hues) <= 4  # about one colour a group: the picture below shines through
+    heat = agent_map(view, 3, image)
+    assert heat.size == image.size and len(set(heat.getdata())) > 20
+    sheet = agents_sheet(view, image, count=9)
+    assert sheet.width > 3 * 190 and sheet.height > 3 * 190
+
+
+def test_merge_phase_has_a_merge_map_and_no_agents(pipe):
+    image, view = look_inside(pipe, REQUEST, AgentConfig(ratio=0.3), call=5)
+    assert view.phase is Phase.MERGE and view.agent_attention is None
+    assert merge_map(view, image).size == image.size
+    for show in (lambda: agent_map(view, 0, image), lambda: agents_sheet(view, image)):
+        with pytest.raises(ValueError, match="no agents"):
+            show()
+
+
+def test_layer_by_name_and_not_every_agent_merged(pipe):
+    names = [layer.name for layer in agentsd.describe(agentsd.apply_patch(pipe)).active]
+    agentsd.remove_patch(pipe)
+    image, view = look_inside(pipe, REQUEST, AgentConfig(agent_ratio=0.7), layer=names[2])
+    assert view.layer == names[2]
+    assert len(view.agent_tokens) == 256 - 179 == len(view.agent_tokens.unique())
+    assert agents_sheet(view, image, 7).size[0] > 0
+
+
+def test_a_patch_that_stood_there_is_back(pipe):
+    agentsd.apply_patch(pipe, ratio=0.2)
+    look_inside(pipe, REQUEST, AgentConfig(ratio=0.4))
+    assert get_patch(pipe).config.ratio == 0.2
+    agentsd.remove_patch(pipe)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"layer": 17}, "layer=17.*0: down_blocks"),
+        ({"layer": "mid"}, "layer='mid'"),
+        ({"call": 99}, "call=99: this run had 6 UNet calls; choose 0 … 5"),
+        ({"call": 5, "config": AgentConfig(ratio=0.0)}, "merges nothing"),
+    ],
+)
+def test_errors(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        look_inside(pipe, REQUEST, **arguments)
+    assert get_patch(pipe) is None
+
+
+def test_agent_out_of_range(pipe):
+    image, view = look_inside(pipe, REQUEST)
+    with pytest.raises(ValueError, match="agent=16: must lie in 0 … 15"):
+        agent_map(view, 16, image)
