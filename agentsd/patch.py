@@ -48,6 +48,9 @@ _SOFTMAX_PROCESSORS = (
 )
 
 
+_NOT_SOFTMAX = "is not plain softmax attention"
+
+
 @dataclasses.dataclass
 class PatchedLayer:
     """One replaced processor and what is needed to put it back."""
@@ -113,6 +116,14 @@ def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) 
     if not eligible:
         reasons = "; ".join(sorted({reason for _, reason in skipped})) or "it has no self-attention"
         warnings.warn(f"agentsd: no layer of this {type(unet).__name__} was patched: {reasons}", stacklevel=2)
+
+    foreign = sorted({reason for _, reason in skipped if reason.endswith(_NOT_SOFTMAX)})
+    if eligible and foreign:
+        warnings.warn(
+            f"agentsd: {len(eligible)} layers were patched, others were left alone: {'; '.join(foreign)}. Set an "
+            "AttnProcessor2_0 there (unet.set_attn_processor) and call agentsd.apply_patch again to patch them too",
+            stacklevel=2,
+        )
 
     run = RunState()
     patch = Patch(config, num_train_timesteps, run, [], skipped, warned_of_noise_levels=noise_levels)
@@ -219,15 +230,18 @@ def find_layers(
             elif isinstance(module, Attention) and not _inside_block(stage, name[len(prefix) + 1 :]):
                 skipped.append((name, "it is not part of a BasicTransformerBlock"))
 
+    # The levels follow from the model alone, whatever processors stand on it.
     limit = config.max_downsample
     if limit == "auto":
         limit = min((downsample for _, _, downsample in candidates), default=1)
-    eligible = [layer for layer in candidates if layer[2] <= limit]
-    skipped += [
-        (name, f"its level is downsampled {downsample}×, max_downsample is {limit}")
-        for name, _, downsample in candidates
-        if downsample > limit
-    ]
+    eligible = []
+    for name, block, downsample in candidates:
+        if downsample > limit:
+            skipped.append((name, f"its level is downsampled {downsample}×, max_downsample is {limit}"))
+        elif type(block.attn1.processor) not in (*_SOFTMAX_PROCESSORS, AgentAttnProcessor):
+            skipped.append((name, f"its processor {type(block.attn1.processor).__name__} {_NOT_SOFTMAX}"))
+        else:
+            eligible.append((name, block, downsample))
     return eligible, skipped
 
 
@@ -252,14 +266,12 @@ def _inside_block(stage: nn.Module, name: str) -> bool:
 
 
 def _why_not(block: BasicTransformerBlock) -> str | None:
-    """The reason why a block's attn1 cannot be patched, or None."""
+    """The reason why a block of this kind cannot be patched, or None."""
     attn = block.attn1
     if block.only_cross_attention:
         return "it attends to the text only"
     if block.pos_embed is not None:
         return "its block adds positional embeddings before attention"
-    if type(attn.processor) not in (*_SOFTMAX_PROCESSORS, AgentAttnProcessor):
-        return f"its processor {type(attn.processor).__name__} is not plain softmax attention"
     if attn.group_norm is not None or attn.spatial_norm is not None or attn.residual_connection:
         return "it has a norm or a residual of its own"
     return None

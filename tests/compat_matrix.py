@@ -1,6 +1,6 @@
 """The compatibility matrix: what a row is, and the one check that every row of working combinations must pass.
 
-A row is a `Row` (build, prepare, call) given to `check_row`, or any test marked with `compat(...)`, such as those where the
+A row is a `Row` (build, prepare, call) given to `check_row`, or any test marked with `compat(...)`, as where the
 right answer is an error. `python tests/compat_table.py` runs them all and writes the README's table from the outcome.
 """
 
@@ -42,8 +42,8 @@ class Row:
         call: runs it with a fixed seed and returns a tensor.
         models: what to patch, where `build` returns more than one pipeline.
         settings: of apply_patch.
-        status, note: for the table. A row that WARNS must give an `agentsd` warning in its first call, and be active
-            after `mend`, which is what the warning asks for.
+        status, note: for the table. A row that WARNS must say in its first call that the patch is not active on some
+            layers, and be active after `mend`, which is what the warning asks for.
         mend: see status.
         phases: those that the calls pass through.
         every_layer: False where a cache skips layers: then fewer calls than layers × UNet calls are right.
@@ -85,7 +85,7 @@ def check_row(row: Row) -> None:
         agentsd.apply_patch(model, **row.settings)
     row.after(pipe)
     if row.status == WARNS:
-        with pytest.warns(UserWarning, match="agentsd: .*apply_patch"):
+        with pytest.warns(UserWarning, match="agentsd: the patch is not active on"):
             row.call(pipe)
         row.mend(pipe)
 
