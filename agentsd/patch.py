@@ -145,9 +145,10 @@ def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) 
 
     hook = _UNetHook(patch)
     patch.handles.append(unet.register_forward_pre_hook(hook, with_kwargs=True))
+    patch.handles.append(unet.register_forward_hook(hook.after_call, always_call=True))
     if outer is not unet:
         patch.handles.append(outer.register_forward_pre_hook(_EagerEntry(hook), with_kwargs=True))
-        patch.handles.append(outer.register_forward_hook(_EagerExit(run), always_call=True))
+        patch.handles.append(outer.register_forward_hook(_EagerExit(hook), always_call=True))
     setattr(unet, PATCH_ATTRIBUTE, patch)
     _watch_compilation(unet, hook)
     return model
@@ -303,12 +304,21 @@ class _UNetHook:
         if not self.patch.run.prepared:
             self.prepare(*_sample_and_timestep(args, kwargs))
 
+    def after_call(self, unet: nn.Module, args: tuple, output: Any) -> None:
+        if not self.patch.run.prepared:
+            self.finish()
+
+    @torch.compiler.disable(reason=_COMPILED_UNSEEN)
+    def finish(self) -> None:
+        self.patch.run.leave()
+
     # Choosing the phase reads the timestep on the host, which no graph can do. With unet.compile() and
     # compile_repeated_blocks() it happens before the graph; what gets here inside one was compiled behind our back.
     @torch.compiler.disable(reason=_COMPILED_UNSEEN)
     def prepare(self, sample: Tensor, timestep: Tensor | float) -> None:
         patch = self.patch
         run, config = patch.run, patch.config
+        run.enter()
         # One synchronisation with the device per UNet call. In a batch of mixed timesteps (training) the least noisy
         # sample decides: agent attention is meant for noise.
         run.timestep = float(timestep.min().item()) if isinstance(timestep, Tensor) else float(timestep)
@@ -417,6 +427,7 @@ class _CompiledEntry:
             return self.compiled(*args, **kwargs)
         finally:
             run.prepared = False
+            self.hook.finish()
 
 
 class _CompileAndWatch:
@@ -459,11 +470,12 @@ class _EagerEntry:
 
 
 class _EagerExit:
-    def __init__(self, run: RunState):
-        self.run = run
+    def __init__(self, hook: _UNetHook):
+        self.hook = hook
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.run.prepared = False
+        self.hook.patch.run.prepared = False
+        self.hook.finish()
 
 
 # --- what apply_patch is given ----------------------------------------------------------------------------------------

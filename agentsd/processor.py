@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -29,6 +30,7 @@ class RunState:
         phase: what the patched layers do in this call.
         timestep: noise level of this call, 0 … num_train_timesteps − 1.
         prepared: a caller outside a compiled graph has set the above, so that the graph need not.
+        caller: the thread that is inside the UNet, under the key "thread".
     """
 
     height: int = 0
@@ -36,6 +38,25 @@ class RunState:
     phase: Phase = Phase.MERGE
     timestep: float = 0.0
     prepared: bool = False
+    caller: dict[str, int] = field(default_factory=dict)
+
+    def enter(self) -> None:
+        """Claim the UNet for this thread until `leave`; a second thread would change the phase under the first.
+
+        Raises:
+            RuntimeError: another thread is inside.
+        """
+        if self.caller.setdefault("thread", get_ident()) != get_ident():  # setdefault is atomic: one thread wins
+            raise RuntimeError(
+                "agentsd: two threads call this patched UNet at once. Give each thread its own copy (copy.deepcopy of "
+                "a pipeline copies the patch too) or hold a lock around the call; if a call was interrupted before "
+                "this one, call agentsd.apply_patch again"
+            )
+
+    def leave(self) -> None:
+        """Undo `enter`; harmless in a thread that is not inside."""
+        if self.caller.get("thread") == get_ident():
+            self.caller.clear()
 
 
 def token_grid(latent_height: int, latent_width: int, downsample: int) -> tuple[int, int]:
@@ -131,10 +152,11 @@ class AgentAttnProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Attention over hidden_states [B, N, C], the block's normalised input. Returns [B, N, C], before the residual."""
+        """Attention over the block's normalised input [B, N, C]; returns [B, N, C], the residual not yet added."""
         layer: LayerState | None = getattr(attn, LAYER_ATTRIBUTE, None)
         if layer is None:
-            return _STANDARD_PROCESSOR(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+            standard = _STANDARD_PROCESSOR
+            return standard(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
         block_input, layer.block_input = layer.block_input, None
         layer.plan = None
@@ -185,9 +207,9 @@ def _applies(
     encoder_hidden_states: Tensor | None,
     attention_mask: Tensor | None,
 ) -> bool:
-    """Whether this call is self-attention over the whole grid; if not, the layer's own processor answers, with a word."""
+    """Whether this call is self-attention over the whole grid; if not, a warning says why it runs unpatched."""
     if encoder_hidden_states is not None:
-        layer.warn_once("cross", "called with encoder_hidden_states; it ran unpatched, merging applies to self-attention")
+        layer.warn_once("cross", "called with encoder_hidden_states; it ran unpatched, merging is for self-attention")
         return False
     if attention_mask is not None:
         layer.warn_once("mask", "called with an attention mask; it ran unpatched, as merged tokens have no mask")
@@ -201,8 +223,8 @@ def _applies(
     ):
         layer.warn_once(
             "tokens",
-            f"got {hidden_states.shape[-2]} tokens where its {height}×{width} grid has {height * width}; it ran unpatched. "
-            "Another tool (tomesd, HyperTile, a tiling hook) may change the tokens too: use one of them",
+            f"got {hidden_states.shape[-2]} tokens where its {height}×{width} grid has {height * width}; it ran "
+            "unpatched. Another tool (tomesd, HyperTile, a tiling hook) may change the tokens too: use one of them",
         )
         return False
     return True
