@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Similarities computed at once. It bounds the memory of the matching (128 MiB in float32) whatever the picture's size.
-_SIMILARITIES_PER_BLOCK = 2**25
+# Similarities computed at once. It bounds the memory of the matching (64 MiB in float32) whatever the picture's size.
+_SIMILARITIES_PER_BLOCK = 2**24
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_blocks_of_similarities_change_nothing(monkeypatch):
 
 
 def test_similarities_never_stand_in_memory_whole():
-    """At 2048 px (65,536 tokens) the full similarity matrix would take 3 GiB per sample; a block takes 128 MiB."""
+    """At 2048 px (65,536 tokens) the full similarity matrix would take 3 GiB per sample; a block takes 64 MiB."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
