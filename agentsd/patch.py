@@ -30,7 +30,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor, nn
 
 from .config import DEFAULT_NUM_TRAIN_TIMESTEPS, FIELD_NAMES, AgentConfig
-from .merging import draw_offsets, grid_cells, merge_tokens, unmerge_tokens
+from .merging import draw_offsets, grid_cells, merge_tokens, split_grid, unmerge_tokens
 from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerState, RunState
 
 PATCH_ATTRIBUTE = "_agentsd_patch"
@@ -127,6 +127,7 @@ def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) 
 
     run = RunState()
     patch = Patch(config, num_train_timesteps, run, [], skipped, warned_of_noise_levels=noise_levels)
+    processor = AgentAttnProcessor()  # it has no state, so one serves all layers
     for name, block, downsample in eligible:
         attn = block.attn1
         original = attn.processor
@@ -136,7 +137,7 @@ def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) 
         state = LayerState(name, downsample, config, run, fallback=original)
         patch.layers.append(PatchedLayer(attn, original, state))
         setattr(attn, LAYER_ATTRIBUTE, state)
-        attn.set_processor(AgentAttnProcessor())
+        attn.set_processor(processor)
         patch.handles.append(block.register_forward_pre_hook(_hand_over_block_input, with_kwargs=True))
         if config.merge_crossattn and block.attn2 is not None:
             patch.handles += _merge_around(block.attn2, attn)
@@ -327,24 +328,29 @@ class _UNetHook:
         if run.timestep < 0 and not patch.warned_of_noise_levels:  # a scheduler set after the patch
             patch.warned_of_noise_levels = True
             warnings.warn(_NOISE_LEVELS, stacklevel=2)
-        self._draw_offsets(sample.device)
+        self._split_grids(sample.device)
         self._warn_where_replaced()
 
-    def _draw_offsets(self, device: torch.device) -> None:
+    def _split_grids(self, device: torch.device) -> None:
+        """Choose the dsts of every layer, all layers with the same grid at once: a few small kernels per UNet call."""
         patch = self.patch
         run, config = patch.run, patch.config
         stride = config.stride(run.phase)
         by_grid: dict[tuple[int, int], list[LayerState]] = {}
         for layer in patch.layers:
-            layer.state.offsets = layer.state.block_input = layer.state.plan = None
+            layer.state.split = layer.state.block_input = layer.state.plan = None
             by_grid.setdefault(layer.state.grid(), []).append(layer.state)
-        if not config.use_rand:
-            return
         for grid, states in by_grid.items():
             cells = grid_cells(*grid, stride)
-            drawn = draw_offsets(config.seed, run.timestep, len(states), cells, stride[0] * stride[1], device)
-            for state, offsets in zip(states, drawn.unbind()):
-                state.offsets = offsets
+            if cells == 0:
+                continue
+            if config.use_rand:
+                drawn = draw_offsets(config.seed, run.timestep, len(states), cells, stride[0] * stride[1], device)
+                splits = split_grid(*grid, stride, drawn).unbind()
+            else:
+                splits = [split_grid(*grid, stride, device=device)] * len(states)
+            for state, split in zip(states, splits):
+                state.split = split
 
     def _warn_where_replaced(self) -> None:
         patch = self.patch

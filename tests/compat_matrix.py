@@ -17,11 +17,12 @@ from unittest import mock
 import pytest
 import torch
 from conftest import draw
+from diffusers import UNet2DConditionModel
 
 import agentsd
 import agentsd.processor
 from agentsd import Phase
-from agentsd.patch import get_patch
+from agentsd.patch import find_unet, get_patch
 
 WORKS, WARNS, CLEAR_ERROR = "works", "warns", "clear error"
 
@@ -88,6 +89,11 @@ def check_row(row: Row) -> None:
         with pytest.warns(UserWarning, match="agentsd: the patch is not active on"):
             row.call(pipe)
         row.mend(pipe)
+    for model in row.models(pipe):
+        if not isinstance(find_unet(model), UNet2DConditionModel):
+            continue
+        described = {layer.name for layer in agentsd.describe(model).active}
+        assert described == {layer.state.name for layer in get_patch(model).layers}
 
     with warnings.catch_warnings(), record_attention(*row.models(pipe)) as record:
         warnings.filterwarnings("error", message="agentsd")
@@ -135,7 +141,7 @@ def record_attention(*models: Any):
         return softmax_attention(query, key, value, *args, **kwargs)
 
     handles = []
-    for unet in {id(unet): unet for unet in (getattr(model, "unet", model) for model in models)}.values():
+    for unet in {id(find_unet(model)): find_unet(model) for model in models}.values():
         patch = get_patch(unet)
 
         def note(module, args, kwargs, patch=patch):

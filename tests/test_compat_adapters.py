@@ -215,6 +215,15 @@ def test_what_this_file_loads_does_something(change, run):
     assert not torch.equal(run(pipe), before)
 
 
+def test_describe_names_what_replaced_the_patch():
+    pipe = agentsd.apply_patch(make_pipeline())
+    pipe.enable_attention_slicing()
+    statuses = {layer.status for layer in agentsd.describe(pipe).layers}
+    assert any("replaced by SlicedAttnProcessor" in status for status in statuses) and "active" not in statuses
+    agentsd.apply_patch(pipe)
+    assert "active" in {layer.status for layer in agentsd.describe(pipe).layers}
+
+
 @compat(GROUP, "ToMeSD on the model", CLEAR_ERROR, "says to call tomesd.remove_patch first")
 def test_tomesd_before_is_refused():
     pipe = make_pipeline()

@@ -118,7 +118,7 @@ def make_lcm():
 def make_modular_sdxl():
     parts = make_sdxl().components
     pipe = diffusers.StableDiffusionXLAutoBlocks().init_pipeline()
-    pipe.update_components(**{name: part for name, part in parts.items() if name in pipe.component_names})
+    pipe.register_components(**{name: part for name, part in parts.items() if name in pipe.component_names})
     return quiet(pipe)
 
 

@@ -35,7 +35,6 @@ ROWS = [
     with_scheduler("DPM++ SDE", "DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"),
     with_scheduler("Heun", "HeunDiscreteScheduler"),
     with_scheduler("KDPM2", "KDPM2DiscreteScheduler"),
-    with_scheduler("LMS", "LMSDiscreteScheduler"),
     with_scheduler("UniPC", "UniPCMultistepScheduler"),
     with_scheduler("LCM", "LCMScheduler"),
     with_scheduler("TCD", "TCDScheduler"),

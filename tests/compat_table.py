@@ -1,0 +1,114 @@
+"""Runs the compatibility matrix and writes the README's table from the outcome:
+
+    python tests/compat_table.py             # run, keep the result in compat_results.json, rewrite the table
+    python tests/compat_table.py --check     # change nothing; fail where the README says other than the kept results
+
+Every row is a test marked `compat` (see compat_matrix.py). A row is in the table with its status only if all its tests
+passed in every kept run, of which there is one for each set of library versions: run the command in one environment
+with the oldest supported versions and in one with the newest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+README = TESTS.parent / "README.md"
+RESULTS = TESTS / "compat_results.json"
+BEGIN, END = "<!-- compatibility:begin -->", "<!-- compatibility:end -->"
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+class Recorder:
+    """pytest plugin: the outcome of every row's tests."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, str], dict] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        marker = item.get_closest_marker("compat")
+        if marker and (call.when == "call" or not report.passed):
+            row = self.rows.setdefault(
+                (marker.kwargs["group"], marker.kwargs["name"]), {**marker.kwargs, "test": item.nodeid, "passed": True}
+            )
+            row["passed"] &= report.passed
+        return report
+
+
+def run_matrix() -> tuple[str, list[dict]]:
+    """Run every test file of the matrix; returns the versions as text, and the rows in the order of the files."""
+    recorder = Recorder()
+    files = ("pipelines", "schedulers", "adapters", "execution", "versions")
+    pytest.main(["-q", *(str(TESTS / f"test_compat_{name}.py") for name in files)], plugins=[recorder])
+    versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in LIBRARIES)
+    return f"Python {platform.python_version()}, {versions}", list(recorder.rows.values())
+
+
+def table(runs: dict[str, list[dict]]) -> str:
+    """The README's block for the kept runs, {versions: rows}."""
+    rows = next(iter(runs.values()))
+    lines = [f"{len(rows)} rows, all of them run by `python tests/compat_table.py` with:", ""]
+    lines += [f"- {versions}" for versions in runs]
+    group = None
+    for row in rows:
+        if row["group"] != group:
+            group = row["group"]
+            lines += ["", f"| {group} | status | proof | note |", "|---|---|---|---|"]
+        file, _, test = row["test"].partition("::")
+        lines.append(f"| {row['name']} | {row['status']} | [`{test}`]({file}) | {row['note']} |")
+    return "\n".join(lines)
+
+
+def problems(runs: dict[str, list[dict]]) -> list[str]:
+    """Why there can be no table: a row that failed, or that one set of versions lacks."""
+    every_name = {row["name"]: None for rows in runs.values() for row in rows}
+    found = []
+    for versions, rows in runs.items():
+        passed = {row["name"]: row["passed"] for row in rows}
+        found += [f"{name}: failed with {versions}" for name in every_name if not passed.get(name, True)]
+        found += [f"{name}: not run with {versions}" for name in every_name if name not in passed]
+    return found
+
+
+def with_table(readme: str, block: str) -> str:
+    """The README with the text between its two markers replaced."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{README.name} has no lines {BEGIN} and {END} to write the table between")
+    return f"{before}{begin}\n{block}\n{end}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, compare README and kept results")
+    parser.add_argument("--fresh", action="store_true", help="forget the kept results of other versions")
+    options = parser.parse_args(arguments)
+
+    runs = json.loads(RESULTS.read_text()) if RESULTS.exists() and not options.fresh else {}
+    if not options.check:
+        versions, rows = run_matrix()
+        runs = {versions: rows, **{key: value for key, value in runs.items() if key != versions}}
+        RESULTS.write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
+    if found := problems(runs):
+        raise SystemExit("no table: " + "; ".join(found))
+    readme = README.read_text()
+    updated = with_table(readme, table(runs))
+    if options.check and updated != readme:
+        raise SystemExit(f"{README.name} does not show the kept results: run python tests/compat_table.py")
+    if not options.check:
+        README.write_text(updated)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
