@@ -4,9 +4,10 @@ Source: Bolya & Hoffman, "Token Merging for Fast Stable Diffusion" (arXiv 2303.1
 throughout: one destination (dst) token per cell of a regular grid, every other token is a source (src), the `r` most
 similar srcs are averaged into their dst.
 
-    matching = match_tokens(x, height, width, stride=(2, 2))     # from the features that say what is alike
-    merged = merge_tokens(y, matching, r)                        # [B, N, C] -> [B, N - r, C]
-    y_again = unmerge_tokens(merged, matching, r)                # [B, N - r, C] -> [B, N, C]
+    split = split_grid(height, width, stride=(2, 2))     # dsts and srcs
+    matching = match_tokens(x, split)                    # from the features that say what is alike
+    merged = merge_tokens(y, matching, r)                # [B, N, C] -> [B, N - r, C]
+    y_again = unmerge_tokens(merged, matching, r)        # [B, N - r, C] -> [B, N, C]
 """
 
 from __future__ import annotations
@@ -16,10 +17,36 @@ import struct
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Similarities computed at once. It bounds the memory of the matching (64 MiB in float32) whatever the picture's size.
 _SIMILARITIES_PER_BLOCK = 2**24
+
+
+@dataclass(frozen=True)
+class GridSplit:
+    """Which tokens of a height × width grid are dsts and which are srcs; with leading dimensions, of several grids.
+
+    Attributes:
+        dst_index: [..., num_dst] token numbers of the dsts, one per whole cell, row by row.
+        src_index: [..., num_src] token numbers of all others, rising.
+        height, width: size of the grid.
+    """
+
+    dst_index: Tensor
+    src_index: Tensor
+    height: int
+    width: int
+
+    def to(self, device: torch.device) -> GridSplit:
+        """The same on another device."""
+        return GridSplit(self.dst_index.to(device), self.src_index.to(device), self.height, self.width)
+
+    def unbind(self) -> list[GridSplit]:
+        """The splits along the first dimension."""
+        pairs = zip(self.dst_index.unbind(), self.src_index.unbind())
+        return [GridSplit(dst, src, self.height, self.width) for dst, src in pairs]
 
 
 @dataclass(frozen=True)
@@ -29,24 +56,24 @@ class TokenMatching:
     A plain value: any number `r` of its edges can be used, on any features of the same tokens.
 
     Attributes:
-        src_index: [B, num_src] token numbers of the srcs, in order of falling similarity to their best dst.
-        best_dst: [B, num_src] for each of them its best dst, as a position in `dst_index`.
-        dst_index: [num_dst] token numbers of the dsts, row by row.
-        num_tokens: N = num_src + num_dst.
+        tokens: [B, N] all token numbers: the srcs in order of falling similarity to their best dst, then the dsts.
+        best_dst: [B, num_src] for each src, in that order, its best dst as a position among the dsts.
     """
 
-    src_index: Tensor
+    tokens: Tensor
     best_dst: Tensor
-    dst_index: Tensor
-    num_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.shape[1]
 
     @property
     def num_src(self) -> int:
-        return self.src_index.shape[1]
+        return self.best_dst.shape[1]
 
     @property
     def num_dst(self) -> int:
-        return self.dst_index.shape[0]
+        return self.num_tokens - self.num_src
 
 
 def grid_cells(height: int, width: int, stride: tuple[int, int]) -> int:
@@ -54,56 +81,79 @@ def grid_cells(height: int, width: int, stride: tuple[int, int]) -> int:
     return (height // stride[0]) * (width // stride[1])
 
 
-def match_tokens(
-    metric: Tensor, height: int, width: int, stride: tuple[int, int], offsets: Tensor | None = None
-) -> TokenMatching:
+def split_grid(
+    height: int,
+    width: int,
+    stride: tuple[int, int],
+    offsets: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> GridSplit:
+    """Choose one dst in every whole cell of a grid; all other tokens, also those outside whole cells, are srcs.
+
+    Args:
+        height, width: size of the token grid. It need not be divisible by `stride`.
+        stride: (rows, columns) of one cell.
+        offsets: [..., cells] integers in [0, rows · columns), the place of the dst inside each cell, counted row by
+            row; None takes the upper left token. Leading dimensions split several grids at once.
+        device: where to, when there are no offsets.
+
+    Raises:
+        ValueError: no whole cell fits into the grid, or `offsets` has the wrong length.
+
+    Source: ToMe for Stable Diffusion, section 3.1.
+    """
+    cells = grid_cells(height, width, stride)
+    if cells == 0:
+        raise ValueError(f"no {stride[0]}×{stride[1]} cell fits into a {height}×{width} grid: use a smaller stride")
+    if offsets is None:
+        offsets = torch.zeros(cells, dtype=torch.int64, device=device)
+    elif offsets.shape[-1] != cells:
+        raise ValueError(f"offsets must have shape (…, {cells}), one per cell, not {tuple(offsets.shape)}")
+    rows, columns = stride
+    cell = torch.arange(cells, device=offsets.device)
+    cells_across = width // columns
+    corner = (cell // cells_across) * (rows * width) + (cell % cells_across) * columns
+    dst_index = corner + (offsets // columns) * width + offsets % columns
+
+    # The complement, rising: a stable sort keeps the shape static, which finding the unmarked tokens would not.
+    is_dst = torch.zeros(*offsets.shape[:-1], height * width, dtype=torch.uint8, device=offsets.device)
+    is_dst = is_dst.scatter(-1, dst_index, 1)
+    src_index = is_dst.argsort(dim=-1, stable=True)[..., : height * width - cells]
+    return GridSplit(dst_index, src_index, height, width)
+
+
+def match_tokens(metric: Tensor, split: GridSplit) -> TokenMatching:
     """Find for every src the dst it is most similar to, and rank the srcs by that similarity.
 
     Args:
         metric: [B, N, C] features whose cosine similarity decides, N = height · width, row by row.
-        height, width: size of the token grid. It need not be divisible by `stride`: tokens outside whole cells are srcs.
-        stride: (rows, columns) of one cell.
-        offsets: [cells] integers in [0, rows · columns), the place of the dst inside each cell, counted row by row;
-            None takes the upper left token.
+        split: dsts and srcs of that grid, the same for the whole batch.
 
     Returns:
         A TokenMatching for the B · N tokens. It carries no gradient.
 
     Raises:
-        ValueError: N is not height · width, no whole cell fits into the grid, or `offsets` has the wrong length.
+        ValueError: N is not the number of tokens that were split.
 
     Source: ToMe for Stable Diffusion, section 3.1.
     """
     batch, num_tokens, _ = metric.shape
-    if num_tokens != height * width:
-        raise ValueError(f"metric has {num_tokens} tokens, but a {height}×{width} grid has {height * width}")
-    cells = grid_cells(height, width, stride)
-    if cells == 0:
-        raise ValueError(f"no {stride[0]}×{stride[1]} cell fits into a {height}×{width} grid: use a smaller stride")
-    if offsets is not None and offsets.shape != (cells,):
-        raise ValueError(f"offsets must have shape ({cells},), one per cell, not {tuple(offsets.shape)}")
+    if num_tokens != split.height * split.width:
+        raise ValueError(f"metric has {num_tokens} tokens, but the split is of a {split.height}×{split.width} grid")
 
     with torch.no_grad():
-        dst_index = _dst_index(height, width, stride, offsets, metric.device)
-        src_index = _complement(dst_index, num_tokens)
-
         # The squares of a half-precision token can exceed the range of float16.
         norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True, dtype=_accumulate_dtype(metric))
         unit = (metric / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(metric.dtype)
-        src, dst = unit.index_select(1, src_index), unit.index_select(1, dst_index).transpose(1, 2)
+        src, dst = unit.index_select(1, split.src_index), unit.index_select(1, split.dst_index).transpose(1, 2)
 
-        rows_per_block = max(1, _SIMILARITIES_PER_BLOCK // (batch * cells))
+        rows_per_block = max(1, _SIMILARITIES_PER_BLOCK // (batch * dst.shape[-1]))
         best = [(block @ dst).max(dim=-1) for block in src.split(rows_per_block, dim=1)]
-        similarity = torch.cat([values for values, _ in best], dim=1)
-        best_dst = torch.cat([indices for _, indices in best], dim=1)
+        similarity, best_dst = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best))
 
         ranking = similarity.argsort(dim=-1, descending=True, stable=True)
-        return TokenMatching(
-            src_index=src_index[ranking],
-            best_dst=best_dst.gather(1, ranking),
-            dst_index=dst_index,
-            num_tokens=num_tokens,
-        )
+        tokens = torch.cat([split.src_index[ranking], split.dst_index.expand(batch, -1)], dim=1)
+        return TokenMatching(tokens, best_dst.gather(1, ranking))
 
 
 def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
@@ -125,22 +175,17 @@ def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
         return x
     _check(x, matching, r, matching.num_tokens)
     batch, num_tokens, channels = x.shape
+    num_merged = num_tokens - r
+
+    # Merging is one mean per bag of tokens, a bag being all tokens with the same position. Sorted bags make the sums
+    # repeat exactly on every device; atomic additions on a GPU would not.
+    position, token_rows = _flat_position(matching, r).sort(stable=True)
+    bag_starts = torch.searchsorted(position, torch.arange(batch * num_merged, device=x.device))
     rows = x.reshape(batch * num_tokens, channels)
-    num_dst = matching.num_dst
-
-    # Rows of a flat [B · N, C] matrix are copied whole, which is many times faster than a gather along dim 1.
-    src_rows = _flat_rows(matching.src_index, num_tokens)
-    unmerged = rows.index_select(0, src_rows[:, r:].reshape(-1)).view(batch, -1, channels)
-    merged = rows.index_select(0, src_rows[:, :r].reshape(-1))
-    dst = x.index_select(1, matching.dst_index).view(batch * num_dst, channels)
-    target = _flat_rows(matching.best_dst[:, :r], num_dst).reshape(-1)
-
-    accumulate_dtype = _accumulate_dtype(x)
-    totals = _add_rows(dst.to(accumulate_dtype), target, merged.to(accumulate_dtype))
-    counts = torch.ones(batch * num_dst, dtype=accumulate_dtype, device=x.device)
-    counts = counts.index_add(0, target, torch.ones_like(target, dtype=accumulate_dtype))
-    means = (totals / counts[:, None]).to(x.dtype).view(batch, num_dst, channels)
-    return torch.cat([unmerged, means], dim=1)
+    if x.device.type == "cpu":
+        rows = rows.to(_accumulate_dtype(x))  # the CUDA kernel accumulates in float32, the CPU's for float16 does not
+    means = F.embedding_bag(token_rows, rows, bag_starts, mode="mean")
+    return means.view(batch, num_merged, channels).to(x.dtype)
 
 
 def unmerge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
@@ -160,20 +205,18 @@ def unmerge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
         return x
     _check(x, matching, r, matching.num_tokens - r)
     batch, num_merged, channels = x.shape
-    rows = _flat_rows(merged_position(matching, r), num_merged).reshape(-1)
-    return x.reshape(batch * num_merged, channels).index_select(0, rows).view(batch, matching.num_tokens, channels)
+    # Rows of a flat [B · M, C] matrix are copied whole, which is many times faster than a gather along dim 1.
+    rows = x.reshape(batch * num_merged, channels).index_select(0, _flat_position(matching, r))
+    return rows.view(batch, matching.num_tokens, channels)
 
 
 def merged_position(matching: TokenMatching, r: int) -> Tensor:
     """Where each token of the grid went: [B, N] positions in the output of `merge_tokens(…, matching, r)`."""
-    batch, num_src = matching.src_index.shape
-    num_unmerged, device = num_src - r, matching.src_index.device
-    src_position = torch.cat(
-        [matching.best_dst[:, :r] + num_unmerged, torch.arange(num_unmerged, device=device).expand(batch, -1)], dim=1
-    )
-    dst_position = torch.arange(num_unmerged, num_unmerged + matching.num_dst, device=device).expand(batch, -1)
-    tokens = torch.cat([matching.src_index, matching.dst_index.expand(batch, -1)], dim=1)
-    return torch.empty_like(tokens).scatter(1, tokens, torch.cat([src_position, dst_position], dim=1))
+    num_unmerged = matching.num_src - r
+    places = torch.arange(matching.num_tokens - r, device=matching.tokens.device)
+    # In the order of matching.tokens: the r merged srcs go to their dst's place, all others have a place of their own.
+    by_rank = torch.cat([matching.best_dst[:, :r] + num_unmerged, places.expand(matching.tokens.shape[0], -1)], dim=1)
+    return torch.empty_like(matching.tokens).scatter(1, matching.tokens, by_rank)
 
 
 def draw_offsets(
@@ -201,34 +244,11 @@ def _mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def _dst_index(height: int, width: int, stride: tuple[int, int], offsets: Tensor | None, device) -> Tensor:
-    rows, columns = stride
-    cells_down, cells_across = height // rows, width // columns
-    top = torch.arange(cells_down, device=device)[:, None] * rows
-    left = torch.arange(cells_across, device=device)[None, :] * columns
-    if offsets is not None:
-        inside = offsets.to(device).view(cells_down, cells_across)
-        top, left = top + torch.div(inside, columns, rounding_mode="floor"), left + inside % columns
-    return (top * width + left).reshape(-1)
-
-
-def _complement(index: Tensor, size: int) -> Tensor:
-    """The numbers of 0 … size − 1 that are not in `index`, rising. A stable sort keeps the shape static."""
-    taken = torch.zeros(size, dtype=torch.uint8, device=index.device).index_fill(0, index, 1)
-    return taken.argsort(stable=True)[: size - index.shape[0]]
-
-
-def _flat_rows(index: Tensor, rows_per_sample: int) -> Tensor:
-    """[B, K] indices inside each sample -> [B, K] row numbers of the flattened [B · rows_per_sample, C] matrix."""
-    return index + torch.arange(index.shape[0], device=index.device)[:, None] * rows_per_sample
-
-
-def _add_rows(totals: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-    # On CUDA index_add sums in whatever order the threads come, so pictures would differ in their last bits from run to
-    # run; index_put sorts first and is deterministic. On CPU index_add is, and is ten times faster.
-    if totals.is_cuda:
-        return totals.index_put((target,), rows, accumulate=True)
-    return totals.index_add(0, target, rows)
+def _flat_position(matching: TokenMatching, r: int) -> Tensor:
+    """[B · N] rows of the flattened [B · (N − r), C] merged tokens."""
+    batch, num_tokens = matching.tokens.shape
+    first_rows = torch.arange(0, batch * (num_tokens - r), num_tokens - r, device=matching.tokens.device)
+    return (merged_position(matching, r) + first_rows[:, None]).view(-1)
 
 
 def _accumulate_dtype(x: Tensor) -> torch.dtype:

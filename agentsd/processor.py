@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention import agent_attention, softmax_attention
 from .config import AgentConfig, Phase
-from .merging import TokenMatching, grid_cells, match_tokens, merge_tokens, unmerge_tokens
+from .merging import GridSplit, TokenMatching, match_tokens, merge_tokens, unmerge_tokens
 
 LAYER_ATTRIBUTE = "_agentsd"
 """Where a patched `Attention` module keeps its LayerState. It hangs on the module and not on the processor because
@@ -74,7 +74,7 @@ class LayerState:
         config: settings, shared by all layers.
         run: the UNet call in progress, shared by all layers.
         fallback: the processor that stood here; it serves what this method does not apply to.
-        offsets: [cells] place of the dst in each cell for this call, or None for the upper left token.
+        split: dsts and srcs of this call, or None where the grid is smaller than a cell.
         block_input: [B, N, C] un-normalised input of the block, between the block's pre-hook and the attention.
         plan: how the current block input is merged, for the cross-attention and feed-forward that follow.
     """
@@ -84,7 +84,7 @@ class LayerState:
     config: AgentConfig
     run: RunState
     fallback: Any
-    offsets: Tensor | None = None
+    split: GridSplit | None = None
     block_input: Tensor | None = None
     plan: MergePlan | None = None
     warned: set[str] = field(default_factory=set)
@@ -122,13 +122,12 @@ def merge_plan(layer: LayerState, block_input: Tensor) -> MergePlan | None:
         block_input: [B, N, C] un-normalised input of the transformer block.
     """
     config, phase = layer.config, layer.run.phase
-    height, width = layer.grid()
-    stride = config.stride(phase)
     num_tokens = block_input.shape[1]
     r = config.num_merged(num_tokens)
-    if (phase is Phase.MERGE and r == 0) or grid_cells(height, width, stride) == 0:
+    if (phase is Phase.MERGE and r == 0) or layer.split is None:
         return None
-    matching = match_tokens(block_input, height, width, stride, layer.offsets)
+    # Offloading may bring the block's input to another device than the UNet was called with.
+    matching = match_tokens(block_input, layer.split.to(block_input.device))
     r_agents = config.num_merged_for_agents(num_tokens, matching.num_src) if phase is Phase.AGENT else None
     return MergePlan(matching, min(r, matching.num_src), r_agents)
 

@@ -118,7 +118,7 @@ def _view(state: LayerState, attn: Any, hidden_states: Tensor, call: int) -> Lay
         by_group = logits.softmax(dim=-1).mean(dim=0)
         group_sizes = torch.bincount(position, minlength=by_group.shape[-1]).clamp_min(1)
         attention = (by_group / group_sizes)[:, position].cpu()
-        agent_tokens = torch.cat([matching.src_index[-1, plan.r_agents :], matching.dst_index]).cpu()
+        agent_tokens = matching.tokens[-1, plan.r_agents :].cpu()
     return LayerView(
         state.name, call, state.run.timestep, state.run.phase, state.grid(), position.cpu(), agent_tokens, attention
     )

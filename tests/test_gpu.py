@@ -9,7 +9,7 @@ import torch
 from conftest import call_unet, make_unet
 
 import agentsd
-from agentsd.merging import draw_offsets, match_tokens, merge_tokens
+from agentsd.merging import draw_offsets, match_tokens, merge_tokens, split_grid
 from agentsd.patch import get_patch
 
 pytestmark = pytest.mark.gpu
@@ -22,10 +22,17 @@ def test_draws_are_the_ones_of_the_cpu(gpu):
 def test_merging_is_deterministic(gpu):
     """Sums by atomic additions would differ in their last bits from run to run."""
     x = torch.randn(2, 64 * 64, 320, device=gpu)
-    matching = match_tokens(x, 64, 64, (4, 4))
+    matching = match_tokens(x, split_grid(64, 64, (4, 4), device=gpu))
     first = merge_tokens(x, matching, matching.num_src)
     for _ in range(10):
         assert torch.equal(merge_tokens(x, matching, matching.num_src), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_are_accumulated_in_float32(gpu, dtype):
+    x = torch.full((1, 64, 2), 60000.0, dtype=dtype, device=gpu)
+    matching = match_tokens(x, split_grid(8, 8, (8, 8), device=gpu))
+    torch.testing.assert_close(merge_tokens(x, matching, 63), x[:, :1])
 
 
 @pytest.mark.parametrize("timestep", [900, 100])

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 
 from agentsd import merging
-from agentsd.merging import draw_offsets, grid_cells, match_tokens, merge_tokens, merged_position, unmerge_tokens
+from agentsd.merging import (
+    draw_offsets,
+    grid_cells,
+    match_tokens,
+    merge_tokens,
+    merged_position,
+    split_grid,
+    unmerge_tokens,
+)
 
 
 @st.composite
@@ -34,13 +42,12 @@ def test_equals_naive_loops(grid, seed):
     generator = torch.Generator().manual_seed(seed)
     metric = torch.randn(batch, height * width, 6, generator=generator, dtype=torch.float64)
     x = torch.randn(batch, height * width, 5, generator=generator, dtype=torch.float64)
-    matching = match_tokens(metric, height, width, stride, offsets)
+    matching = match_tokens(metric, split_grid(height, width, stride, offsets))
     merged = merge_tokens(x, matching, r)
     unmerged = unmerge_tokens(merged, matching, r)
     for b in range(batch):
         ranked, best, dsts = reference.match(metric[b], height, width, stride, offsets)
-        assert matching.src_index[b].tolist() == ranked
-        assert matching.dst_index.tolist() == dsts
+        assert matching.tokens[b].tolist() == ranked + dsts
         groups = reference.merge(x[b], ranked, best, dsts, r)
         if r:
             torch.testing.assert_close(merged[b], torch.stack([mean for mean, _ in groups]))
@@ -58,10 +65,9 @@ def test_properties(grid, seed):
     height, width, stride, offsets, batch, r = grid
     num_tokens = height * width
     metric = torch.randn(batch, num_tokens, 4, generator=torch.Generator().manual_seed(seed))
-    matching = match_tokens(metric, height, width, stride, offsets)
+    matching = match_tokens(metric, split_grid(height, width, stride, offsets))
     # Every token is used once, as a src or as a dst.
-    tokens = torch.cat([matching.src_index, matching.dst_index.expand(batch, -1)], dim=1)
-    assert torch.equal(tokens.sort(dim=1).values, torch.arange(num_tokens).expand(batch, -1))
+    assert torch.equal(matching.tokens.sort(dim=1).values, torch.arange(num_tokens).expand(batch, -1))
     # Constant input survives merge and unmerge exactly in shape, and in value.
     constant = torch.full((batch, num_tokens, 3), 0.7)
     torch.testing.assert_close(unmerge_tokens(merge_tokens(constant, matching, r), matching, r), constant)
@@ -76,10 +82,10 @@ def test_properties(grid, seed):
 
 def test_blocks_of_similarities_change_nothing(monkeypatch):
     metric = torch.randn(2, 24 * 16, 8, generator=torch.Generator().manual_seed(0))
-    whole = match_tokens(metric, 24, 16, (2, 2))
+    whole = match_tokens(metric, split_grid(24, 16, (2, 2)))
     monkeypatch.setattr(merging, "_SIMILARITIES_PER_BLOCK", 2 * 96 * 7)
-    blocked = match_tokens(metric, 24, 16, (2, 2))
-    assert torch.equal(whole.src_index, blocked.src_index)
+    blocked = match_tokens(metric, split_grid(24, 16, (2, 2)))
+    assert torch.equal(whole.tokens, blocked.tokens)
     assert torch.equal(whole.best_dst, blocked.best_dst)
 
 
@@ -97,7 +103,7 @@ def test_similarities_never_stand_in_memory_whole():
             return out
 
     with Watch():
-        match_tokens(torch.empty(2, 256 * 256, 8, device="meta"), 256, 256, (2, 2))
+        match_tokens(torch.empty(2, 256 * 256, 8, device="meta"), split_grid(256, 256, (2, 2)))
     assert largest <= merging._SIMILARITIES_PER_BLOCK
 
 
@@ -105,7 +111,7 @@ def test_similarities_never_stand_in_memory_whole():
 def test_half_types_keep_their_dtype_and_accumulate_in_float32(dtype):
     # 63 tokens merge into one: summed in half precision, 60,000 × 64 overflows float16 and bfloat16 loses the ones.
     x = torch.full((1, 64, 2), 60000.0).to(dtype)
-    matching = match_tokens(torch.ones(1, 64, 4, dtype=dtype), 8, 8, (8, 8))
+    matching = match_tokens(torch.ones(1, 64, 4, dtype=dtype), split_grid(8, 8, (8, 8)))
     merged = merge_tokens(x, matching, 63)
     assert merged.dtype == dtype and merged.shape == (1, 1, 2)
     torch.testing.assert_close(merged, x[:, :1])
@@ -114,21 +120,21 @@ def test_half_types_keep_their_dtype_and_accumulate_in_float32(dtype):
 def test_large_half_precision_tokens_still_match():
     generator = torch.Generator().manual_seed(0)
     metric = torch.randn(1, 64, 8, generator=generator)
-    exact = match_tokens(metric, 8, 8, (2, 2))
-    large = match_tokens((metric * 2000).half(), 8, 8, (2, 2))  # squared norms far above 65,504
+    exact = match_tokens(metric, split_grid(8, 8, (2, 2)))
+    large = match_tokens((metric * 2000).half(), split_grid(8, 8, (2, 2)))  # squared norms far above 65,504
     assert (exact.best_dst.sort().values == large.best_dst.sort().values).float().mean() > 0.9
     assert large.best_dst.unique().numel() > 8  # with infinite norms every src would take dst 0
 
 
 def test_zero_tokens_are_no_nan():
-    matching = match_tokens(torch.zeros(1, 16, 4), 4, 4, (2, 2))
+    matching = match_tokens(torch.zeros(1, 16, 4), split_grid(4, 4, (2, 2)))
     assert torch.isfinite(merge_tokens(torch.randn(1, 16, 4), matching, 6)).all()
 
 
 def test_gradients_flow_through_features_not_through_the_matching():
     metric = torch.randn(1, 16, 4, requires_grad=True)
     x = torch.randn(1, 16, 4, requires_grad=True)
-    matching = match_tokens(metric, 4, 4, (2, 2))
+    matching = match_tokens(metric, split_grid(4, 4, (2, 2)))
     unmerge_tokens(merge_tokens(x, matching, 6), matching, 6).sum().backward()
     assert metric.grad is None
     torch.testing.assert_close(x.grad.sum(), torch.tensor(64.0))
@@ -154,17 +160,28 @@ def test_draws_are_uniform(cell_size):
     assert chi_squared < 45  # 99.99 % quantile at 15 degrees of freedom
 
 
+def matching_of(tokens: int):
+    return match_tokens(torch.ones(1, tokens, 2), split_grid(4, 4, (2, 2)))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: match_tokens(torch.ones(1, 15, 2), 4, 4, (2, 2)), "15 tokens"),
-        (lambda: match_tokens(torch.ones(1, 4, 2), 2, 2, (4, 4)), "no 4×4 cell"),
-        (lambda: match_tokens(torch.ones(1, 16, 2), 4, 4, (2, 2), torch.zeros(3)), "offsets"),
-        (lambda: merge_tokens(torch.ones(1, 16, 2), match_tokens(torch.ones(1, 16, 2), 4, 4, (2, 2)), 13), "r must"),
-        (lambda: merge_tokens(torch.ones(1, 15, 2), match_tokens(torch.ones(1, 16, 2), 4, 4, (2, 2)), 3), "15 tokens"),
-        (lambda: unmerge_tokens(torch.ones(1, 16, 2), match_tokens(torch.ones(1, 16, 2), 4, 4, (2, 2)), 3), "16 tokens"),
+        (lambda: matching_of(15), "15 tokens.*4×4 grid"),
+        (lambda: split_grid(2, 2, (4, 4)), "no 4×4 cell"),
+        (lambda: split_grid(4, 4, (2, 2), torch.zeros(3)), "offsets"),
+        (lambda: merge_tokens(torch.ones(1, 16, 2), matching_of(16), 13), "r must"),
+        (lambda: merge_tokens(torch.ones(1, 15, 2), matching_of(16), 3), "15 tokens"),
+        (lambda: unmerge_tokens(torch.ones(1, 16, 2), matching_of(16), 3), "16 tokens"),
     ],
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_several_grids_are_split_at_once_as_one_by_one():
+    offsets = draw_offsets(0, 500, 3, grid_cells(9, 14, (2, 4)), 8)
+    for split, row in zip(split_grid(9, 14, (2, 4), offsets).unbind(), offsets):
+        alone = split_grid(9, 14, (2, 4), row)
+        assert torch.equal(split.dst_index, alone.dst_index) and torch.equal(split.src_index, alone.src_index)

@@ -31,10 +31,14 @@ class Recorder:
         stride = config.stride(phase)
         num_tokens = height * width
         num_src = num_tokens - (height // stride[0]) * (width // stride[1])
+        offsets = None
+        if config.use_rand:
+            dst = state.split.dst_index
+            offsets = dst // width % stride[0] * stride[1] + dst % width % stride[1]
         r_agents = min(num_src, int(num_tokens * config.agent_ratio)) if phase is agentsd.Phase.AGENT else None
         return reference.layer(
             self.layer.attn, self.block_input, self.hidden_states, height, width, stride,
-            state.offsets if config.use_rand else None, min(num_src, int(num_tokens * config.ratio)), r_agents,
+            offsets, min(num_src, int(num_tokens * config.ratio)), r_agents,
             config.alpha, config.broadcast_exponent,
         )  # fmt: skip
 
