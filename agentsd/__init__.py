@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .attention import agent_attention
-    from .config import AgentConfig, Phase
-    from .patch import apply_patch, patched, remove_patch
-    from .pipelines import load_pipeline
-    from .report import describe
+    from .attention import agent_attention as agent_attention
+    from .config import AgentConfig as AgentConfig
+    from .config import Phase as Phase
+    from .patch import apply_patch as apply_patch
+    from .patch import patched as patched
+    from .patch import remove_patch as remove_patch
+    from .pipelines import load_pipeline as load_pipeline
+    from .report import describe as describe
 
 _HOME = {
     "AgentConfig": "config",

@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"agentsd {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    generate = commands.add_parser("generate", help="draw a picture", description="Draw a picture and save it as a PNG.")
+    generate = commands.add_parser(
+        "generate", help="draw a picture", description="Draw a picture and save it as a PNG."
+    )
     generate.set_defaults(run=_generate)
     generate.add_argument("prompt", help="what the picture shows")
     generate.add_argument("-o", "--output", required=True, metavar="FILE.png", help="where to save it")
@@ -58,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--rounds", type=int, metavar="N",
-        help="with --compare: time every method N times, interleaved, and take medians (default: 3, or fewer once a minute "
-        "has gone by)",
+        help="with --compare: time every method N times, interleaved, and take medians (default: 3, or fewer once a "
+        "minute has gone by)",
     )  # fmt: skip
     _add_request(generate)
     _add_model(generate)
@@ -76,11 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_patch(info)
 
     visualize = commands.add_parser(
-        "visualize", help="look inside a layer", description="Draw a picture, and maps of what one layer did in one step."
+        "visualize",
+        help="look inside a layer",
+        description="Draw a picture, and maps of what one layer did in one step.",
     )
     visualize.set_defaults(run=_visualize)
     visualize.add_argument("prompt", help="what the picture shows")
-    visualize.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the pictures; made if missing")
+    visualize.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="folder for the pictures; made if missing"
+    )
     visualize.add_argument("--layer", default="0", help="number or name of a patched layer (default: 0)")
     visualize.add_argument("--call", type=int, default=0, help="number of the UNet call, from 0 (default: 0)")
     visualize.add_argument("--agents", type=int, default=16, help="how many agents' maps to show (default: 16)")
@@ -264,7 +270,9 @@ def _request(options: argparse.Namespace) -> Any:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    warnings.filterwarnings("ignore", category=FutureWarning)  # deprecations between libraries are not the user's business
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # deprecations between libraries are not the user's business
     from .pipelines import load_pipeline
 
     scheduler = getattr(options, "scheduler", None)

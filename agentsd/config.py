@@ -80,7 +80,9 @@ class AgentConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
         if self.upcast is not None and not isinstance(self.upcast, bool):
-            raise TypeError(f"upcast={self.upcast!r}: must be True, False or None (as the layer's upcast_attention says)")
+            raise TypeError(
+                f"upcast={self.upcast!r}: must be True, False or None (as the layer's upcast_attention says)"
+            )
         if not _is_int(self.seed):
             raise TypeError(f"seed={self.seed!r}: must be an integer")
         if not 0 <= self.seed < 2**63:
@@ -99,7 +101,8 @@ class AgentConfig:
             if self.ratio > possible:
                 raise ValueError(
                     f"ratio={self.ratio}: at most {possible:g} of the tokens can be merged with {name}="
-                    f"{getattr(self, name)!r} (one token of each {rows}×{columns} cell stays); lower ratio or raise {name}"
+                    f"{getattr(self, name)!r} (one token of each {rows}×{columns} cell stays); lower ratio or "
+                    f"raise {name}"
                 )
 
     def stride(self, phase: Phase) -> tuple[int, int]:
@@ -155,7 +158,7 @@ def _stride(name: str, value: object) -> int | tuple[int, int]:
         raise ValueError(f"{name}={value!r}: must be an integer or a pair (rows, columns)")
     if min(parts) < 1 or math.prod(parts) < 2:
         raise ValueError(
-            f"{name}={value!r}: a cell needs at least 1 row, 1 column and 2 tokens; the defaults are 4 for agent_stride "
-            "and 2 for merge_stride"
+            f"{name}={value!r}: a cell needs at least 1 row, 1 column and 2 tokens; the defaults are 4 for "
+            "agent_stride and 2 for merge_stride"
         )
     return int(value) if _is_int(value) else (int(parts[0]), int(parts[1]))

@@ -1,4 +1,4 @@
-"""Draw pictures with Stable Diffusion, ToMeSD or AgentSD from the same seed, time them, and save them with their settings."""
+"""Draw pictures by Stable Diffusion, ToMeSD or AgentSD from one seed, time them, and save them with their settings."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ class Request:
             raise ValueError(f"prompt={self.prompt!r}: must be a text that is not empty")
         if not isinstance(self.negative_prompt, str):
             raise TypeError(f"negative_prompt={self.negative_prompt!r}: must be a text")
-        _check_integer("steps", self.steps, 1, 999)  # at 1,000, SD's steps_offset of 1 points PLMS past its last timestep
+        _check_integer(
+            "steps", self.steps, 1, 999
+        )  # at 1,000, SD's steps_offset of 1 points PLMS past its last timestep
         _check_integer("seed", self.seed, 0, 2**63 - 1)
         if isinstance(self.guidance, bool) or not isinstance(self.guidance, (int, float)):
             raise TypeError(f"guidance={self.guidance!r}: must be a number in 0 … 100")
@@ -132,7 +134,9 @@ def use_method(pipe: Any, method: str, config: AgentConfig) -> Iterator[None]:
         yield
 
 
-def draw(pipe: Any, request: Request, method: str = "agentsd", config: AgentConfig | None = None, **extra: Any) -> Drawing:
+def draw(
+    pipe: Any, request: Request, method: str = "agentsd", config: AgentConfig | None = None, **extra: Any
+) -> Drawing:
     """Draw one picture.
 
     Args:

@@ -99,7 +99,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device={device!r}: unknown to torch, use cuda, mps or cpu") from error
     if not available.get(chosen.type, True):
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
-        raise ValueError(f"device={device!r}: this machine has none that torch {torch.__version__} can use, only {there}")
+        raise ValueError(
+            f"device={device!r}: this machine has none that torch {torch.__version__} can use, only {there}"
+        )
     return chosen
 
 
@@ -143,8 +145,8 @@ def _why_not_loaded(model: str | Path, error: Exception) -> str:
     if looks_like_path or "must use alphanumeric" in str(error) or not named:
         return f"there is no folder {str(model)!r}: give a folder in diffusers' format, a Hugging Face id, or demo"
     return (
-        f"{model} is no folder here and could not be fetched from the Hugging Face hub ({_first_line(_root(error))}): check "
-        "the id and the network connection, or give a folder in diffusers' format, or demo"
+        f"{model} is no folder here and could not be fetched from the Hugging Face hub ({_first_line(_root(error))}): "
+        "check the id and the network connection, or give a folder in diffusers' format, or demo"
     )
 
 

@@ -141,7 +141,9 @@ class Report:
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         left = (0, 2)
         return [
-            "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+            "  ".join(
+                cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+            ).rstrip()
             for row in (header, *rows)
         ]
 
@@ -265,7 +267,7 @@ def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_w
         text = torch.empty(1, 77, max(text_dim) if isinstance(text_dim, (tuple, list)) else text_dim)
         extra: dict[str, Any] = {}
         if twin.config.addition_embed_type == "text_time":
-            # Only the width of text embedding and size numbers together matters: the refiner's 1280 + 5 · 256 counts alike.
+            # Only the width of text embedding and size numbers together counts, so the refiner's five sizes may be six.
             pooled = twin.config.projection_class_embeddings_input_dim - 6 * twin.config.addition_time_embed_dim
             extra["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
         if twin.class_embedding is not None:

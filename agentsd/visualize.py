@@ -1,4 +1,4 @@
-"""Look inside one patched layer at one step: its merge map, and each agent's attention over the picture, as pictures."""
+"""Look inside one patched layer at one step: its merge map, and each agent's attention, as pictures."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def _view(state: LayerState, attn: Any, hidden_states: Tensor, call: int) -> Lay
     plan = None if state.block_input is None else merge_plan(state, state.block_input)
     if plan is None:
         raise ValueError(
-            f"call={call}: {state.name} merges nothing at timestep {state.run.timestep:g} with these settings; choose an "
-            "earlier call or a ratio above 0"
+            f"call={call}: {state.name} merges nothing at timestep {state.run.timestep:g} with these settings; choose "
+            "an earlier call or a ratio above 0"
         )
     matching = plan.matching
     position = merged_position(matching, plan.r)[-1]
@@ -153,7 +153,9 @@ def agent_map(view: LayerView, agent: int, picture: Image.Image) -> Image.Image:
         ValueError: the view is of the merge phase, or has no such agent.
     """
     if view.agent_attention is None:
-        raise ValueError(f"timestep {view.timestep:g} is in the merge phase, which has no agents: choose an earlier call")
+        raise ValueError(
+            f"timestep {view.timestep:g} is in the merge phase, which has no agents: choose an earlier call"
+        )
     if not 0 <= agent < len(view.agent_attention):
         raise ValueError(f"agent={agent}: must lie in 0 … {len(view.agent_attention) - 1}")
     height, width = view.grid
@@ -174,7 +176,9 @@ def agent_map(view: LayerView, agent: int, picture: Image.Image) -> Image.Image:
 def agents_sheet(view: LayerView, picture: Image.Image, count: int = 16) -> Image.Image:
     """Maps of `count` agents spread evenly over the picture, as one labelled picture."""
     if view.agent_attention is None:
-        raise ValueError(f"timestep {view.timestep:g} is in the merge phase, which has no agents: choose an earlier call")
+        raise ValueError(
+            f"timestep {view.timestep:g} is in the merge phase, which has no agents: choose an earlier call"
+        )
     chosen = _agents_spread_over(view, count)
     columns = math.ceil(math.sqrt(len(chosen)))
     tile_width = 192
@@ -217,4 +221,8 @@ def _heat_channel(stops: tuple[int, ...]) -> list[int]:
 
 
 # Dark violet, red, orange, light yellow: dark to light also for the colour-blind.
-_HEAT = [_heat_channel((20, 140, 230, 252, 252)), _heat_channel((10, 30, 85, 170, 253)), _heat_channel((60, 105, 40, 20, 190))]
+_HEAT = [
+    _heat_channel((20, 140, 230, 252, 252)),
+    _heat_channel((10, 30, 85, 170, 253)),
+    _heat_channel((60, 105, 40, 20, 190)),
+]

@@ -20,7 +20,12 @@ def random_inputs(tokens=9, agents=4, head_dim=8, seed=0, dtype=torch.float64):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 12), st.integers(1, 6), st.sampled_from([4, 7, 16]), st.floats(0, 1), st.floats(-1, 0), st.integers(0, 999)
+    st.integers(1, 12),
+    st.integers(1, 6),
+    st.sampled_from([4, 7, 16]),
+    st.floats(0, 1),
+    st.floats(-1, 0),
+    st.integers(0, 999),
 )
 def test_equals_naive_loops(tokens, agents, head_dim, alpha, exponent, seed):
     query, agent, key, value = random_inputs(tokens, agents, head_dim, seed)

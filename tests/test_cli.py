@@ -63,7 +63,9 @@ def test_info(capsys):
 
 def test_visualize(capsys, tmp_path):
     folder = tmp_path / "a" / "maps"
-    code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--layer", "2", "--call", "0", "--agents", "4")
+    code, out, _ = run(
+        capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--layer", "2", "--call", "0", "--agents", "4"
+    )
     assert code == 0 and "agent phase" in out
     assert sorted(os.listdir(folder)) == ["agents.png", "merge_map.png", "picture.png"]
     view = read_settings(folder / "merge_map.png")["view"]
@@ -74,7 +76,9 @@ def test_visualize(capsys, tmp_path):
 
 def test_models_from_folders(capsys, tmp_path):
     make_pipeline().save_pretrained(tmp_path / "model")
-    code, _, err = run(capsys, "generate", "x", "-o", tmp_path / "a.png", "--model", tmp_path / "model", *QUICK, "--scheduler", "euler")
+    code, _, err = run(
+        capsys, "generate", "x", "-o", tmp_path / "a.png", "--model", tmp_path / "model", *QUICK, "--scheduler", "euler"
+    )
     assert code == 0, err
     assert read_settings(tmp_path / "a.png")["scheduler"] == "EulerDiscreteScheduler"
 
@@ -127,7 +131,11 @@ def test_wrong_outputs_and_prompts(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
     code, _, err = run(capsys, "visualize", "x", "-o", tmp_path / "file")
     assert code == 2 and "is a file" in err and (tmp_path / "file").read_text() == "mine"
-    for arguments, message in [(["--layer", "9"], "layer=9"), (["--call", "99"], "call=99"), (["--call", "-1"], "call=-1")]:
+    for arguments, message in [
+        (["--layer", "9"], "layer=9"),
+        (["--call", "99"], "call=99"),
+        (["--call", "-1"], "call=-1"),
+    ]:
         code, _, err = run(capsys, "visualize", "x", "-o", tmp_path / "new", *QUICK, *arguments)
         assert code == 2 and message in err
         assert os.listdir(tmp_path) == ["file"]  # the folder made for the pictures is gone again

@@ -77,7 +77,9 @@ def test_properties(grid, seed):
         sizes = torch.zeros(batch, num_tokens - r).scatter_add(
             1, merged_position(matching, r), torch.ones(batch, num_tokens)
         )
-        torch.testing.assert_close((merge_tokens(x, matching, r) * sizes[..., None]).sum(1), x.sum(1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            (merge_tokens(x, matching, r) * sizes[..., None]).sum(1), x.sum(1), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_blocks_of_similarities_change_nothing(monkeypatch):

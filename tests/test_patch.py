@@ -93,7 +93,7 @@ def test_removal_is_bit_identical_and_leaves_no_trace(kind, settings):
 def test_every_phase_and_setting_matters():
     unet = make_unet()
     outputs = {}
-    for name, settings, timestep in [
+    for name, fields, timestep in [
         ("agent", {}, 900),
         ("merge", {}, 100),
         ("alpha", {"alpha": 0.3}, 900),
@@ -105,7 +105,7 @@ def test_every_phase_and_setting_matters():
         ("fixed", {"use_rand": False}, 900),
         ("early", {"early": 0.05}, 900),
     ]:
-        agentsd.apply_patch(unet, **settings)
+        agentsd.apply_patch(unet, **fields)
         outputs[name] = call_unet(unet, timestep=timestep)
     names = list(outputs)
     for i, one in enumerate(names):

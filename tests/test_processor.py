@@ -18,7 +18,9 @@ class Recorder:
         patch = get_patch(unet)
         self.layer = patch.layers[layer]
         block = unet.get_submodule(self.layer.state.name.removesuffix(".attn1"))
-        block.register_forward_pre_hook(lambda m, a, k: self.keep("block_input", a[0] if a else k["hidden_states"]), with_kwargs=True)
+        block.register_forward_pre_hook(
+            lambda m, a, k: self.keep("block_input", a[0] if a else k["hidden_states"]), with_kwargs=True
+        )
         block.attn1.register_forward_pre_hook(lambda m, a, k: self.keep("hidden_states", a[0]), with_kwargs=True)
         block.attn1.register_forward_hook(lambda m, a, out: self.keep("output", out))
 

@@ -59,7 +59,7 @@ def test_token_counts_are_the_ones_that_run(size):
         seen = {}
         handles = [
             unet.get_submodule(layer.name).to_k.register_forward_hook(
-                lambda m, a, out, name=layer.name: seen.__setitem__(name, out.shape[1])
+                lambda m, a, out, seen=seen, name=layer.name: seen.__setitem__(name, out.shape[1])
             )
             for layer in report.active
         ]
@@ -98,7 +98,15 @@ def test_readable_and_usable_as_data():
     pipe = agentsd.apply_patch(make_pipeline())
     report = agentsd.describe(pipe, 128, 192)
     text = str(report)
-    for expected in ("16×24 = 384", "agent", "merge", "Mmul-add", "max_downsample is 1", "ratio=0.4", "timesteps ≥ 600"):
+    for expected in (
+        "16×24 = 384",
+        "agent",
+        "merge",
+        "Mmul-add",
+        "max_downsample is 1",
+        "ratio=0.4",
+        "timesteps ≥ 600",
+    ):
         assert expected in text
     assert max(map(len, text.splitlines())) < 260
     data = json.loads(json.dumps(report.to_dict()))

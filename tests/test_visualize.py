@@ -42,7 +42,10 @@ def test_agent_phase(pipe):
     pixels = np.asarray(overlay)[4::8, 4::8].reshape(256, 3)  # one pixel in the middle of each token
     sizes = torch.bincount(view.position)
     for group in (sizes > 1).nonzero()[:, 0]:
-        hues = {Image.fromarray(p[None, None]).convert("HSV").getpixel((0, 0))[0] // 12 for p in pixels[view.position == group]}
+        hues = {
+            Image.fromarray(p[None, None]).convert("HSV").getpixel((0, 0))[0] // 12
+            for p in pixels[view.position == group]
+        }
         assert len(hues) <= 4  # about one colour a group: the picture below shines through
     heat = agent_map(view, 3, image)
     assert heat.size == image.size and len(set(heat.getdata())) > 20
