@@ -1,0 +1,293 @@
+"""Draws a scenario's pictures into a folder of PNGs with a manifest; stopped at any moment, it goes on where it was."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from agentsd.generate import save_picture
+
+from .models import ModelSpec, load_model
+from .protocol import BenchError, Picture, Plan, Scenario
+from .scenarios import use_scenario
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("agentsd", "torch", "diffusers", "transformers", "tomesd", "DeepCache")
+_BYTES_PER_PIXEL = 3  # a PNG of noise; real pictures take about half
+
+
+@dataclass(frozen=True)
+class Job:
+    """All the pictures of a run: a plain value that other processes can be handed.
+
+    Attributes:
+        spec: the model.
+        plan: the pictures.
+        scenarios: each with its own folder.
+        root: of those folders; all processes must see the same one.
+    """
+
+    spec: ModelSpec
+    plan: Plan
+    scenarios: tuple[Scenario, ...]
+    root: Path
+
+    def folder(self, scenario: Scenario) -> Path:
+        """Where a scenario's pictures are."""
+        return self.root / scenario.name
+
+    def paths(self, scenario: Scenario) -> list[Path]:
+        """A scenario's pictures in the order of the plan."""
+        return [self.folder(scenario) / picture.file for picture in self.plan.pictures]
+
+
+def open_folders(pipe: Any, job: Job) -> None:
+    """Make or check the folder of every scenario. Raises BenchError as open_folder does."""
+    for scenario in job.scenarios:
+        open_folder(job.folder(scenario), manifest_of(pipe, scenario, job.plan, job.spec.name))
+
+
+def missing_pictures(job: Job) -> int:
+    """How many pictures are not there yet, or damaged."""
+    return sum(not is_whole(path) for scenario in job.scenarios for path in job.paths(scenario))
+
+
+def draw_share(pipe: Any, job: Job, rank: int = 0, processes: int = 1, parent: int | None = None) -> int:
+    """Draw what is missing of this process's share of the pictures, in folders that open_folders has made.
+
+    A batch holds the same pictures whoever draws it, each file is written whole or not at all, and a file that cannot be
+    read is drawn again: however often it was stopped, and by however many processes, the folders end up the same.
+
+    Args:
+        pipe: an unpatched text-to-image pipeline.
+        rank, processes: this process draws every processes-th batch, from the rank-th on.
+        parent: stop where this process, which started ours, is no more.
+
+    Returns:
+        How many pictures this process drew.
+
+    Raises:
+        BenchError: a folder cannot be written to, or the disk is full.
+    """
+    if pipe.unet.device.type == "cpu":
+        torch.set_num_threads(job.plan.threads)
+    todo = []
+    for scenario in job.scenarios:
+        folder = job.folder(scenario)
+        for batch in job.plan.batches[rank::processes]:
+            if missing := {picture for picture in batch if not is_whole(folder / picture.file)}:
+                todo.append((scenario, batch, missing))
+    total = sum(len(missing) for _, _, missing in todo)
+    share = f" (process 1 of {processes})" if processes > 1 else ""
+    with tqdm(total=total, desc="drawing" + share, unit="picture", disable=rank > 0 or not total) as bar:
+        for scenario, batch, missing in todo:
+            bar.set_postfix_str(scenario.name)
+            for picture, image in zip(batch, draw_batch(pipe, scenario, job.plan, batch)):
+                if parent is not None and os.getppid() != parent:
+                    raise SystemExit(1)
+                if picture in missing:
+                    _save(image, job.folder(scenario) / picture.file, picture)
+                    bar.update()
+    return total
+
+
+def draw_in_processes(job: Job, processes: int) -> None:
+    """draw_share in so many processes of this machine, for CPUs: one thread each is faster than one process with many.
+
+    Raises:
+        BenchError: one of them failed; what it drew stays.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_work, args=(job, rank, processes, os.getpid()), daemon=True) for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failed := [str(worker.exitcode) for worker in workers if worker.exitcode]:
+        raise BenchError(
+            f"{len(failed)} of {processes} drawing processes failed (exit code {', '.join(failed)}; see above): give the "
+            "same command again to go on, with fewer --processes if memory ran out"
+        )
+
+
+def _work(job: Job, rank: int, processes: int, parent: int) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(job.plan.threads)
+    try:
+        draw_share(load_model(job.spec), job, rank, processes, parent)
+    except BenchError as error:
+        print(f"fid_bench: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(1) from None
+
+
+def draw_batch(pipe: Any, scenario: Scenario, plan: Plan, batch: Sequence[Picture]) -> list[Image.Image]:
+    """One call of the pipeline: the pictures of a batch, each from noise of its own seed, drawn on the CPU."""
+    with use_scenario(pipe, scenario):
+        return pipe(
+            [picture.prompt for picture in batch],
+            num_inference_steps=plan.steps,
+            guidance_scale=plan.guidance,
+            height=plan.size,
+            width=plan.size,
+            generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in batch],
+        ).images
+
+
+def manifest_of(pipe: Any, scenario: Scenario, plan: Plan, model: str) -> dict[str, Any]:
+    """Everything that decides what a folder's pictures look like, as JSON would give it back."""
+    on_cpu = pipe.unet.device.type == "cpu"
+    settings = {
+        "scenario": scenario.name,
+        "method": scenario.method,
+        "patch": scenario.config and asdict(scenario.config),
+        "deepcache_interval": scenario.cache_interval,
+        "model": model,
+        "weights": fingerprint(pipe),
+        "scheduler_config": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
+        **{key: value for key, value in asdict(plan).items() if key not in ("pictures", "classes", "threads")},
+        "threads": plan.threads if on_cpu else None,
+        "classes": [name for _, name in plan.classes],
+        "device": pipe.unet.device.type,
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "versions": package_versions(),
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that have a hand in the pictures."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def fingerprint(pipe: Any) -> str:
+    """A hash over 64 values from each weight of the pipeline's networks: tells revisions, fine-tunings and LoRAs apart."""
+    digest = hashlib.sha256()
+    for name in sorted(pipe.components):
+        component = pipe.components[name]
+        if not isinstance(component, torch.nn.Module):
+            continue
+        for key, weight in sorted(component.state_dict().items()):
+            values = weight.detach().flatten()
+            sample = values[:: max(1, values.numel() // 64)][:64].float().cpu().numpy()
+            digest.update(f"{name}.{key}{tuple(weight.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def open_folder(folder: Path, manifest: dict[str, Any]) -> None:
+    """Make a folder for pictures with these settings, or check that those in it have the same.
+
+    Raises:
+        BenchError: it was made with other settings, or cannot be written to.
+    """
+    path = folder / MANIFEST
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it saved a picture
+            leftover.unlink()
+        if path.is_file():
+            _compare(folder, json.loads(path.read_text()), manifest)
+        else:
+            if strangers := [entry.name for entry in folder.iterdir() if entry.suffix == ".png"]:
+                raise BenchError(
+                    f"{folder} has pictures ({strangers[0]} …) but no {MANIFEST}, so nobody knows what drew them: "
+                    "give another --out"
+                )
+            write_whole(path, json.dumps(manifest, indent=1) + "\n")
+    except json.JSONDecodeError as error:
+        raise BenchError(f"{path} is damaged ({error}): remove the folder, or give another --out") from error
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def check_space(folder: Path, pictures: int, pixels: int) -> None:
+    """Make sure, before time is spent, that a folder can be written to and its disk has room for so many pictures.
+
+    Raises:
+        BenchError: it cannot, or has not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe{os.getpid()}.tmp"
+        probe.write_bytes(b"0")
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    needed = pictures * pixels * _BYTES_PER_PIXEL // 2
+    if free < needed:
+        raise BenchError(
+            f"{folder} has {free / 1e9:.2f} GB free, {pictures} pictures need about {needed / 1e9:.2f} GB: make room, or "
+            "give an --out on another disk"
+        )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a PNG is there and no byte of it is missing or wrong (the checksums of all its chunks)."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except Exception:  # Pillow raises half a dozen kinds for damaged files; all mean that it must be drawn again
+        return False
+    return True
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _compare(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key in [*wanted, *(key for key in found if key not in wanted)]:
+        if found.get(key) != wanted.get(key):
+            theirs, ours = found.get(key), wanted.get(key)
+            if isinstance(theirs, dict) and isinstance(ours, dict):
+                name = next(name for name in [*ours, *theirs] if theirs.get(name) != ours.get(name))
+                key, theirs, ours = f"{key}.{name}", theirs.get(name), ours.get(name)
+            raise BenchError(
+                f"{folder} was drawn with another {key} ({_brief(theirs)}, now {_brief(ours)}): give the settings it was "
+                "drawn with, or another --out"
+            )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _save(image: Image.Image, path: Path, picture: Picture) -> None:
+    try:
+        save_picture(image, path, {"prompt": picture.prompt, "class": picture.index, "seed": picture.seed})
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> BenchError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BenchError(f"the disk of {folder} is full: make room and give the same command again, it goes on from here")
+    return BenchError(f"{folder} cannot be written to ({error.strerror or error}): give another --out")

@@ -1,0 +1,297 @@
+"""Times scenarios against each other: interleaved rounds after a warm-up, the UNet call in each phase, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agentsd import AgentConfig, Phase
+
+from .protocol import PROMPT, BenchError, Scenario
+from .scenarios import use_scenario
+
+_WARM_UP_STEPS = 4  # the fewest that take PLMS through both phases
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed.
+
+    Attributes:
+        size: height and width in pixels; None takes the model's own.
+        batch_size: pictures per call.
+        steps, guidance: of the sampling.
+        rounds: how many times each scenario is timed.
+        compile: torch.compile the UNet, each scenario a copy of its own.
+    """
+
+    size: int | None = None
+    batch_size: int = 1
+    steps: int = 50
+    guidance: float = 7.5
+    rounds: int = 3
+    compile: bool = False
+
+
+@dataclass
+class Timing:
+    """What was measured of one scenario under one workload.
+
+    Attributes:
+        scenario: its name.
+        workload: size filled in.
+        seconds: of each round, for the whole pipeline call (all pictures of the batch).
+        unet_seconds: phase ("agent", "merge") -> seconds of each UNet call while the timestep was in it. Phases are those
+            of the default early fraction for methods that have none, so that columns can be compared.
+        peak_gb: greatest memory during a call: of the allocator on CUDA, resident on Linux; None elsewhere.
+        peak_gb_per_image: what a call took beyond the loaded model, per picture. The paper's GB/img must be this: its
+            smallest, 1.21, is less than the weights alone take.
+        failed: why there are no figures, or "".
+    """
+
+    scenario: str
+    workload: Workload
+    seconds: list[float] = field(default_factory=list)
+    unet_seconds: dict[str, list[float]] = field(default_factory=dict)
+    peak_gb: float | None = None
+    peak_gb_per_image: float | None = None
+    failed: str = ""
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """Median over the rounds, divided by the batch size."""
+        return statistics.median(self.seconds) / self.workload.batch_size if self.seconds else None
+
+    @property
+    def quartiles(self) -> tuple[float, float] | None:
+        """First and third quartile of the seconds per picture."""
+        if len(self.seconds) < 2:
+            return None
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low / self.workload.batch_size, high / self.workload.batch_size
+
+    def unet_median(self, phase: Phase) -> float | None:
+        """Median seconds of a UNet call in a phase."""
+        times = self.unet_seconds.get(phase.value)
+        return statistics.median(times) if times else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Timing:
+        """What to_dict gave."""
+        return cls(**{**data, "workload": Workload(**data["workload"])})
+
+
+def measure(
+    pipe: Any,
+    scenarios: Sequence[Scenario],
+    workload: Workload,
+    on_call: Callable[[str, int], None] | None = None,
+) -> list[Timing]:
+    """Time every scenario, each once in every round, the rounds' order turned by one each time.
+
+    So a machine whose speed drifts favours none. Out of memory fails one scenario, not the run.
+
+    Args:
+        pipe: an unpatched text-to-image pipeline; as before afterwards.
+        on_call: called with (scenario, round) before each call; round 0 is the warm-up.
+    """
+    workload = replace(workload, size=workload.size or pipe.unet.config.sample_size * pipe.vae_scale_factor)
+    timings = {scenario: Timing(scenario.name, workload) for scenario in scenarios}
+    runs = {scenario: _Run(pipe, scenario, workload) for scenario in scenarios}
+    warm_up = replace(workload, steps=min(workload.steps, _WARM_UP_STEPS))
+    for number in range(workload.rounds + 1):
+        turn = number % len(scenarios)
+        for scenario in [*scenarios[turn:], *scenarios[:turn]]:
+            timing = timings[scenario]
+            if timing.failed:
+                continue
+            if on_call:
+                on_call(scenario.name, number)
+            try:
+                if number == 0:
+                    runs[scenario].prepare()
+                    runs[scenario].call(warm_up)
+                else:
+                    runs[scenario].record(timing)
+            except BenchError:
+                raise
+            except Exception as error:  # torch.compile raises its own kinds, memory runs out in several ways
+                timing.failed = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                runs[scenario].forget()
+    return list(timings.values())
+
+
+class _Run:
+    """One scenario made ready: for eager runs patched at each call, for compiled ones a patched copy of its own."""
+
+    def __init__(self, pipe: Any, scenario: Scenario, workload: Workload):
+        self.pipe = pipe
+        self.scenario = scenario
+        self.workload = workload
+        self.keep = contextlib.ExitStack()
+
+    def prepare(self) -> None:
+        if not self.workload.compile:
+            return
+        if self.scenario.method in ("mean-value", "no-attention") or self.scenario.cache_interval > 1:
+            raise RuntimeError("not compiled: it changes the UNet between its calls")
+        # One UNet each: patches that come and go would have it compiled anew in every round.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        components = {**self.pipe.components, "unet": copy.deepcopy(self.pipe.unet)}
+        self.pipe = type(self.pipe)(**components, **_constructor_options(self.pipe))
+        self.pipe.set_progress_bar_config(disable=True)
+        self.keep.enter_context(use_scenario(self.pipe, self.scenario))
+        self.pipe.unet.compile()
+
+    def call(self, workload: Workload) -> list[tuple[Any, Callable[[], float]]]:
+        """Run the pipeline; returns (timestep, seconds once all is done) of each UNet call."""
+        patched = contextlib.nullcontext() if workload.compile else use_scenario(self.pipe, self.scenario)
+        with patched, _stopwatch(self.pipe) as laps:
+            self.pipe(
+                [PROMPT.format("zebra")] * workload.batch_size,
+                num_inference_steps=workload.steps,
+                guidance_scale=workload.guidance,
+                height=workload.size,
+                width=workload.size,
+                generator=[torch.Generator("cpu").manual_seed(i) for i in range(workload.batch_size)],
+            )
+        return laps
+
+    def record(self, timing: Timing) -> None:
+        device = self.pipe.unet.device
+        memory = _Memory(device)
+        start = _now(device)
+        laps = self.call(self.workload)
+        timing.seconds.append(_elapsed(start, _now(device)))
+        peak, growth = memory.peak()
+        if peak is not None:
+            timing.peak_gb = max(timing.peak_gb or 0, peak / 1e9)
+            timing.peak_gb_per_image = max(timing.peak_gb_per_image or 0, growth / 1e9 / self.workload.batch_size)
+        config = self.scenario.config
+        # ToMeSD's config has no early phase; its calls are sorted as agentsd's by default would be.
+        early = config.early if config is not None and config.early else AgentConfig.early
+        phases = AgentConfig(early=early)
+        horizon = self.pipe.scheduler.config.num_train_timesteps
+        for timestep, seconds in laps:
+            timing.unet_seconds.setdefault(phases.phase_at(float(timestep), horizon).value, []).append(seconds())
+
+    def forget(self) -> None:
+        self.keep.close()
+        self.pipe = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _constructor_options(pipe: Any) -> dict[str, Any]:
+    """What a pipeline's constructor takes beside its networks."""
+    options = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
+    return {key: value for key, value in options.items() if key not in pipe.components and key != "add_watermarker"}
+
+
+class _TimedUNet:
+    """Stands in for a pipeline's UNet during one call: times each of its calls, and is the UNet in all else.
+
+    No hook, as those run inside the graph of a compiled UNet.
+    """
+
+    def __init__(self, unet: Any, laps: list):
+        self.__dict__.update(_unet=unet, _laps=laps)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._unet, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._unet, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        start = _mark(self._unet.device)
+        out = self._unet(*args, **kwargs)
+        end = _mark(self._unet.device)
+        self._laps.append((timestep, lambda: _elapsed(start, end)))  # reading it now would make a GPU wait
+        return out
+
+
+@contextlib.contextmanager
+def _stopwatch(pipe: Any) -> Iterator[list]:
+    unet = pipe.unet
+    laps: list = []
+    vars(pipe)["unet"] = _TimedUNet(unet, laps)  # past the pipeline's own setter, which looks for a saveable class
+    try:
+        yield laps
+    finally:
+        vars(pipe)["unet"] = unet
+
+
+def _mark(device: torch.device) -> Any:
+    """This moment on the device's own clock: an event in its queue on CUDA, so that timing makes nothing wait."""
+    if device.type == "cuda":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    if device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def _now(device: torch.device) -> Any:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return _mark(device)
+
+
+def _elapsed(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+class _Memory:
+    """Peak memory from now on: the allocator's on CUDA, the resident set's on Linux."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        else:
+            self.before = _resident("VmRSS") if _reset_resident_peak() else None
+
+    def peak(self) -> tuple[float | None, float]:
+        """(peak, growth over the beginning), in bytes; (None, 0) where it cannot be told."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        elif self.before is not None and self.device.type == "cpu":
+            peak = _resident("VmHWM")
+        else:
+            return None, 0
+        return peak, max(0, peak - self.before)
+
+
+def _reset_resident_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return _resident("VmHWM") is not None
+
+
+def _resident(key: str) -> int | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return None

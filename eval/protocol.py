@@ -1,0 +1,270 @@
+"""What a benchmark draws: the prompts, one seed per picture, and the scenarios that draw them; no model is touched here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from agentsd import AgentConfig
+
+PROMPT = "A high quality photograph of a {}."
+"""ToMe's wording (https://github.com/dbolya/tomesd/issues/46), which the Agent Attention paper took over."""
+
+METHODS = ("sd", "sd-naive", "tomesd", "agentsd", "mean-value", "no-attention")
+"""sd is diffusers as it comes (SDPA); sd-naive computes softmax explicitly. The last two are controls: like agentsd, but
+in the agent phase the patched layers return their mean value token, or zero."""
+
+METHODS_WITH_CONFIG = METHODS[2:]
+
+DEMO_REFERENCE = Path(__file__).with_name("demo_reference.npz")
+"""Names and features of the demo model's training pictures; eval/make_demo_reference.py made it."""
+
+# torchvision calls the garment and the dog breed cardigan and Cardigan, which CLIP's tokenizer cannot tell apart.
+_RENAMED = {264: "Cardigan Welsh corgi", 517: "construction crane"}
+
+# Tables 11-13 of the Agent Attention paper. Two broadcast exponents are not legible in our copy; these stand in for them.
+ABLATIONS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "alpha": ("alpha", (0.0, 0.025, 0.075, 0.15)),
+    "scale": ("broadcast_exponent", (-0.5, -0.25, -0.15, -0.05)),
+    "early": ("early", (0.2, 0.4, 0.6, 0.8)),
+}
+"""Name on the command line: field of AgentConfig, and its values."""
+
+
+class BenchError(ValueError):
+    """Something the user can put right; its text is the one sentence that the command line prints."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to draw all the pictures: a row of the table.
+
+    Attributes:
+        method: one of METHODS.
+        config: settings of the patch; None for sd and sd-naive.
+        cache_interval: DeepCache computes the deep blocks in one UNet call out of so many; 1 is without DeepCache.
+    """
+
+    method: str
+    config: AgentConfig | None = None
+    cache_interval: int = 1
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise BenchError(f"method {self.method!r} is unknown: use {', '.join(METHODS)}")
+        if (self.config is not None) != (self.method in METHODS_WITH_CONFIG):
+            raise ValueError(f"method {self.method!r} takes {'no' if self.config else 'a'} config")
+        if not 1 <= self.cache_interval <= 20:
+            raise BenchError(f"DeepCache interval {self.cache_interval}: must lie in 1 … 20")
+
+    @property
+    def name(self) -> str:
+        """Short and unique among scenarios: method, ratio, and what differs from the defaults. Serves as folder name."""
+        parts = [self.method]
+        if self.config is not None:
+            parts.append(f"r{self.config.ratio:g}")
+            if self.method != "tomesd" and self.config.early != AgentConfig.early:
+                parts.append(f"early{self.config.early:g}")
+            if self.method == "agentsd":
+                for label, name in (("alpha", "alpha"), ("scale", "broadcast_exponent")):
+                    value = getattr(self.config, name)
+                    if value != getattr(AgentConfig, name):
+                        parts.append(f"{label}{value:g}")
+        if self.cache_interval > 1:
+            parts.append(f"deepcache{self.cache_interval}")
+        return "-".join(parts)
+
+
+SD = Scenario("sd")
+"""The baseline that pictures are paired with and speeds are divided by."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw.
+
+    Attributes:
+        index: place of its class in the list of all classes.
+        name: of the class.
+        copy: number among the pictures of its class.
+        seed: of the initial noise.
+    """
+
+    index: int
+    name: str
+    copy: int
+    seed: int
+
+    @property
+    def prompt(self) -> str:
+        return PROMPT.format(self.name)
+
+    @property
+    def file(self) -> str:
+        """Name of its PNG: class, then copy."""
+        return f"{self.index:04d}-{self.name.replace(' ', '_').replace('/', '_')}-{self.copy}.png"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what the pictures look like, beside model and scenario. Checked when made.
+
+    Attributes:
+        classes: (index, name) of the classes to draw.
+        copies: pictures per class.
+        steps, guidance, scheduler: of the sampling.
+        size: height and width in pixels; None takes the model's own.
+        batch_size: pictures per pipeline call.
+        threads: of a process that draws on a CPU. Both change the last bits of a float, by which a token may be merged
+            elsewhere: on the demo model pictures of the same seed then differ by up to 29 of 255. So they belong here.
+        seed: another one gives other pictures throughout.
+    """
+
+    classes: tuple[tuple[int, str], ...]
+    copies: int = 2
+    steps: int = 50
+    guidance: float = 7.5
+    scheduler: str = "plms"
+    size: int | None = None
+    batch_size: int = 1
+    threads: int = 1
+    seed: int = 0
+    pictures: tuple[Picture, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise BenchError("there is no class to draw: --classes must be at least 1")
+        for name, value, low, high in (
+            ("images-per-class", self.copies, 1, 1000),
+            ("steps", self.steps, 1, 999),
+            ("batch-size", self.batch_size, 1, 1024),
+            ("threads", self.threads, 1, 1024),
+            ("seed", self.seed, 0, 2**63 - 1),
+            ("size", self.size or 512, 64, 8192),
+        ):
+            if not low <= value <= high:
+                raise BenchError(f"--{name} {value}: must lie in {low} … {high}")
+        if not 0 <= self.guidance <= 100:
+            raise BenchError(f"--guidance {self.guidance}: must lie in 0 … 100")
+        if self.size is not None and self.size % 8:
+            raise BenchError(f"--size {self.size}: must be a multiple of 8 (one latent pixel is 8 × 8 pixels)")
+        pictures = tuple(
+            Picture(index, name, copy, picture_seed(self.seed, index, copy))
+            for copy in range(self.copies)
+            for index, name in self.classes
+        )
+        object.__setattr__(self, "pictures", pictures)
+
+    @property
+    def batches(self) -> list[tuple[Picture, ...]]:
+        """The pictures in groups of batch_size; a picture's group does not depend on which process draws it."""
+        return [self.pictures[i : i + self.batch_size] for i in range(0, len(self.pictures), self.batch_size)]
+
+
+def picture_seed(seed: int, index: int, copy: int) -> int:
+    """The seed of one picture, from the run's seed, its class and its copy alone: 0 … 2**32 − 1."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}/{copy}".encode(), digest_size=4).digest(), "big")
+
+
+def imagenet_classes() -> list[str]:
+    """The 1,000 classes of ImageNet-1k in their usual order, all different also in lower case.
+
+    torchvision's names, whose cranes are made "crane bird" and "construction crane". ToMe's own list may word others
+    differently; it was published as a file of its author's, not with the code.
+    """
+    from torchvision.models import get_weight
+
+    names = list(get_weight("ResNet18_Weights.DEFAULT").meta["categories"])
+    for index, name in _RENAMED.items():
+        names[index] = name
+    return names
+
+
+def demo_classes() -> list[str]:
+    """The names that the built-in demo model was trained to draw, all of them ImageNet classes, in the reference's order."""
+    with np.load(DEMO_REFERENCE) as file:
+        return [str(name) for name in file["names"]]
+
+
+def choose_classes(names: Sequence[str], count: int) -> tuple[tuple[int, str], ...]:
+    """`count` classes spread evenly over the list, as (index, name). Raises BenchError where there are not so many."""
+    if not 1 <= count <= len(names):
+        raise BenchError(f"--classes {count}: must lie in 1 … {len(names)}, the classes of this model's protocol")
+    return tuple((i, names[i]) for i in (k * len(names) // count for k in range(count)))
+
+
+def parse_ratios(text: str) -> tuple[float, ...]:
+    """ "0.2,0.4" -> (0.2, 0.4). Raises BenchError for what is no list of fractions that can be merged away."""
+    try:
+        ratios = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise BenchError(f"--ratios {text!r}: must be numbers with commas between, as in 0.2,0.4") from None
+    for ratio in ratios:
+        if not 0 <= ratio <= 0.75:
+            raise BenchError(f"--ratios {text!r}: {ratio:g} is not in 0 … 0.75, the fractions that can be merged away")
+    if len(set(ratios)) != len(ratios):
+        raise BenchError(f"--ratios {text!r}: a ratio stands there twice")
+    return ratios
+
+
+def parse_methods(text: str) -> tuple[str, ...]:
+    """ "sd,agentsd" -> ("sd", "agentsd"). Raises BenchError for an unknown or repeated name."""
+    methods = tuple(part.strip() for part in text.split(","))
+    for method in methods:
+        if method not in METHODS:
+            raise BenchError(f"--methods {text!r}: {method!r} is unknown, use {', '.join(METHODS)}")
+    if len(set(methods)) != len(methods):
+        raise BenchError(f"--methods {text!r}: a method stands there twice")
+    return methods
+
+
+def make_scenarios(
+    methods: Iterable[str],
+    ratios: Sequence[float],
+    early: float = AgentConfig.early,
+    ablate: Sequence[str] = (),
+    cache_interval: int = 1,
+) -> list[Scenario]:
+    """The grid methods × ratios, then the ablations of agentsd at the last ratio, then all of it with DeepCache.
+
+    Args:
+        methods: from METHODS. sd is always first: everything is compared with it.
+        ratios: of the methods that merge. The controls are drawn at the last one only.
+        early: of agentsd and the controls.
+        ablate: keys of ABLATIONS.
+        cache_interval: above 1, every scenario but the controls and ablations is repeated with DeepCache.
+
+    Returns:
+        Different scenarios, sd first.
+    """
+    scenarios = [SD]
+    for method in methods:
+        if method not in METHODS_WITH_CONFIG:
+            scenarios.append(Scenario(method))
+            continue
+        for ratio in ratios if method in ("tomesd", "agentsd") else ratios[-1:]:
+            # ToMeSD has no early phase; one value for it keeps its scenarios equal whatever --early says.
+            scenarios.append(Scenario(method, _config(ratio, 0.0 if method == "tomesd" else early)))
+    cached = [
+        replace(scenario, cache_interval=cache_interval)
+        for scenario in scenarios
+        if cache_interval > 1 and scenario.method not in ("mean-value", "no-attention")
+    ]
+    for name in ablate:
+        if name not in ABLATIONS:
+            raise BenchError(f"--ablate {name!r}: is unknown, use {', '.join(ABLATIONS)}")
+        setting, values = ABLATIONS[name]
+        base = _config(ratios[-1], early)
+        scenarios += [Scenario("agentsd", replace(base, **{setting: value})) for value in values]
+    return list(dict.fromkeys(scenarios + cached))
+
+
+def _config(ratio: float, early: float) -> AgentConfig:
+    try:
+        return AgentConfig(ratio=ratio, early=early)
+    except (ValueError, TypeError) as error:
+        raise BenchError(str(error)) from error

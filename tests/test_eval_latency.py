@@ -1,0 +1,95 @@
+"""eval/latency.py on tiny real pipelines: order of rounds, phases, memory, compiled copies; never how long anything took."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pipeline
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from eval.latency import Timing, Workload, measure
+from eval.protocol import METHODS, Scenario, make_scenarios
+
+from agentsd import Phase
+from agentsd.patch import get_patch
+
+SMALL = Workload(steps=5, rounds=2, guidance=5.0)
+
+
+def test_rounds_are_interleaved_and_the_pipeline_is_left_as_it_was():
+    pipe = make_pipeline()
+    unet, processors = pipe.unet, pipe.unet.attn_processors
+    scenarios = make_scenarios(METHODS, (0.4,))
+    calls = []
+    timings = measure(pipe, scenarios, SMALL, lambda name, number: calls.append((number, name)))
+    names = [scenario.name for scenario in scenarios]
+    assert [number for number, _ in calls] == [n for n in range(3) for _ in names]
+    for number in range(3):
+        assert sorted(name for n, name in calls if n == number) == sorted(names)
+    assert calls[0][1] == names[0] and calls[len(names)][1] == names[1]  # the next round begins with the next one
+    for timing in timings:
+        assert not timing.failed and len(timing.seconds) == 2 and timing.workload.size == 128
+        # PLMS calls the UNet 6 times for 5 steps, at 801, 601, 601, 401, 201, 1: three are noisier than 600.
+        assert {phase: len(times) for phase, times in timing.unet_seconds.items()} == {"agent": 6, "merge": 6}
+        inside = sum(map(sum, timing.unet_seconds.values()))
+        assert 0 < inside < sum(timing.seconds)
+        low, high = timing.quartiles
+        assert low <= timing.seconds_per_image <= high
+        if sys.platform == "linux" and timing.peak_gb is not None:
+            assert 0 <= timing.peak_gb_per_image < timing.peak_gb < 100
+        assert Timing.from_dict(timing.to_dict()) == timing
+    assert pipe.unet is unet and get_patch(pipe) is None
+    assert pipe.unet.attn_processors == processors
+
+
+def test_a_batch_is_counted_per_picture_and_phases_follow_early():
+    scenario = make_scenarios(["agentsd"], (0.4,), early=1.0)[1]
+    [timing] = measure(make_pipeline(), [scenario], Workload(steps=2, rounds=1, batch_size=3, size=64))
+    assert timing.seconds_per_image == pytest.approx(timing.seconds[0] / 3) and timing.quartiles is None
+    assert timing.unet_median(Phase.AGENT) > 0 and timing.unet_median(Phase.MERGE) is None
+
+
+def test_one_scenario_may_fail_without_the_others(monkeypatch):
+    from eval import latency
+
+    good, bad = make_scenarios(["agentsd"], (0.4,))
+    use_scenario = latency.use_scenario
+
+    def use(pipe, scenario):
+        if scenario is bad:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        return use_scenario(pipe, scenario)
+
+    monkeypatch.setattr(latency, "use_scenario", use)
+    first, second = measure(make_pipeline(), [good, bad], SMALL)
+    assert len(first.seconds) == 2 and second.seconds == [] and second.seconds_per_image is None
+    assert second.failed == "CUDA out of memory. Tried to allocate 2 GiB"
+
+
+def test_compiled_scenarios_have_copies_of_their_own(monkeypatch):
+    pipe = make_pipeline()
+    compiled = []
+
+    def compile_without_inductor(unet, *args, **kwargs):  # tracing is what may fail; inductor takes minutes
+        compiled.append(unet)
+        return torch.nn.Module.compile(unet, backend="eager", **kwargs)
+
+    monkeypatch.setattr(type(pipe.unet), "compile", compile_without_inductor)
+    scenarios = [Scenario("sd"), *make_scenarios(["agentsd", "no-attention"], (0.4,))[1:]]
+    timings = measure(pipe, scenarios, Workload(steps=4, rounds=1, size=64, compile=True))
+    assert [bool(timing.failed) for timing in timings] == [False, False, True], [t.failed for t in timings]
+    assert "not compiled" in timings[2].failed
+    assert len({id(unet) for unet in compiled}) == 2 and pipe.unet not in compiled
+    assert timings[1].unet_median(Phase.AGENT) > 0 and get_patch(pipe) is None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(gpu):
+    pipe = make_pipeline().to(gpu)
+    for timing in measure(pipe, make_scenarios(METHODS, (0.4,)), SMALL):
+        assert not timing.failed and timing.peak_gb > 0
+        assert 0 < sum(map(sum, timing.unet_seconds.values())) < sum(timing.seconds)
