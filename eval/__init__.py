@@ -1,1 +1,1 @@
-"""The benchmark behind `python eval/fid_bench.py`; its modules import each other as eval.NAME from the repository's root."""
+"""The benchmark behind `python eval/fid_bench.py`: its modules, with the repository's root on the import path."""

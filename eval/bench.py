@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import metrics, report
 from .generation import Job, check_space, draw_in_processes, draw_share, missing_pictures, open_folders
 from .latency import Workload, measure
-from .models import ModelSpec, load_model
+from .models import ModelSpec, load_model, pick_device
 from .protocol import (
     DEMO_REFERENCE,
     PROMPT,
@@ -39,8 +39,8 @@ _LONGEST_WAIT = timedelta(days=7)  # for the slowest process's share, or the fir
 def run(options: argparse.Namespace, command: str) -> int:
     """Do what the arguments of fid_bench.py say; returns the exit code. Raises BenchError for wrong input."""
     if options.report_only:
-        rows = report.write_report(Path(options.report_only))
-        print(report.table(rows))
+        report.write_report(Path(options.report_only))
+        print((Path(options.report_only) / "results.md").read_text(encoding="utf-8"))
         return 0
     if options.score:
         print(score_two(options))
@@ -59,9 +59,8 @@ class _Bench:
         self.processes = _Processes(options.device)
         _check(options)
         random = options.random_weights
-        self.spec = ModelSpec(
-            options.model, random, options.scheduler, self.processes.device or options.device, options.dtype, options.revision
-        )
+        device = self.processes.device or options.device
+        self.spec = ModelSpec(options.model, random, options.scheduler, device, options.dtype, options.revision)
         ablate = [name for name in options.ablate.split(",") if name]
         self.timed = make_scenarios(
             parse_methods(options.methods), parse_ratios(options.ratios), options.early, ablate, options.with_deepcache
@@ -70,9 +69,14 @@ class _Bench:
         names = demo_classes() if options.model == "demo" and not random else imagenet_classes()
         plan = Plan(
             choose_classes(names, min(options.classes, len(names)) if random else options.classes),
-            options.images_per_class, options.steps, options.guidance, options.scheduler, options.size, options.batch_size,
-            options.threads, options.seed,
+            options.images_per_class, options.steps, options.guidance, options.scheduler, options.size,
+            options.batch_size, options.threads, options.seed,
         )  # fmt: skip
+        if not options.speed_only and len(plan.pictures) < metrics.FEWEST_PICTURES:
+            raise BenchError(
+                f"{len(plan.pictures)} pictures are too few for any score, which needs {metrics.FEWEST_PICTURES} at "
+                "the very least: raise --classes or --images-per-class"
+            )
         self.folder = Path(options.out or f"out/fid_bench-{options.preset}" + ("-speed" if options.speed_only else ""))
         self.job = Job(self.spec, plan, drawn, self.folder / "images")
         self.workloads = _workloads(options)
@@ -99,15 +103,14 @@ class _Bench:
                 del pipe
                 scorer.score(self.job, self.folder)
             rows = report.write_report(self.folder)
-        label = scorer.network.label if scorer else ""
-        print(report.table(rows, label), "\n")
-        print("\n".join(report.verdict(rows, scorer.found if scorer else {})))
+        found = scorer.found if scorer else {}
+        print("\n".join([report.table(rows, found.get("label", "")), "", *report.verdict(rows, found)]))
         print(f"report: {self.folder / 'results.md'}")
         return 0
 
     def _note_run(self, pipe: Any, side: int) -> None:
         options, plan = self.options, self.job.plan
-        what = f"{len(plan.classes)} classes × {plan.copies}, prompt “{PROMPT.format('zebra')}”, " * (not options.speed_only)
+        what = "" if options.speed_only else f"{len(plan.classes)} classes × {plan.copies}, prompt “{PROMPT}”, "
         found = report.environment(pipe.unet.device, pipe.unet.dtype)
         run = {
             "title": f"fid_bench: {self.spec.name}" + (", speed only" if options.speed_only else ""),
@@ -146,7 +149,9 @@ class _Bench:
             for workload in self.workloads:
 
                 def show(name: str, number: int, workload: Workload = workload) -> None:
-                    bar.set_postfix_str(f"{name}, {workload.size or ''} " + (f"round {number}" if number else "warm-up"))
+                    bar.set_postfix_str(
+                        f"{name}, {workload.size or ''} " + (f"round {number}" if number else "warm-up")
+                    )
                     bar.update()
 
                 timings += measure(pipe, self.timed, workload, show)
@@ -157,7 +162,7 @@ class _Scorer:
     """The feature network and the reference, loaded before a picture is drawn; then the scores."""
 
     def __init__(self, options: argparse.Namespace, plan: Plan, spec: ModelSpec):
-        device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = pick_device(spec.device)
         self.plan = plan
         self.resamples = options.resamples
         self.clip = metrics.ClipScore(Path(options.clip), device) if options.clip else None
@@ -206,9 +211,11 @@ class _Scorer:
 
 def score_two(options: argparse.Namespace) -> str:
     """The row of --score A B: the distance of A to B, and their pairwise likeness where the file names are the same."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(options.device)
     paths = [Path(path) for path in options.score]
-    files = [None if path.suffix == ".npz" else metrics.reference_files(path, options.reference_per_class) for path in paths]
+    files = [
+        None if path.suffix == ".npz" else metrics.reference_files(path, options.reference_per_class) for path in paths
+    ]
     weights = Path(options.inception_weights) if options.inception_weights else None
     network = metrics.load_features(options.features, device, weights)
     a, b = (
@@ -219,7 +226,8 @@ def score_two(options: argparse.Namespace) -> str:
     key = "fid" if network.name == "inception" else "fd"
     if a.features is not None and len(a.features) == a.count:
         distance = metrics.FrechetDistance(b, device)
-        row |= _with_interval(key, metrics.bootstrap_distances(distance, {"a": a.features}, "a", options.resamples)[0]["a"])
+        intervals, _ = metrics.bootstrap_distances(distance, {"a": a.features}, "a", options.resamples)
+        row |= _with_interval(key, intervals["a"])
     else:
         row[key] = metrics.frechet_distance(a, b)
     if a.features is not None and b.features is not None:
@@ -236,7 +244,7 @@ def _save_reference(options: argparse.Namespace) -> int:
         raise BenchError(f"--save-reference {target}: must be a file name ending in .npz, in a folder that exists")
     files = metrics.reference_files(folder, options.reference_per_class)
     weights = Path(options.inception_weights) if options.inception_weights else None
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(options.device)
     network = metrics.load_features(options.features, device, weights)
     statistics = metrics.statistics_of(network.of_files(files, lambda x: tqdm(x, desc="features", unit="batch")))
     try:
@@ -291,13 +299,13 @@ def _load_reference(
     if options.reference is None:
         if options.model != "demo":
             raise BenchError(
-                "--reference is missing: give a folder of pictures (ImageNet's validation set, one folder per class) or a .npz "
-                "made by --save-reference; or --speed-only to time alone"
+                "--reference is missing: give a folder of pictures (ImageNet's validation set, one folder per class) "
+                "or a .npz made by --save-reference; or --speed-only to time alone"
             )
         if network.name != "efficientnet-lite0":
             raise BenchError(
-                "the demo model's own reference holds EfficientNet-Lite0 features: take --features efficientnet-lite0, or "
-                "give the training pictures with --reference (eval/make_demo_reference.py --pictures DIR writes them)"
+                "the demo model's own reference holds EfficientNet-Lite0 features: take --features efficientnet-lite0, "
+                "or give the training pictures with --reference (eval/make_demo_reference.py --pictures writes them)"
             )
         every = metrics.load_statistics(DEMO_REFERENCE, network).features
         chosen = metrics.statistics_of(every[[index for index, _ in plan.classes]])

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # from eval/ to the repository, where `eval` is a package
 
+_ALL = "sd,sd-naive,tomesd,agentsd,mean-value,no-attention"
 PRESETS = {
     "quick": {
-        "model": "demo", "methods": "sd,sd-naive,tomesd,agentsd,mean-value,no-attention", "ratios": "0.4", "classes": 48,
-        "images_per_class": 1, "steps": 20, "guidance": 5.0, "features": "efficientnet-lite0", "rounds": 3,
+        "model": "demo", "methods": _ALL, "ratios": "0.4", "classes": 48, "images_per_class": 1, "steps": 20, "guidance": 5.0, "features": "efficientnet-lite0", "rounds": 3,
         "unscored": "sd-naive",
     },
     "paper": {
-        "model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "methods": "sd,sd-naive,tomesd,agentsd,mean-value,no-attention",
-        "ratios": "0.1,0.2,0.3,0.4,0.5", "classes": 1000, "images_per_class": 2, "steps": 50, "guidance": 7.5, "size": 512,
-        "features": "inception", "rounds": 10, "unscored": "sd-naive",
+        "model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "methods": _ALL, "ratios": "0.1,0.2,0.3,0.4,0.5",
+        "classes": 1000, "images_per_class": 2, "steps": 50, "guidance": 7.5, "size": 512, "features": "inception", "rounds": 10, "unscored": "sd-naive",
     },
 }  # fmt: skip
 """What --preset sets; single arguments override. unscored: methods that are timed only, as they draw what sd draws."""
@@ -28,8 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 stopped or failed on the way, 2 wrong input."""
     command = sys.argv[1:] if arguments is None else arguments
     options = _options(command)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # deprecations between libraries are not the user's business
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for category in (FutureWarning, DeprecationWarning):  # between libraries; not the user's business
+        warnings.filterwarnings("ignore", category=category)
     from eval import bench  # heavy imports, so that --help and wrong arguments answer at once
     from eval.protocol import BenchError
 
@@ -41,6 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fid_bench: stopped; the same command goes on from here", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # of `fid_bench.py … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"fid_bench: {error}; once that is put right, the same command goes on from here", file=sys.stderr)
+        return 2
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
@@ -61,23 +67,31 @@ def _options(command: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fid_bench.py",
-        description="Draws the same prompts by several methods, scores and times them, and writes tables. Stopped at any "
-        "moment, the same command goes on where it was.",
+        description="Draws the same prompts by several methods, scores and times them, and writes tables. Stopped at "
+        "any moment, the same command goes on where it was.",
         epilog="Without arguments: --preset quick, a few minutes on 2 CPU cores with the built-in demo model.",
     )
     what = parser.add_argument_group("what to do")
-    what.add_argument("--preset", choices=sorted(PRESETS), help="paper: all of Table 10; quick: the demo model (default)")
+    what.add_argument(
+        "--preset", choices=sorted(PRESETS), help="paper: all of Table 10; quick: the demo model (default)"
+    )
     what.add_argument("--speed-only", action="store_true", help="time only: needs no reference and no trained weights")
     what.add_argument("--quality-only", action="store_true", help="draw and score only, do not time")
-    what.add_argument("--score", nargs=2, metavar=("A", "B"), help="score two folders or .npz files, print the row, and stop")
-    what.add_argument("--save-reference", nargs=2, metavar=("FOLDER", "FILE.npz"), help="statistics of pictures, and stop")
+    what.add_argument(
+        "--score", nargs=2, metavar=("A", "B"), help="score two folders or .npz files, print the row, and stop"
+    )
+    what.add_argument(
+        "--save-reference", nargs=2, metavar=("FOLDER", "FILE.npz"), help="statistics of pictures, and stop"
+    )
     what.add_argument("--report-only", metavar="DIR", help="rebuild the report of a finished run from disk, and stop")
 
     grid = parser.add_argument_group("scenarios")
     grid.add_argument("--methods", help="sd,sd-naive,tomesd,agentsd,mean-value,no-attention")
     grid.add_argument("--ratios", help="fractions of the tokens merged away, as in 0.2,0.4")
     grid.add_argument("--early", type=float, default=0.4, help="fraction of agent steps (default: %(default)s)")
-    grid.add_argument("--ablate", default="", help="alpha, scale, early, or several with commas: the paper's Tables 11-13")
+    grid.add_argument(
+        "--ablate", default="", help="alpha, scale, early, or several with commas: the paper's Tables 11-13"
+    )
     grid.add_argument(
         "--with-deepcache", nargs="?", type=int, const=3, default=1, metavar="N",
         help="also each scenario with DeepCache, one full call in every N (3 if no N is given)",
@@ -106,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--features", help="inception (FID) or efficientnet-lite0 (offline; FD, never called FID)")
     score.add_argument("--inception-weights", metavar="FILE", help="pytorch-fid's weights, where it cannot fetch them")
     score.add_argument("--reference", metavar="PATH", help="folder of pictures, or .npz; default for demo: its own")
-    score.add_argument("--reference-per-class", type=int, metavar="N", help="the first N of each class: 5 as ToMe, or 50")
+    score.add_argument(
+        "--reference-per-class", type=int, metavar="N", help="the first N of each class: 5 as ToMe, or 50"
+    )
     score.add_argument("--resamples", type=int, default=200, help="of the bootstrap (default: %(default)s)")
     score.add_argument("--clip", metavar="DIR", help="a saved CLIP model: adds the CLIP score")
 

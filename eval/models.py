@@ -8,7 +8,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from agentsd import load_pipeline
@@ -86,6 +92,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """The published configurations of Stable Diffusion 1.5, 2.1 and SDXL base: UNet and text encoders."""
 
 
+def pick_device(device: str | None) -> torch.device:
+    """The device meant: the best there is for None. Raises BenchError for one that this machine has not."""
+    try:
+        return choose_device(device)
+    except ValueError as error:
+        raise BenchError(str(error)) from error
+
+
 def load_model(spec: ModelSpec) -> Any:
     """The pipeline, unpatched, on its device, without progress bar and without safety checker.
 
@@ -121,8 +135,8 @@ def random_pipeline(name: str, device: Any = None, dtype: Any = None, scheduler:
     dtype = choose_dtype(dtype, device)
     architecture = ARCHITECTURES[name]
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**architecture["unet"])
-    unet = unet.to_empty(device=device).to(dtype).eval()
+        unet = UNet2DConditionModel(**architecture["unet"]).to(dtype)
+    unet = unet.to_empty(device=device).eval()
     _fill(unet)
     encoders = []
     for i, text in enumerate(architecture["text"]):

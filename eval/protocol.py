@@ -1,4 +1,4 @@
-"""What a benchmark draws: the prompts, one seed per picture, and the scenarios that draw them; no model is touched here."""
+"""What a benchmark draws: the prompts, one seed per picture, and the scenarios that draw them; touches no model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PROMPT = "A high quality photograph of a {}."
 """ToMe's wording (https://github.com/dbolya/tomesd/issues/46), which the Agent Attention paper took over."""
 
 METHODS = ("sd", "sd-naive", "tomesd", "agentsd", "mean-value", "no-attention")
-"""sd is diffusers as it comes (SDPA); sd-naive computes softmax explicitly. The last two are controls: like agentsd, but
-in the agent phase the patched layers return their mean value token, or zero."""
+"""sd is diffusers as it comes (SDPA); sd-naive computes softmax explicitly. The last two are controls: like agentsd,
+but in the agent phase the patched layers return their mean value token, or zero."""
 
 METHODS_WITH_CONFIG = METHODS[2:]
 
@@ -26,7 +26,8 @@ DEMO_REFERENCE = Path(__file__).with_name("demo_reference.npz")
 # torchvision calls the garment and the dog breed cardigan and Cardigan, which CLIP's tokenizer cannot tell apart.
 _RENAMED = {264: "Cardigan Welsh corgi", 517: "construction crane"}
 
-# Tables 11-13 of the Agent Attention paper. Two broadcast exponents are not legible in our copy; these stand in for them.
+# Tables 11-13 of the Agent Attention paper. Two broadcast exponents, -0.25 and -0.05, stand in for ones that are not
+# legible in our copy.
 ABLATIONS: dict[str, tuple[str, tuple[float, ...]]] = {
     "alpha": ("alpha", (0.0, 0.025, 0.075, 0.15)),
     "scale": ("broadcast_exponent", (-0.5, -0.25, -0.15, -0.05)),
@@ -63,7 +64,7 @@ class Scenario:
 
     @property
     def name(self) -> str:
-        """Short and unique among scenarios: method, ratio, and what differs from the defaults. Serves as folder name."""
+        """Short and unique among scenarios: method, ratio, what differs from the defaults. Serves as folder name."""
         parts = [self.method]
         if self.config is not None:
             parts.append(f"r{self.config.ratio:g}")
@@ -185,7 +186,7 @@ def imagenet_classes() -> list[str]:
 
 
 def demo_classes() -> list[str]:
-    """The names that the built-in demo model was trained to draw, all of them ImageNet classes, in the reference's order."""
+    """The names that the demo model was trained to draw, all of them ImageNet classes, in the reference's order."""
     with np.load(DEMO_REFERENCE) as file:
         return [str(name) for name in file["names"]]
 

