@@ -13,12 +13,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # from eval/ to the repo
 _ALL = "sd,sd-naive,tomesd,agentsd,mean-value,no-attention"
 PRESETS = {
     "quick": {
-        "model": "demo", "methods": _ALL, "ratios": "0.4", "classes": 48, "images_per_class": 1, "steps": 20, "guidance": 5.0, "features": "efficientnet-lite0", "rounds": 3,
-        "unscored": "sd-naive",
+        "model": "demo", "methods": _ALL, "ratios": "0.4", "classes": 48, "images_per_class": 1, "steps": 20,
+        "guidance": 5.0, "features": "efficientnet-lite0", "rounds": 3, "unscored": "sd-naive",
     },
     "paper": {
         "model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "methods": _ALL, "ratios": "0.1,0.2,0.3,0.4,0.5",
-        "classes": 1000, "images_per_class": 2, "steps": 50, "guidance": 7.5, "size": 512, "features": "inception", "rounds": 10, "unscored": "sd-naive",
+        "classes": 1000, "images_per_class": 2, "steps": 50, "guidance": 7.5, "size": 512, "features": "inception",
+        "rounds": 10, "unscored": "sd-naive",
     },
 }  # fmt: skip
 """What --preset sets; single arguments override. unscored: methods that are timed only, as they draw what sd draws."""

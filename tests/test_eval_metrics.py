@@ -83,13 +83,12 @@ def test_fid_is_pytorch_fids(inception_weights, tmp_path):
     a, b = (metrics.statistics_of(network.of_files(sorted((tmp_path / x).iterdir()))) for x in "ab")
     ours = metrics.FrechetDistance(b).of(a.features)
     assert ours == pytest.approx(theirs, abs=1e-3, rel=1e-4)
-    assert metrics.FrechetDistance(a).of(a.features) == pytest.approx(0, abs=1e-6 * theirs + 1e-9)
 
     metrics.save_statistics(tmp_path / "b.npz", b, network)
     mean, covariance = compute_statistics_of_path(str(tmp_path / "b.npz"), None, 1, 2048, "cpu")  # it reads our file
     assert np.array_equal(mean, b.mean) and np.array_equal(covariance, b.covariance)
     loaded = metrics.load_statistics(tmp_path / "b.npz", network)
-    assert metrics.FrechetDistance(loaded).of(a.features) == pytest.approx(ours, abs=1e-6)
+    assert np.array_equal(loaded.mean, b.mean) and np.array_equal(loaded.covariance, b.covariance)
     assert loaded.features.shape == (14, 2048) and loaded.count == 14
 
     one_by_one = np.concatenate([network.of_files([path]) for path in first])
