@@ -123,10 +123,8 @@ def _check_scheduler(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _dtype_argument() -> str:
-    # diffusers renamed torch_dtype to dtype; each version warns of, or ignores, the other's name.
-    from diffusers.pipelines import pipeline_utils
-
-    return "dtype" if 'kwargs.pop("dtype"' in inspect.getsource(pipeline_utils) else "torch_dtype"
+    # diffusers renamed torch_dtype to dtype; a version that knows both warns of the old, an older one ignores the new.
+    return "dtype" if 'kwargs.pop("dtype"' in inspect.getsource(DiffusionPipeline.from_pretrained) else "torch_dtype"
 
 
 def _why_not_loaded(model: str | Path, error: Exception) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention_processor import Attention
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -261,8 +261,10 @@ def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_w
     """Count one call of the UNet, batch 1, on a twin without weights (the meta device): exact, and takes no memory."""
     config = {**unet.config, "encoder_hid_dim_type": None}  # an IP-Adapter's projection is not part of the UNet proper
     with torch.device("meta"):
-        twin = UNet2DConditionModel.from_config(config)
-        sample = torch.empty(1, twin.config.in_channels, latent_height, latent_width)
+        twin = type(unet).from_config(config)
+        size = (latent_height, latent_width)
+        frames = (1,) if isinstance(twin, UNetMotionModel) else ()
+        sample = torch.empty(1, twin.config.in_channels, *frames, *size)
         text_dim = twin.config.cross_attention_dim
         text = torch.empty(1, 77, max(text_dim) if isinstance(text_dim, (tuple, list)) else text_dim)
         extra: dict[str, Any] = {}
@@ -270,7 +272,7 @@ def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_w
             # Only the width of text embedding and size numbers together counts, so the refiner's five sizes may be six.
             pooled = twin.config.projection_class_embeddings_input_dim - 6 * twin.config.addition_time_embed_dim
             extra["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
-        if twin.class_embedding is not None:
+        if getattr(twin, "class_embedding", None) is not None:
             extra["class_labels"] = torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             twin(sample, torch.zeros(()), text, **extra)

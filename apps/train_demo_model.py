@@ -1015,6 +1015,15 @@ def load_autoencoder(run: Run):
     return model.requires_grad_(False).eval()
 
 
+def name_as_stable_diffusion(path: Path) -> None:
+    """Gives the text encoder's weights the names that Stable Diffusion's have, "text_model." first.
+
+    transformers 5 saves them without it and reads both; transformers 4 would find none and start from random weights.
+    """
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def export_stage(run: Run) -> None:
     """Writes the finished parts as a StableDiffusionPipeline folder, model/, in float16 safetensors."""
     weights = require(run, run.out / "unet" / "weights.safetensors", "unet")
@@ -1030,6 +1039,7 @@ def export_stage(run: Run) -> None:
     pipeline.save_pretrained(part, safe_serialization=True)
     for name in ("vocab.json", "merges.txt"):  # newer transformers leave these two to tokenizer.json alone
         shutil.copyfile(run.out / "unet" / "tokenizer" / name, part / "tokenizer" / name)
+    name_as_stable_diffusion(part / "text_encoder" / "model.safetensors")
     for path in part.rglob("*.safetensors"):  # safetensors lets only their owner read them
         shutil.copymode(part / "model_index.json", path)
     shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,7 @@ import torch
 from conftest import draw, make_pipeline
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 import agentsd
 from agentsd.pipelines import DEMO_MODEL, SCHEDULERS, ModelError, load_pipeline, set_scheduler
@@ -54,6 +55,12 @@ def test_demo_model_draws_what_it_is_asked_for(demo):
         patched = np.asarray(picture(demo, prompt, {}), dtype=float)
         psnr = 10 * np.log10(255**2 / ((plain - patched) ** 2).mean())
         assert 25 < psnr < 80  # another picture, but the same thing in the same place
+
+
+def test_demo_text_encoder_has_the_names_every_transformers_reads():
+    """Without the prefix transformers 4 silently starts from random weights, and the prompt means nothing."""
+    names = load_file(DEMO_MODEL / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
 
 
 def test_demo_model_does_not_depend_on_the_working_folder(tmp_path, monkeypatch):
