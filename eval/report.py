@@ -283,7 +283,7 @@ def draw_plots(rows: Sequence[dict[str, Any]], label: str, folder: Path, environ
     drawn = []
 
     def save(name: str, figure: Any) -> None:
-        figure.text(0.01, 0.005, environment_line(environment)[:150], fontsize=5, color="#666666")
+        figure.text(0.01, -0.03, environment_line(environment)[:150], fontsize=5, color="#666666")
         figure.savefig(folder / name, dpi=130, bbox_inches="tight")
         pyplot.close(figure)
         drawn.append(name)
