@@ -111,17 +111,23 @@ def use_method(pipe: Any, method: str, config: AgentConfig) -> Iterator[None]:
         method: "sd" (nothing changed), "tomesd" (the tomesd package at config.ratio, on the same layers as ours), or
             "agentsd".
         config: settings of the patch.
+
+    Raises:
+        ValueError: unknown method, or one that would change no layer of this model.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    unet = find_unet(pipe)
+    eligible, skipped = find_layers(unet, config)
+    if method != "sd" and not eligible:
+        reasons = "; ".join(sorted({reason for _, reason in skipped})) or "it has no self-attention"
+        raise ValueError(f"{METHODS[method]} would change no layer of this {type(unet).__name__}: {reasons}")
     if method == "agentsd":
         with patched(pipe, config):
             yield
     elif method == "tomesd":
-        unet = find_unet(pipe)
-        eligible, _ = find_layers(unet, config)
         # ToMeSD's default reaches only undownsampled layers: on SDXL it would silently do nothing.
-        max_downsample = max((downsample for _, _, downsample in eligible), default=1)
+        max_downsample = max(downsample for _, _, downsample in eligible)
         tomesd.apply_patch(pipe, ratio=config.ratio, max_downsample=max_downsample, use_rand=config.use_rand)
         # It forks the global random state, so that two identical calls differ; a generator of its own mends that.
         unet._tome_info["args"]["generator"] = torch.Generator(unet.device).manual_seed(config.seed)

@@ -138,7 +138,7 @@ class AgentAttnProcessor:
     Stateless: all it needs hangs on the `Attention` module (LAYER_ATTRIBUTE), so a copy made with no arguments serves
     as well. On a module without that state it is diffusers' AttnProcessor2_0.
 
-    Source: shared design of this package; Agent Attention, appendix B, with the merging of ToMe.
+    Source: Agent Attention, appendix B, with the token merging of ToMe for Stable Diffusion.
     """
 
     def __call__(

@@ -175,6 +175,18 @@ def test_bad_requests(fields, error):
         Request(**{"prompt": "a zebra", **fields})
 
 
+@pytest.mark.parametrize("method", ["tomesd", "agentsd"])
+def test_a_method_that_would_change_nothing_is_refused(pipe, method):
+    plain = make_pipeline(
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        mid_block_type=None,
+    )
+    with pytest.raises(ValueError, match="would change no layer of this UNet2D.*: it has no self-attention"):
+        draw(plain, REQUEST, method)
+    assert draw(plain, REQUEST, "sd").image.size == (128, 128)
+
+
 def test_unknown_method(pipe):
     with pytest.raises(ValueError, match="method='magic': must be one of sd, tomesd, agentsd"):
         draw(pipe, REQUEST, "magic")
