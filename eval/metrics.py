@@ -312,6 +312,36 @@ class FrechetDistance:
         return float(difference @ difference + centred.square().sum() + self.trace - 2 * overlap)
 
 
+class _Resampled:
+    """FrechetDistance.of rows drawn with replacement, many times over: all that does not depend on the draw is kept.
+
+    A row drawn twice is one row of weight 2, so the Gram matrix shrinks to the rows that were drawn.
+    """
+
+    def __init__(self, distance: FrechetDistance, features: np.ndarray):
+        self.distance = distance
+        self.features = torch.as_tensor(features, dtype=torch.float64, device=distance.mean.device)
+        self.squares = self.features.square().sum(1)
+        rooted = self.features @ distance.root
+        self.gram = rooted @ rooted.T
+
+    def of(self, picked: np.ndarray) -> float:
+        """Row numbers [N], with repetitions -> the distance of those rows."""
+        rows, counts = np.unique(picked, return_counts=True)
+        rows = torch.as_tensor(rows, device=self.gram.device)
+        weights = torch.as_tensor(counts, dtype=torch.float64, device=self.gram.device)
+        total, x = weights.sum(), self.features[rows]
+        mean = weights @ x / total
+        gram = self.gram[rows][:, rows]
+        along = weights @ gram / total
+        gram = gram - along - along[:, None] + along @ weights / total  # of rows less their weighted mean
+        roots = weights.sqrt()
+        values = torch.linalg.eigvalsh(gram * roots * roots[:, None] / (total - 1))
+        spread = (weights @ self.squares[rows] - total * mean.square().sum()) / (total - 1)
+        difference = mean - self.distance.mean
+        return float(difference @ difference + spread + self.distance.trace - 2 * values.clamp(min=0).sqrt().sum())
+
+
 def frechet_distance(statistics: Statistics, reference: Statistics) -> float:
     """The same distance between two sets of statistics, where the features of neither are at hand."""
     values, vectors = np.linalg.eigh(statistics.covariance)
@@ -385,10 +415,11 @@ def bootstrap_distances(
     count = len(features[baseline])
     draw = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {name: [] for name in features}
+    resampled = {name: _Resampled(distance, rows) for name, rows in features.items()}
     for _ in progress(range(resamples)):
         picked = draw.integers(0, count, count)
-        for name, rows in features.items():
-            drawn[name].append(distance.of(rows[picked]))
+        for name in features:
+            drawn[name].append(resampled[name].of(picked))
     samples = {name: np.array(rows) for name, rows in drawn.items()}
     distances = {name: _interval(values[name], samples[name]) for name in features}
     differences = {

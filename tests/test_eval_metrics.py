@@ -143,6 +143,15 @@ def test_distance_against_scipys_root_and_between_statistics(count, size):
     assert metrics.FrechetDistance(a).of(x) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("count, size", [(12, 30), (50, 6)])
+def test_rows_drawn_with_replacement(count, size):
+    x, mixing = DRAW.normal(0.3, 2, size=(count, size)), DRAW.normal(size=(size, size))
+    distance = metrics.FrechetDistance(metrics.statistics_of(DRAW.normal(size=(90, size)) @ mixing))
+    resampled = metrics._Resampled(distance, x)
+    for picked in (np.arange(count), DRAW.integers(0, count, count), DRAW.integers(0, 3, count)):
+        assert resampled.of(picked) == pytest.approx(distance.of(x[picked]), rel=1e-6, abs=1e-6)
+
+
 def test_kid_against_loops_and_known_cases():
     x, y = DRAW.normal(size=(6, 4)), DRAW.normal(1, 1, size=(5, 4))
 
