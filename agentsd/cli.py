@@ -12,7 +12,6 @@ from typing import Any
 from .config import AgentConfig
 
 _METHODS = ("sd", "tomesd", "agentsd")
-_STEADY = 1.15  # rounds of one method that differ by more than this factor are called rough
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,8 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
         raise
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One sentence, as for all other wrong input, and no page of usage before it."""
+        self.exit(2, f"agentsd: {message}; `{self.prog} --help` lists the options\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="agentsd",
         description="Stable Diffusion made faster with no training, by token-merged agent attention.",
     )
@@ -60,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--rounds", type=int, metavar="N",
-        help="with --compare: time every method N times, interleaved, and take medians (default: 3, or fewer once a "
-        "minute has gone by)",
+        help="with --compare: time every method N times, interleaved, and take medians (default: 3, or fewer once "
+        "five minutes have gone by)",
     )  # fmt: skip
     _add_request(generate)
     _add_model(generate)
@@ -105,7 +110,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--height", type=int, help="in pixels; default: the model's own")
     group.add_argument("--width", type=int, help="in pixels; default: the model's own")
     # The names stand in pipelines.SCHEDULERS, which a wrong one is checked against; importing it takes seconds.
-    group.add_argument("--scheduler", default="plms", help="plms, ddim, euler, dpm++2m-karras … (default: %(default)s)")
+    group.add_argument("--scheduler", help="plms, ddim, euler, dpm++2m-karras …; default: the model's own")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -198,8 +203,8 @@ def _generate(options: argparse.Namespace) -> int:
         print(f"{generate.METHODS[drawing.method]:<17}{drawing.seconds:8.2f} s  {speed_up:5.2f}x")
     rounds = len(drawings[0].all_seconds)
     print(f"median of {rounds} interleaved rounds after a warm-up" if rounds > 1 else "one run each after a warm-up")
-    if rounds == 1 or max(max(d.all_seconds) / min(d.all_seconds) for d in drawings) > _STEADY:
-        print("rough figures: " + ("--rounds 3 tells how steady they are" if rounds == 1 else "this machine was busy"))
+    if not generate.are_steady(drawings):
+        print("rough figures: " + ("--rounds 3 tells how steady they are" if rounds == 1 else "the rounds disagree"))
     print(output)
     return 0
 
@@ -229,7 +234,7 @@ def _visualize(options: argparse.Namespace) -> int:
     folder = Path(options.output)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output={options.output!r}: is a file; give a folder")
-    made_by_us = not folder.exists()
+    made_by_us = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         generate.check_output(folder / "picture.png")
@@ -238,8 +243,8 @@ def _visualize(options: argparse.Namespace) -> int:
         layer = int(options.layer) if options.layer.isdigit() else options.layer
         image, view = visualize.look_inside(pipe, request, config, layer, options.call)
     except BaseException:
-        if made_by_us:
-            folder.rmdir()
+        for path in made_by_us:
+            path.rmdir()
         raise
     settings = generate.settings_of(pipe, request, "agentsd", config)
     settings["view"] = {"layer": view.layer, "call": view.call, "timestep": view.timestep, "phase": view.phase.value}
@@ -248,6 +253,8 @@ def _visualize(options: argparse.Namespace) -> int:
         pictures["agents"] = visualize.agents_sheet(view, image, options.agents)
     for name, picture in pictures.items():
         generate.save_picture(picture, folder / f"{name}.png", settings)
+    if "agents" not in pictures:
+        (folder / "agents.png").unlink(missing_ok=True)  # of an earlier look into this folder: another picture's
     agents = "no agents" if view.agent_attention is None else f"{len(view.agent_attention)} agents"
     height, width = view.grid
     print(f"{view.layer} at timestep {view.timestep:g} ({view.phase.value} phase): {height * width} tokens, {agents}")

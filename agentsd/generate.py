@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .config import AgentConfig
 from .patch import find_layers, find_unet, patched
+from .pipelines import DEMO_MODEL
 
 METHODS = {"sd": "Stable Diffusion", "tomesd": "ToMeSD", "agentsd": "AgentSD"}
 """Name on the command line: name in print."""
@@ -31,7 +32,8 @@ METHODS = {"sd": "Stable Diffusion", "tomesd": "ToMeSD", "agentsd": "AgentSD"}
 METADATA_KEY = "agentsd"
 """Text chunk of a saved PNG that holds its settings, as JSON."""
 
-_USUAL_ROUNDS, _SECONDS_ENOUGH = 3, 60.0
+_USUAL_ROUNDS, _SECONDS_ENOUGH = 3, 300.0
+_STEADY = 1.15  # rounds of one method that differ by more than this factor make rough figures
 _WARM_UP_STEPS = 4  # the fewest that take PLMS through both phases
 
 
@@ -172,7 +174,7 @@ def compare(
     machine whose speed drifts does not favour one. Seconds are medians over the rounds.
 
     Args:
-        rounds: how many times each method is timed; None times three times, or fewer once a minute has gone by.
+        rounds: how many times each method is timed; None times three times, or fewer once five minutes have gone by.
         on_round: called with (method, round) before each run; round 0 is the warm-up.
 
     Returns:
@@ -204,8 +206,16 @@ def compare(
     ]
 
 
+def are_steady(drawings: list[Drawing]) -> bool:
+    """Whether the times can be trusted: every method ran more than once, and its rounds agree."""
+    return all(
+        len(drawing.all_seconds) > 1 and max(drawing.all_seconds) <= _STEADY * min(drawing.all_seconds)
+        for drawing in drawings
+    )
+
+
 def comparison_picture(drawings: list[Drawing]) -> Image.Image:
-    """The pictures side by side; under each its method, seconds, and speed-up over the first."""
+    """The pictures side by side; under each its method, seconds (rough if they vary), and speed-up over the first."""
     width, height = drawings[0].image.size
     size = max(13, width // 18)
     margin, caption = max(8, width // 32), int(size * 3.6)
@@ -217,7 +227,8 @@ def comparison_picture(drawings: list[Drawing]) -> Image.Image:
         canvas.paste(drawing.image, (left, margin))
         top = margin + height + size // 3
         pen.text((left, top), _title(drawing), font=large, fill="black")
-        pen.text((left, top + size * 1.4), _timing(drawing, drawings[0]), font=small, fill="#555555")
+        timing = _timing(drawing, drawings[0]) + ("" if are_steady(drawings) else " (rough)")
+        pen.text((left, top + size * 1.4), timing, font=small, fill="#555555")
     return canvas
 
 
@@ -239,10 +250,11 @@ def settings_of(pipe: Any, request: Request, method: str, config: AgentConfig) -
     elif method == "tomesd":
         patch = {"ratio": config.ratio, "use_rand": config.use_rand, "seed": config.seed}
     unet = find_unet(pipe)
+    name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
     return {
         "method": method,
         **dataclasses.asdict(request),
-        "model": str(getattr(pipe, "name_or_path", "") or type(pipe).__name__),
+        "model": "demo" if name == str(DEMO_MODEL) else name,
         "scheduler": type(pipe.scheduler).__name__,
         "patch": patch,
         "device": str(unet.device),

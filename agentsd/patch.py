@@ -198,6 +198,8 @@ def patched(model: Any, config: AgentConfig | None = None, **settings: Any) -> I
         remove_patch(model)
         if before is not None:
             apply_patch(model, before.config)
+            # A bare UNet would not know the length of the run that the pipeline's scheduler told.
+            get_patch(model).num_train_timesteps = before.num_train_timesteps
 
 
 def find_unet(model: Any) -> UNet2DConditionModel:
@@ -343,6 +345,8 @@ class _UNetHook:
         for grid, states in by_grid.items():
             cells = grid_cells(*grid, stride)
             if cells == 0:
+                for state in states:
+                    state.warn_once("small", f"its {grid[0]}×{grid[1]} grid is smaller than a cell; it runs unpatched")
                 continue
             if config.use_rand:
                 drawn = draw_offsets(config.seed, run.timestep, len(states), cells, stride[0] * stride[1], device)

@@ -23,12 +23,12 @@ class PhaseCost:
     """One layer in one phase, for one picture (a batch of one).
 
     Attributes:
-        merged_tokens: M, what is left of the tokens.
+        tokens_left: M, what is left of the tokens after merging.
         agents: number of agent tokens; 0 in the merge phase.
         multiply_adds: of the layer's matching, projections and attention.
     """
 
-    merged_tokens: int
+    tokens_left: int
     agents: int
     multiply_adds: int
 
@@ -65,7 +65,8 @@ class Report:
         config: the settings of the patch, None where there is none.
         early_timestep: the agent phase is at this timestep and above; None where there is no patch or no such phase.
         layers: every self-attention layer.
-        unet_multiply_adds: of one unpatched call of the whole UNet for one picture (twice that with guidance).
+        unet_multiply_adds: of one unpatched call of the whole UNet for one picture (twice that with guidance); None for
+            a kind of UNet whose extra inputs are not known here.
     """
 
     model: str
@@ -74,7 +75,7 @@ class Report:
     config: AgentConfig | None
     early_timestep: float | None
     layers: tuple[LayerReport, ...]
-    unet_multiply_adds: int
+    unet_multiply_adds: int | None
 
     @property
     def active(self) -> tuple[LayerReport, ...]:
@@ -87,8 +88,10 @@ class Report:
             return sum(layer.multiply_adds for layer in self.active)
         return sum(layer.phases[phase.value].multiply_adds for layer in self.active)
 
-    def unet_fraction(self, phase: Phase) -> float:
-        """Multiply–adds of the whole UNet in a phase, as a fraction of the unpatched one."""
+    def unet_fraction(self, phase: Phase) -> float | None:
+        """Multiply–adds of the whole UNet in a phase, as a fraction of the unpatched one; None if that is unknown."""
+        if self.unet_multiply_adds is None:
+            return None
         saved = self.self_attention_multiply_adds() - self.self_attention_multiply_adds(phase)
         return 1 - saved / self.unet_multiply_adds
 
@@ -116,13 +119,13 @@ class Report:
         if self.config is None:
             return f"not patched; it has {len(self.layers)} self-attention layers"
         if self.early_timestep is None:
-            when = "token merging in every step"
+            when = "token merging in every step" if self.config.ratio else "but ratio=0 and early=0 change nothing"
         else:
             when = f"agent attention at timesteps ≥ {self.early_timestep:g}, token merging below"
         return f"agentsd is active on {len(self.active)} of {len(self.layers)} self-attention layers, {when}"
 
     def _table(self) -> list[str]:
-        header = ("layer", "tokens", "phase", "merged", "agents", "Mmul-add before", "after")
+        header = ("layer", "tokens", "phase", "left", "agents", "Mmul-add before", "after")
         rows = []
         for layer in self.active:
             for number, phase in enumerate(self._phases_in_use()):
@@ -132,7 +135,7 @@ class Report:
                         "" if number else layer.name,
                         "" if number else f"{layer.grid[0]}×{layer.grid[1]} = {layer.tokens}",
                         phase.value,
-                        str(cost.merged_tokens),
+                        str(cost.tokens_left),
                         str(cost.agents or "-"),
                         f"{layer.multiply_adds / 1e6:.1f}",
                         f"{cost.multiply_adds / 1e6:.1f}",
@@ -149,6 +152,11 @@ class Report:
 
     def _totals(self) -> list[str]:
         before = self.self_attention_multiply_adds()
+        if self.unet_multiply_adds is None:
+            return [
+                f"{phase.value} phase: their self-attention {self.self_attention_multiply_adds(phase) / before:.1%} of before"
+                for phase in self._phases_in_use()
+            ]
         lines = [
             f"whole UNet: {self.unet_multiply_adds / 1e9:.2f} Gmul-add a call and picture, "
             f"{before / self.unet_multiply_adds:.1%} of it in these layers' self-attention"
@@ -257,7 +265,7 @@ def _phase_cost(
     return PhaseCost(merged, agents, matching + projections + agents * channels * inner + attention)
 
 
-def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_width: int) -> int:
+def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_width: int) -> int | None:
     """Count one call of the UNet, batch 1, on a twin without weights (the meta device): exact, and takes no memory."""
     config = {**unet.config, "encoder_hid_dim_type": None}  # an IP-Adapter's projection is not part of the UNet proper
     with torch.device("meta"):
@@ -273,7 +281,12 @@ def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_w
             pooled = twin.config.projection_class_embeddings_input_dim - 6 * twin.config.addition_time_embed_dim
             extra["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
         if getattr(twin, "class_embedding", None) is not None:
-            extra["class_labels"] = torch.zeros(1, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            twin(sample, torch.zeros(()), text, **extra)
+            vector = twin.config.class_embed_type in ("projection", "simple_projection")
+            size = twin.config.projection_class_embeddings_input_dim
+            extra["class_labels"] = torch.empty(1, size) if vector else torch.zeros(1, dtype=torch.long)
+        try:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                twin(sample, torch.zeros(()), text, **extra)
+        except (RuntimeError, TypeError, ValueError):  # it wants an input of its own kind (Kandinsky's image embedding …)
+            return None
     return math.ceil(counter.get_total_flops() / 2)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .config import AgentConfig, Phase
 from .generate import Request, draw
-from .merging import merged_position
+from .merging import merge_tokens, merged_position
 from .patch import get_patch, patched
-from .processor import LayerState, merge_plan, merge_tokens, project_qkv, project_queries
+from .processor import LayerState, merge_plan, project_qkv, project_queries
 
 
 @dataclass(frozen=True)

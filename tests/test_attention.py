@@ -38,7 +38,7 @@ def test_equals_naive_loops(tokens, agents, head_dim, alpha, exponent, seed):
 
 
 def test_is_generalised_linear_attention():
-    """O = φq(Q) (φk(K)ᵀ V) + αV with φq(Q) = softmax(s Q Aᵀ) and φk(K) = softmax(A Kᵀ / √d)ᵀ (DESIGN §1)."""
+    """O = φq(Q) (φk(K)ᵀ V) + αV with φq(Q) = softmax(s Q Aᵀ) and φk(K) = softmax(A Kᵀ / √d)ᵀ."""
     query, agents, key, value = random_inputs()
     d = query.shape[-1]
     phi_q = torch.softmax(d**-0.15 * query @ agents.mT, dim=-1)

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from conftest import make_pipeline
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from agentsd import cli
@@ -70,12 +71,15 @@ def test_visualize(capsys, tmp_path):
     assert sorted(os.listdir(folder)) == ["agents.png", "merge_map.png", "picture.png"]
     view = read_settings(folder / "merge_map.png")["view"]
     assert view["layer"].startswith("up_blocks.2.attentions.1") and view["call"] == 0
-    code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder / "late", *QUICK, "--call", "4")
-    assert code == 0 and sorted(os.listdir(folder / "late")) == ["merge_map.png", "picture.png"]
+    code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--call", "4")
+    assert code == 0 and sorted(os.listdir(folder)) == ["merge_map.png", "picture.png"]  # no agents, none left over
 
 
 def test_models_from_folders(capsys, tmp_path):
     make_pipeline().save_pretrained(tmp_path / "model")
+    make_pipeline(scheduler=DDIMScheduler()).save_pretrained(tmp_path / "ddim")
+    run(capsys, "generate", "x", "-o", tmp_path / "b.png", "--model", tmp_path / "ddim", *QUICK)
+    assert read_settings(tmp_path / "b.png")["scheduler"] == "DDIMScheduler"  # the model's own, unless told otherwise
     code, _, err = run(
         capsys, "generate", "x", "-o", tmp_path / "a.png", "--model", tmp_path / "model", *QUICK, "--scheduler", "euler"
     )
@@ -114,7 +118,7 @@ def test_wrong_input_of_generate(capsys, tmp_path, arguments, message):
     code, out, err = run(capsys, "generate", "a zebra", "-o", path, *QUICK[:2], *arguments)
     assert code == 2 and not out
     assert message in err and "Traceback" not in err
-    assert err.strip().splitlines()[-1].startswith("agentsd")
+    assert err.startswith("agentsd: ") and len(err.strip().splitlines()) == 1
     assert os.listdir(tmp_path) == []
 
 
@@ -139,6 +143,8 @@ def test_wrong_outputs_and_prompts(capsys, tmp_path):
         code, _, err = run(capsys, "visualize", "x", "-o", tmp_path / "new", *QUICK, *arguments)
         assert code == 2 and message in err
         assert os.listdir(tmp_path) == ["file"]  # the folder made for the pictures is gone again
+    code, _, err = run(capsys, "visualize", "x", "-o", tmp_path / "a" / "b", *QUICK, "--layer", "9")
+    assert code == 2 and os.listdir(tmp_path) == ["file"]  # with the folders above it
 
 
 def test_a_refused_setting_answers_before_anything_heavy_is_loaded(tmp_path):

@@ -16,6 +16,7 @@ from agentsd.generate import (
     METHODS,
     Drawing,
     Request,
+    are_steady,
     check_output,
     compare,
     comparison_picture,
@@ -89,6 +90,16 @@ def test_speed_up_is_over_the_first():
 
     assert _timing(drawings[0], drawings[0]) == "3.00 s"
     assert _timing(drawings[1], drawings[0]) == "1.50 s,  2.00x as fast"
+
+
+def test_rough_times_are_called_rough():
+    image = Image.new("RGB", (256, 64))
+    for all_seconds, steady in [((2.0, 2.1), True), ((2.0, 3.0), False), ((2.0,), False)]:
+        drawings = [Drawing("sd", image, all_seconds, {}), Drawing("tomesd", image, (1.0, 1.0), {})]
+        assert are_steady(drawings) is steady
+    rough = np.asarray(comparison_picture([Drawing("sd", image, (2.0,), {})]))
+    clean = np.asarray(comparison_picture([Drawing("sd", image, (2.0, 2.0), {})]))
+    assert (rough < 200).sum() > (clean < 200).sum()  # the caption says so too
 
 
 def test_saved_picture_can_be_drawn_again_from_itself(pipe, tmp_path):

@@ -31,7 +31,7 @@ def record_phases(unet) -> list[Phase]:
     return phases
 
 
-# --- exact limits (DESIGN §1) -----------------------------------------------------------------------------------------
+# --- exact limits -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -357,6 +357,14 @@ def test_patched_restores_what_was_there():
     with pytest.raises(RuntimeError), agentsd.patched(unet):
         raise RuntimeError
     assert get_patch(unet) is None
+
+
+def test_patched_keeps_the_length_of_the_run_that_stood_there():
+    pipe = make_pipeline(scheduler=DDIMScheduler(**{**SD_BETAS, "num_train_timesteps": 500}))
+    agentsd.apply_patch(pipe)
+    with agentsd.patched(pipe.unet, ratio=0.5):
+        pass
+    assert get_patch(pipe).num_train_timesteps == 500
 
 
 def test_deepcopy_is_patched_by_itself():

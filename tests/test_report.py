@@ -27,8 +27,8 @@ def test_sd15_at_512():
     assert len(report.layers) == 16 and len(report.active) == 5
     for layer in report.active:
         assert layer.tokens == 4096
-        assert layer.phases["agent"].agents == 256  # DESIGN §1: N / 16
-        assert layer.phases["agent"].merged_tokens == layer.phases["merge"].merged_tokens == 4096 - 1638
+        assert layer.phases["agent"].agents == 256  # N / 16
+        assert layer.phases["agent"].tokens_left == layer.phases["merge"].tokens_left == 4096 - 1638
         assert layer.phases["merge"].agents == 0
         assert layer.multiply_adds == 4 * 4096 * 320 * 320 + 2 * 4096 * 4096 * 320
         # matching + projections + aggregation and broadcast + mixing
@@ -68,7 +68,7 @@ def test_token_counts_are_the_ones_that_run(size):
         call_unet(unet, timestep=timestep, size=(size[0] // 8, size[1] // 8))
         for handle in handles:
             handle.remove()
-        assert seen == {layer.name: layer.phases[phase.value].merged_tokens for layer in report.active}
+        assert seen == {layer.name: layer.phases[phase.value].tokens_left for layer in report.active}
 
 
 def test_unpatched_says_so():
@@ -115,6 +115,22 @@ def test_readable_and_usable_as_data():
     assert data["layers"][0]["tokens"] == 384 and set(data["unet_fraction"]) == {"agent", "merge"}
     only_merge = str(agentsd.describe(agentsd.apply_patch(pipe, early=0.0)))
     assert "agent phase" not in only_merge and "token merging in every step" in only_merge
+
+
+@pytest.mark.parametrize(
+    "inputs, counted",
+    [
+        ({"class_embed_type": "projection", "projection_class_embeddings_input_dim": 24}, True),  # SD 2.1 unCLIP
+        ({"class_embed_type": "timestep"}, True),
+        ({"num_class_embeds": 10}, True),  # the x4 upscaler
+        ({"addition_embed_type": "image", "encoder_hid_dim": 8}, False),  # Kandinsky
+    ],
+)
+def test_unets_with_inputs_of_their_own_are_described(inputs, counted):
+    report = agentsd.describe(agentsd.apply_patch(make_unet(**inputs)))
+    assert len(report.active) == 3 and (report.unet_multiply_adds is not None) is counted
+    assert "their self-attention" in str(report)
+    json.dumps(report.to_dict())
 
 
 def test_describing_disturbs_nothing():
