@@ -153,10 +153,8 @@ class Report:
     def _totals(self) -> list[str]:
         before = self.self_attention_multiply_adds()
         if self.unet_multiply_adds is None:
-            return [
-                f"{phase.value} phase: their self-attention {self.self_attention_multiply_adds(phase) / before:.1%} of before"
-                for phase in self._phases_in_use()
-            ]
+            shares = {phase: self.self_attention_multiply_adds(phase) / before for phase in self._phases_in_use()}
+            return [f"{phase.value} phase: their self-attention {share:.1%} of before" for phase, share in shares.items()]
         lines = [
             f"whole UNet: {self.unet_multiply_adds / 1e9:.2f} Gmul-add a call and picture, "
             f"{before / self.unet_multiply_adds:.1%} of it in these layers' self-attention"
@@ -287,6 +285,6 @@ def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_w
         try:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 twin(sample, torch.zeros(()), text, **extra)
-        except (RuntimeError, TypeError, ValueError):  # it wants an input of its own kind (Kandinsky's image embedding …)
+        except (RuntimeError, TypeError, ValueError):  # it wants an input of its own kind, as Kandinsky's
             return None
     return math.ceil(counter.get_total_flops() / 2)
