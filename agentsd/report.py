@@ -154,7 +154,7 @@ class Report:
         before = self.self_attention_multiply_adds()
         if self.unet_multiply_adds is None:
             shares = {phase: self.self_attention_multiply_adds(phase) / before for phase in self._phases_in_use()}
-            return [f"{phase.value} phase: their self-attention {share:.1%} of before" for phase, share in shares.items()]
+            return [f"{phase.value} phase: their self-attention {part:.1%} of before" for phase, part in shares.items()]
         lines = [
             f"whole UNet: {self.unet_multiply_adds / 1e9:.2f} Gmul-add a call and picture, "
             f"{before / self.unet_multiply_adds:.1%} of it in these layers' self-attention"
