@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from .config import AgentConfig
-from .patch import find_layers, find_unet, patched
+from .patch import find_layers, find_unet, patched, why_none
 from .pipelines import DEMO_MODEL
 
 METHODS = {"sd": "Stable Diffusion", "tomesd": "ToMeSD", "agentsd": "AgentSD"}
@@ -122,8 +122,7 @@ def use_method(pipe: Any, method: str, config: AgentConfig) -> Iterator[None]:
     unet = find_unet(pipe)
     eligible, skipped = find_layers(unet, config)
     if method != "sd" and not eligible:
-        reasons = "; ".join(sorted({reason for _, reason in skipped})) or "it has no self-attention"
-        raise ValueError(f"{METHODS[method]} would change no layer of this {type(unet).__name__}: {reasons}")
+        raise ValueError(f"{METHODS[method]} would change no layer of this {type(unet).__name__}: {why_none(skipped)}")
     if method == "agentsd":
         with patched(pipe, config):
             yield

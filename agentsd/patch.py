@@ -3,7 +3,7 @@
 The only file that changes a model. What it adds, all of it removed by `remove_patch`:
 - an AgentAttnProcessor on `attn1` of each eligible transformer block, with its LayerState beside it;
 - a pre-hook on each of those blocks, which hands the un-normalised block input to the processor;
-- a pre-hook on the UNet, which notes latent size and phase of each call;
+- a pre-hook on the UNet, which notes latent size and phase of each call, and a hook that marks its end;
 - with merge_crossattn / merge_mlp, hooks around `attn2` / `ff`;
 - where the UNet is or gets compiled as a whole, a wrapper that chooses the phase before the graph is entered.
 """
@@ -114,8 +114,7 @@ def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) 
     remove_patch(unet)
     eligible, skipped = find_layers(unet, config)
     if not eligible:
-        reasons = "; ".join(sorted({reason for _, reason in skipped})) or "it has no self-attention"
-        warnings.warn(f"agentsd: no layer of this {type(unet).__name__} was patched: {reasons}", stacklevel=2)
+        warnings.warn(f"agentsd: no layer of this {type(unet).__name__} was patched: {why_none(skipped)}", stacklevel=2)
 
     foreign = sorted({reason for _, reason in skipped if reason.endswith(_NOT_SOFTMAX)})
     if eligible and foreign:
@@ -247,6 +246,11 @@ def find_layers(
         else:
             eligible.append((name, block, downsample))
     return eligible, skipped
+
+
+def why_none(skipped: list[tuple[str, str]]) -> str:
+    """Why no layer is eligible, in words, from the (name, reason) pairs of `find_layers`."""
+    return "; ".join(sorted({reason for _, reason in skipped})) or "it has no self-attention"
 
 
 def _stages(unet: UNet2DConditionModel | UNetMotionModel) -> Iterator[tuple[str, nn.Module, int]]:
