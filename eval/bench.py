@@ -65,7 +65,9 @@ class _Bench:
         self.timed = make_scenarios(
             parse_methods(options.methods), parse_ratios(options.ratios), options.early, ablate, options.with_deepcache
         )
-        drawn = tuple(scenario for scenario in self.timed if scenario.method != options.unscored)
+        # Nobody wants the limit's pictures: it is no way to draw, only the least time a UNet call can take.
+        unscored = (options.unscored, "limit")
+        drawn = tuple(scenario for scenario in self.timed if scenario.method not in unscored)
         names = demo_classes() if options.model == "demo" and not random else imagenet_classes()
         plan = Plan(
             choose_classes(names, min(options.classes, len(names)) if random else options.classes),

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--report-only", metavar="DIR", help="rebuild the report of a finished run from disk, and stop")
 
     grid = parser.add_argument_group("scenarios")
-    grid.add_argument("--methods", help="sd,sd-naive,tomesd,agentsd,mean-value,no-attention")
+    grid.add_argument("--methods", help=_ALL + ",limit")
     grid.add_argument("--ratios", help="fractions of the tokens merged away, as in 0.2,0.4")
     grid.add_argument("--early", type=float, default=0.4, help="fraction of agent steps (default: %(default)s)")
     grid.add_argument(

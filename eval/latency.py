@@ -15,7 +15,7 @@ import torch
 
 from agentsd import AgentConfig, Phase
 
-from .protocol import PROMPT, BenchError, Scenario
+from .protocol import CONTROLS, PROMPT, BenchError, Scenario
 from .scenarios import use_scenario
 
 _WARM_UP_STEPS = 4  # the fewest that take PLMS through both phases
@@ -145,7 +145,7 @@ class _Run:
     def prepare(self) -> None:
         if not self.workload.compile:
             return
-        if self.scenario.method in ("mean-value", "no-attention") or self.scenario.cache_interval > 1:
+        if self.scenario.method in CONTROLS or self.scenario.cache_interval > 1:
             raise RuntimeError("not compiled: it changes the UNet between its calls")
         # One UNet each: patches that come and go would have it compiled anew in every round.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

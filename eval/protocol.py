@@ -14,11 +14,13 @@ from agentsd import AgentConfig
 PROMPT = "A high quality photograph of a {}."
 """ToMe's wording (https://github.com/dbolya/tomesd/issues/46), which the Agent Attention paper took over."""
 
-METHODS = ("sd", "sd-naive", "tomesd", "agentsd", "mean-value", "no-attention")
-"""sd is diffusers as it comes (SDPA); sd-naive computes softmax explicitly. The last two are controls: like agentsd,
-but in the agent phase the patched layers return their mean value token, or zero."""
+METHODS = ("sd", "sd-naive", "tomesd", "agentsd", "mean-value", "no-attention", "limit")
+"""sd is diffusers as it comes (SDPA); sd-naive computes softmax explicitly. mean-value and no-attention are controls of
+quality: like agentsd, but in the agent phase the patched layers return their mean value token, or zero. limit is the
+control of speed: in every call the patched layers compute their four projections and mix no tokens."""
 
-METHODS_WITH_CONFIG = METHODS[2:]
+CONTROLS = ("mean-value", "no-attention")
+METHODS_WITH_CONFIG = ("tomesd", "agentsd", *CONTROLS)
 
 DEMO_REFERENCE = Path(__file__).with_name("demo_reference.npz")
 """Names and features of the demo model's training pictures; eval/make_demo_reference.py made it."""
@@ -253,7 +255,7 @@ def make_scenarios(
     cached = [
         replace(scenario, cache_interval=cache_interval)
         for scenario in scenarios
-        if cache_interval > 1 and scenario.method not in ("mean-value", "no-attention")
+        if cache_interval > 1 and scenario.method not in (*CONTROLS, "limit")
     ]
     for name in ablate:
         if name not in ABLATIONS:

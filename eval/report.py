@@ -25,7 +25,7 @@ from agentsd import Phase
 
 from .generation import is_whole, package_versions, write_whole
 from .latency import Timing
-from .protocol import BenchError, Scenario
+from .protocol import CONTROLS, BenchError, Scenario
 
 RUN, LATENCY, SCORES = "run.json", "latency.json", "scores.json"
 _GRID_PROMPTS, _GRID_CELL = 6, 160
@@ -56,8 +56,10 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("speedup_vs_naive", "× sd-naive", "{:.2f}"),
     ("unet_agent_ms", "UNet call, agent phase, ms", "{:.1f}"),
     ("unet_agent_speedup", "× sd", "{:.2f}"),
+    ("unet_agent_over_limit", "over the limit", "{:.3f}"),
     ("unet_merge_ms", "merge phase, ms", "{:.1f}"),
     ("unet_merge_speedup", "× sd", "{:.2f}"),
+    ("unet_merge_over_limit", "over the limit", "{:.3f}"),
     ("peak_gb", "peak GB", "{:.2f}"),
     ("peak_gb_per_image", "GB / image over the model", "{:.2f}"),
     ("note", "note", "{}"),
@@ -111,7 +113,7 @@ def write_part(folder: Path, name: str, part: dict[str, Any]) -> None:
 def scenario_row(scenario: Scenario) -> dict[str, Any]:
     """A scenario as the first columns of its row."""
     config = scenario.config
-    agents = config if scenario.method in ("agentsd", "mean-value", "no-attention") else None
+    agents = config if scenario.method in ("agentsd", *CONTROLS) else None
     mixing = config if scenario.method == "agentsd" else None
     return {
         "scenario": scenario.name,
@@ -161,7 +163,7 @@ def verdict(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> list[str]
                 f"{row['scenario']}: {label} {row[key]:+.2f} [{low:+.2f}, {high:+.2f}] against sd, lower is better: "
                 f"{said}."
             )
-    controls = [row for row in scored if row["method"] in ("mean-value", "no-attention")]
+    controls = [row for row in scored if row["method"] in CONTROLS]
     agents = [row for row in scored if row["method"] == "agentsd"]
     for row in controls:
         low, high = row[f"{key}_ci"]
@@ -384,7 +386,7 @@ def _empty() -> dict[str, Any]:
 def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
     workload = timing.workload
     same = {other.scenario: other for other in timings if other.workload == workload}
-    sd, naive = same.get("sd"), same.get("sd-naive")
+    sd, naive, limit = (same.get(name) for name in ("sd", "sd-naive", "limit"))
     out = {
         "size": workload.size,
         "batch_size": workload.batch_size,
@@ -401,6 +403,7 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
         seconds = timing.unet_median(phase)
         out[f"unet_{phase.value}_ms"] = seconds and seconds * 1000
         out[f"unet_{phase.value}_speedup"] = _ratio(sd and sd.unet_median(phase), seconds)
+        out[f"unet_{phase.value}_over_limit"] = _ratio(seconds, limit and limit.unet_median(phase))
     return out
 
 

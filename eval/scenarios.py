@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import agentsd
 from agentsd.generate import use_method
 
-from .protocol import BenchError, Scenario
+from .protocol import CONTROLS, BenchError, Scenario
 
 
 @contextlib.contextmanager
@@ -29,8 +29,10 @@ def use_scenario(pipe: Any, scenario: Scenario) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if scenario.method == "sd-naive":
             stack.enter_context(_naive_attention(pipe))
-        elif scenario.method in ("mean-value", "no-attention"):
+        elif scenario.method in CONTROLS:
             stack.enter_context(_control(pipe, scenario))
+        elif scenario.method == "limit":
+            stack.enter_context(_limit(pipe))
         elif scenario.method != "sd":
             stack.enter_context(use_method(pipe, scenario.method, scenario.config))
         if scenario.cache_interval > 1:
@@ -55,7 +57,16 @@ class ZeroProcessor:
         return torch.zeros_like(hidden_states)
 
 
-_CONTROLS = {"mean-value": MeanValueProcessor, "no-attention": ZeroProcessor}
+class NoMixingProcessor:
+    """The four projections of attention, and no attention: what is left where mixing tokens costs nothing."""
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        attn.to_q(hidden_states), attn.to_k(hidden_states)
+        return attn.to_out[1](attn.to_out[0](attn.to_v(hidden_states)))
+
+
+_STAND_INS = {"mean-value": MeanValueProcessor, "no-attention": ZeroProcessor}
 
 
 @contextlib.contextmanager
@@ -72,14 +83,10 @@ def _naive_attention(pipe: Any) -> Iterator[None]:
 def _control(pipe: Any, scenario: Scenario) -> Iterator[None]:
     """agentsd's patch, with another processor on its layers for the length of each UNet call in the agent phase."""
     unet = pipe.unet
-    stand_in = _CONTROLS[scenario.method]()
+    stand_in = _STAND_INS[scenario.method]()
     num_train_timesteps = pipe.scheduler.config.num_train_timesteps
     with agentsd.patched(pipe, scenario.config):
-        layers = {
-            module: module.processor
-            for module in unet.modules()
-            if isinstance(module, Attention) and type(module.processor).__name__ == "AgentAttnProcessor"
-        }
+        layers = {module: module.processor for module in _patched_layers(unet)}
 
         # Runs after the patch's own pre-hook, which looks whether its processors are still there.
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -101,6 +108,28 @@ def _control(pipe: Any, scenario: Scenario) -> Iterator[None]:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextlib.contextmanager
+def _limit(pipe: Any) -> Iterator[None]:
+    with agentsd.patched(pipe):
+        layers = _patched_layers(pipe.unet)
+    before = [layer.processor for layer in layers]
+    for layer in layers:
+        layer.processor = NoMixingProcessor()
+    try:
+        yield
+    finally:
+        for layer, processor in zip(layers, before):
+            layer.processor = processor
+
+
+def _patched_layers(unet: nn.Module) -> list[Attention]:
+    return [
+        module
+        for module in unet.modules()
+        if isinstance(module, Attention) and type(module.processor).__name__ == "AgentAttnProcessor"
+    ]
 
 
 @contextlib.contextmanager

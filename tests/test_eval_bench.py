@@ -49,7 +49,7 @@ def pictures(tmp_path_factory):
 def test_a_whole_run_and_its_report_again(model, pictures, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [*SMALL, *OFFLINE, "--model", model, "--reference", str(pictures), "--out", str(out)]
-    assert main([*arguments, "--methods", "sd,sd-naive,agentsd,mean-value", "--ablate", "alpha"]) == 0
+    assert main([*arguments, "--methods", "sd,sd-naive,agentsd,mean-value,limit", "--ablate", "alpha"]) == 0
     printed = capsys.readouterr().out
     assert (
         "| agentsd-r0.4 |" in printed and "FD (EfficientNet-Lite0)" in printed and "Control mean-value-r0.4" in printed
@@ -57,11 +57,12 @@ def test_a_whole_run_and_its_report_again(model, pictures, tmp_path, capsys):
     rows = json.loads((out / "results.json").read_text())["rows"]
     names = [row["scenario"] for row in rows]
     ablated = [f"agentsd-r0.4-alpha{alpha}" for alpha in ("0", "0.025", "0.15")]
-    assert names == ["sd", "sd-naive", "agentsd-r0.4", "mean-value-r0.4", *ablated]
+    assert names == ["sd", "sd-naive", "agentsd-r0.4", "mean-value-r0.4", "limit", *ablated]
     for row in rows:
         assert row["seconds_per_image"] > 0 and row["speedup_vs_naive"] > 0
-        assert (row["fd"] is None) == (row["method"] == "sd-naive") and row["fid"] is None
-    assert not (out / "images" / "sd-naive").exists()
+        assert (row["fd"] is None) == (row["method"] in ("sd-naive", "limit")) and row["fid"] is None
+        assert row["unet_agent_over_limit"] > 0 and row["unet_merge_over_limit"] > 0
+    assert not (out / "images" / "sd-naive").exists() and not (out / "images" / "limit").exists()
 
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png") if "images" in path.parts}
     scores = json.loads((out / "scores.json").read_text())

@@ -17,6 +17,7 @@ from agentsd.patch import get_patch
 from eval.protocol import (
     ABLATIONS,
     METHODS,
+    METHODS_WITH_CONFIG,
     BenchError,
     Plan,
     Scenario,
@@ -84,7 +85,7 @@ def test_the_papers_table_as_scenarios():
         "sd", "sd-naive",
         *(f"tomesd-r{r}" for r in (0.1, 0.2, 0.3, 0.4, 0.5)),
         *(f"agentsd-r{r}" for r in (0.1, 0.2, 0.3, 0.4, 0.5)),
-        "mean-value-r0.5", "no-attention-r0.5",
+        "mean-value-r0.5", "no-attention-r0.5", "limit",
     ]  # fmt: skip
 
 
@@ -103,6 +104,26 @@ def test_ablations_and_deepcache_as_scenarios():
         "agentsd-r0.4-deepcache3",
     ]
     assert make_scenarios(["sd"], (0.4,)) == [Scenario("sd")]
+
+
+def test_the_limit_computes_the_four_projections_and_mixes_nothing(pipe):
+    with agentsd.patched(pipe):
+        layer = next(
+            m for m in pipe.unet.modules() if type(getattr(m, "processor", None)).__name__ == "AgentAttnProcessor"
+        )
+    seen = {}
+    hooks = [layer.register_forward_hook(lambda module, args, out: seen.update(input=args[0], output=out))]
+    for name in ("to_q", "to_k"):  # their results go nowhere, but their time counts
+        hooks.append(layer.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.update({name: True})))
+    try:
+        late, early = output(pipe, "limit", 100), output(pipe, "limit", 900)
+        with torch.no_grad():
+            expected = layer.to_out[0](layer.to_v(seen["input"]))
+        assert torch.equal(seen["output"], expected) and seen["to_q"] and seen["to_k"]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not torch.equal(late, output(pipe, "sd", 100)) and not torch.equal(early, output(pipe, "sd", 900))
 
 
 @pytest.mark.parametrize("text", ["", "a", "0.4,", "0.4;0.5", "-0.1", "0.8", "nan", "1", "0.4,0.4", "inf"])
@@ -135,7 +156,7 @@ def pipe():
 
 
 def output(pipe, method, timestep, **settings):
-    config = AgentConfig(**settings) if method in METHODS[2:] else None
+    config = AgentConfig(**settings) if method in METHODS_WITH_CONFIG else None
     with use_scenario(pipe, Scenario(method, config)):
         return call_unet(pipe.unet, timestep=timestep)
 
@@ -180,7 +201,7 @@ def test_what_the_controls_put_in_place_of_attention(pipe):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_picture_does_not_depend_on_those_before_it(pipe, method):
-    scenario = Scenario(method, AgentConfig() if method in METHODS[2:] else None)
+    scenario = Scenario(method, AgentConfig() if method in METHODS_WITH_CONFIG else None)
 
     def one(seed):
         with use_scenario(pipe, scenario):
