@@ -9,8 +9,10 @@ import json
 import math
 import os
 import statistics
+import struct
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,8 +23,10 @@ import tomesd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from .config import AgentConfig
+from .measure import PeakMemory
 from .patch import find_layers, find_unet, patched, why_none
 from .pipelines import DEMO_MODEL
 
@@ -91,17 +95,44 @@ class Drawing:
         image: the picture.
         all_seconds: wall time of each run of the whole pipeline, in order.
         settings: everything needed to draw it again, plain data.
+        peak_bytes: greatest memory in use during a run: of the allocator on CUDA, of the whole process on Linux; None
+            where it cannot be told.
     """
 
     method: str
     image: Image.Image
     all_seconds: tuple[float, ...]
     settings: dict[str, Any]
+    peak_bytes: int | None = None
 
     @property
     def seconds(self) -> float:
         """Median over the runs."""
         return statistics.median(self.all_seconds)
+
+    def and_again(self, other: Drawing) -> Drawing:
+        """This drawing with the time and the memory of another run of the same."""
+        peaks = [peak for peak in (self.peak_bytes, other.peak_bytes) if peak is not None]
+        return dataclasses.replace(
+            self, all_seconds=self.all_seconds + other.all_seconds, peak_bytes=max(peaks, default=None)
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step that has just been done.
+
+    Attributes:
+        number: from 1. Some schedulers call the UNet more than once a step: this counts the calls.
+        total: number of the last one.
+        timestep: its noise level.
+        latents: [batch, channels, height / 8, width / 8], what the picture has become.
+    """
+
+    number: int
+    total: int
+    timestep: float
+    latents: Tensor
 
 
 @contextlib.contextmanager
@@ -142,7 +173,12 @@ def use_method(pipe: Any, method: str, config: AgentConfig) -> Iterator[None]:
 
 
 def draw(
-    pipe: Any, request: Request, method: str = "agentsd", config: AgentConfig | None = None, **extra: Any
+    pipe: Any,
+    request: Request,
+    method: str = "agentsd",
+    config: AgentConfig | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    **extra: Any,
 ) -> Drawing:
     """Draw one picture.
 
@@ -151,12 +187,28 @@ def draw(
         request: what to draw.
         method: a key of METHODS.
         config: settings of the patch; None takes the defaults.
-        **extra: further arguments of the pipeline call, such as `callback_on_step_end`.
+        on_step: called after each step; the time it takes is not counted. What it raises ends the drawing, comes out of
+            here, and leaves the model as it was.
+        **extra: further arguments of the pipeline call.
     """
     config = config or AgentConfig()
     with use_method(pipe, method, config):
-        image, seconds = _timed_call(pipe, request, **extra)
-    return Drawing(method, image, (seconds,), settings_of(pipe, request, method, config))
+        image, seconds, peak = _measured_call(pipe, request, on_step, **extra)
+    return Drawing(method, image, (seconds,), settings_of(pipe, request, method, config), peak)
+
+
+def warm_up(
+    pipe: Any,
+    request: Request,
+    method: str = "agentsd",
+    config: AgentConfig | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> None:
+    """Draw the same in the fewest steps that go through both phases: the first run of a kind is slower than the rest.
+
+    Arguments as `draw`.
+    """
+    draw(pipe, dataclasses.replace(request, steps=min(request.steps, _WARM_UP_STEPS)), method, config, on_step)
 
 
 def compare(
@@ -181,28 +233,21 @@ def compare(
     """
     config = config or AgentConfig()
     methods = list(methods)
-    warm_up = dataclasses.replace(request, steps=min(request.steps, _WARM_UP_STEPS))
     for method in methods:
         if on_round:
             on_round(method, 0)
-        with use_method(pipe, method, config):
-            _timed_call(pipe, warm_up)
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
-    images = {}
+        warm_up(pipe, request, method, config)
+    drawings: dict[str, Drawing] = {}
     for number in itertools.count(1):
         for method in methods:
             if on_round:
                 on_round(method, number)
-            with use_method(pipe, method, config):
-                images[method], taken = _timed_call(pipe, request)
-            seconds[method].append(taken)
-        total = sum(map(sum, seconds.values()))
+            drawing = draw(pipe, request, method, config)
+            drawings[method] = drawings[method].and_again(drawing) if method in drawings else drawing
+        total = sum(sum(drawing.all_seconds) for drawing in drawings.values())
         if number >= (rounds or _USUAL_ROUNDS) or (rounds is None and total > _SECONDS_ENOUGH):
             break
-    return [
-        Drawing(method, images[method], tuple(seconds[method]), settings_of(pipe, request, method, config))
-        for method in methods
-    ]
+    return [drawings[method] for method in methods]
 
 
 def are_steady(drawings: list[Drawing]) -> bool:
@@ -284,11 +329,27 @@ def save_picture(image: Image.Image, path: str | Path, settings: dict[str, Any] 
 
 
 def read_settings(path: str | Path) -> dict[str, Any] | None:
-    """The settings that `save_picture` put into a PNG, or None. Raises OSError for what is no picture."""
-    with Image.open(path) as image:
-        image.load()
-        text = image.info.get(METADATA_KEY)
-    return json.loads(text) if text else None
+    """The settings that `save_picture` put into a PNG, or None where there are none.
+
+    Raises:
+        OSError: it is no picture, or a damaged one.
+        ValueError: there is something in their place that is not what `save_picture` writes.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = image.info.get(METADATA_KEY)
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise OSError(f"{Path(path).name}: is no picture that can be read, or a damaged one ({error})") from error
+    if not text:
+        return None
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{Path(path).name}: its {METADATA_KEY} text is not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{Path(path).name}: its {METADATA_KEY} text is not a set of settings")
+    return settings
 
 
 def check_output(path: str | Path) -> Path:
@@ -323,10 +384,17 @@ def _umask() -> int:
     return mask
 
 
-def _timed_call(pipe: Any, request: Request, **extra: Any) -> tuple[Image.Image, float]:
+def _measured_call(
+    pipe: Any, request: Request, on_step: Callable[[Step], None] | None = None, **extra: Any
+) -> tuple[Image.Image, float, int | None]:
+    """(picture, seconds, peak memory in bytes) of one run of the pipeline."""
     # Noise drawn on the CPU: the same seed is the same picture on every device.
     generator = torch.Generator("cpu").manual_seed(request.seed)
     device = find_unet(pipe).device
+    steps = _Steps(on_step, device) if on_step else None
+    if steps:
+        extra["callback_on_step_end"] = steps
+    memory = PeakMemory(device)
     _synchronize(device)
     start = time.perf_counter()
     out = pipe(
@@ -340,7 +408,25 @@ def _timed_call(pipe: Any, request: Request, **extra: Any) -> tuple[Image.Image,
         **extra,
     )
     _synchronize(device)
-    return out.images[0], time.perf_counter() - start
+    seconds = time.perf_counter() - start - (steps.seconds if steps else 0)
+    return out.images[0], seconds, memory.peak()[0]
+
+
+class _Steps:
+    """A pipeline's `callback_on_step_end` that tells on_step, and how long that took."""
+
+    def __init__(self, on_step: Callable[[Step], None], device: torch.device):
+        self.on_step = on_step
+        self.device = device
+        self.seconds = 0.0
+
+    def __call__(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        _synchronize(self.device)  # or the step's own time would be taken for on_step's
+        start = time.perf_counter()
+        total = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        self.on_step(Step(index + 1, total, float(timestep), values["latents"]))
+        self.seconds += time.perf_counter() - start
+        return {}
 
 
 def _synchronize(device: torch.device) -> None:

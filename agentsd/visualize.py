@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from .config import AgentConfig, Phase
 from .generate import Request, draw
 from .merging import merge_tokens, merged_position
 from .patch import get_patch, patched
-from .processor import LayerState, merge_plan, project_qkv, project_queries
+from .processor import LayerState, merge_plan, project_key_value, project_queries
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,51 @@ def look_inside(
     Source: Agent Attention, appendix E, shows such agent maps for classifiers.
     """
     config = config or AgentConfig()
+    image, views, num_calls = _record(pipe, request, config, layer, {call}, **extra)
+    if call >= num_calls or call < 0:
+        raise ValueError(f"call={call}: this run had {num_calls} UNet calls; choose 0 … {num_calls - 1}")
+    view = views.get(call)
+    if view is None:
+        raise ValueError(
+            f"call={call}: layer {layer} merges nothing in this call with these settings; choose an earlier call or a "
+            "ratio above 0"
+        )
+    return image, view
+
+
+def look_through(
+    pipe: Any, request: Request, config: AgentConfig | None = None, layer: int | str = 0, **extra: Any
+) -> tuple[Image.Image, list[LayerView]]:
+    """As look_inside, but record the layer in every UNet call of the run in which it merges something.
+
+    A view of the agent phase holds num_agents · N numbers (256 · 4,096 for SD 1.5 at 512 px, 4 MB).
+
+    Raises:
+        ValueError: no such layer, or it merges nothing in any call.
+    """
+    config = config or AgentConfig()
+    image, views, num_calls = _record(pipe, request, config, layer, None, **extra)
+    if not views:
+        raise ValueError(f"layer {layer} merges nothing in any of the {num_calls} UNet calls; choose a ratio above 0")
+    return image, list(views.values())
+
+
+def _record(
+    pipe: Any, request: Request, config: AgentConfig, layer: int | str, calls: Container[int] | None, **extra: Any
+) -> tuple[Image.Image, dict[int, LayerView], int]:
+    """(picture, views by call, number of UNet calls); calls=None records them all, but for those that merge nothing."""
+    views: dict[int, LayerView] = {}
+    num_calls = 0
     with patched(pipe, config):
         state, attn = _choose_layer(pipe, layer)
-        calls_seen = 0
-        views: list[LayerView] = []
 
         def record(module, args):
-            nonlocal calls_seen
-            if calls_seen == call:
-                views.append(_view(state, attn, args[0], call))
-            calls_seen += 1
+            nonlocal num_calls
+            if calls is None or num_calls in calls:
+                view = _view(state, attn, args[0], num_calls)
+                if view is not None:
+                    views[num_calls] = view
+            num_calls += 1
 
         handle = attn.register_forward_pre_hook(record)
         try:
@@ -83,9 +119,7 @@ def look_inside(
             image = draw(pipe, request, method="sd", **extra).image
         finally:
             handle.remove()
-    if not views:
-        raise ValueError(f"call={call}: this run had {calls_seen} UNet calls; choose 0 … {calls_seen - 1}")
-    return image, views[0]
+    return image, views, num_calls
 
 
 def _choose_layer(pipe: Any, layer: int | str) -> tuple[LayerState, Any]:
@@ -100,19 +134,16 @@ def _choose_layer(pipe: Any, layer: int | str) -> tuple[LayerState, Any]:
 
 
 @torch.no_grad()
-def _view(state: LayerState, attn: Any, hidden_states: Tensor, call: int) -> LayerView:
+def _view(state: LayerState, attn: Any, hidden_states: Tensor, call: int) -> LayerView | None:
     # With guidance the last sample of the batch is the one with the prompt.
     plan = None if state.block_input is None else merge_plan(state, state.block_input)
     if plan is None:
-        raise ValueError(
-            f"call={call}: {state.name} merges nothing at timestep {state.run.timestep:g} with these settings; choose "
-            "an earlier call or a ratio above 0"
-        )
+        return None
     matching = plan.matching
     position = merged_position(matching, plan.r)[-1]
     agent_tokens = attention = None
     if plan.r_agents is not None:
-        _, key, _ = project_qkv(attn, merge_tokens(hidden_states, matching, plan.r))
+        key, _ = project_key_value(attn, merge_tokens(hidden_states, matching, plan.r))
         agents = project_queries(attn, merge_tokens(hidden_states, matching, plan.r_agents))
         logits = agents[-1].float() @ key[-1].float().mT * key.shape[-1] ** -0.5
         by_group = logits.softmax(dim=-1).mean(dim=0)
@@ -152,10 +183,7 @@ def agent_map(view: LayerView, agent: int, picture: Image.Image) -> Image.Image:
     Raises:
         ValueError: the view is of the merge phase, or has no such agent.
     """
-    if view.agent_attention is None:
-        raise ValueError(
-            f"timestep {view.timestep:g} is in the merge phase, which has no agents: choose an earlier call"
-        )
+    _check_has_agents(view)
     if not 0 <= agent < len(view.agent_attention):
         raise ValueError(f"agent={agent}: must lie in 0 … {len(view.agent_attention) - 1}")
     height, width = view.grid
@@ -173,12 +201,29 @@ def agent_map(view: LayerView, agent: int, picture: Image.Image) -> Image.Image:
     return out
 
 
-def agents_sheet(view: LayerView, picture: Image.Image, count: int = 16) -> Image.Image:
-    """Maps of `count` agents spread evenly over the picture, as one labelled picture."""
+def agent_at(view: LayerView, x: float, y: float) -> int:
+    """The agent nearest to a place in the picture, x and y in 0 … 1 from its upper left corner.
+
+    Raises:
+        ValueError: the view is of the merge phase.
+    """
+    _check_has_agents(view)
+    height, width = view.grid
+    rows, columns = view.agent_tokens // width, view.agent_tokens % width
+    # In token widths, so that "nearest" means the same in both directions.
+    return int(((rows + 0.5 - y * height) ** 2 + (columns + 0.5 - x * width) ** 2).argmin())
+
+
+def _check_has_agents(view: LayerView) -> None:
     if view.agent_attention is None:
         raise ValueError(
             f"timestep {view.timestep:g} is in the merge phase, which has no agents: choose an earlier call"
         )
+
+
+def agents_sheet(view: LayerView, picture: Image.Image, count: int = 16) -> Image.Image:
+    """Maps of `count` agents spread evenly over the picture, as one labelled picture."""
+    _check_has_agents(view)
     chosen = _agents_spread_over(view, count)
     columns = math.ceil(math.sqrt(len(chosen)))
     tile_width = 192

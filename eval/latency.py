@@ -8,12 +8,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from agentsd import AgentConfig, Phase
+from agentsd.measure import PeakMemory
 
 from .protocol import CONTROLS, PROMPT, BenchError, Scenario
 from .scenarios import use_scenario
@@ -171,7 +171,7 @@ class _Run:
 
     def record(self, timing: Timing) -> None:
         device = self.pipe.unet.device
-        memory = _Memory(device)
+        memory = PeakMemory(device)
         start = _now(device)
         laps = self.call(self.workload)
         timing.seconds.append(_elapsed(start, _now(device)))
@@ -257,41 +257,3 @@ def _elapsed(start: Any, end: Any) -> float:
         return end - start
     end.synchronize()
     return start.elapsed_time(end) / 1000
-
-
-class _Memory:
-    """Peak memory from now on: the allocator's on CUDA, the resident set's on Linux."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device)
-        else:
-            self.before = _resident("VmRSS") if _reset_resident_peak() else None
-
-    def peak(self) -> tuple[float | None, float]:
-        """(peak, growth over the beginning), in bytes; (None, 0) where it cannot be told."""
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        elif self.before is not None and self.device.type == "cpu":
-            peak = _resident("VmHWM")
-        else:
-            return None, 0
-        return peak, max(0, peak - self.before)
-
-
-def _reset_resident_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return _resident("VmHWM") is not None
-
-
-def _resident(key: str) -> int | None:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return None
