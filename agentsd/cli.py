@@ -134,11 +134,14 @@ def _add_patch(parser: argparse.ArgumentParser) -> None:
 
     add("ratio", float, "fraction of the tokens merged away")
     add("early", float, "noisiest fraction of the run that uses agent attention")
+    add("late", str, "what the later steps do: merge (as ToMeSD) or downsample (keys and values, as ToDo)")
     add("alpha", float, "weight of the mixing term")
     add("broadcast_exponent", float, "scale of the second softmax is head_dim ** this")
     add("agent_ratio", float, "fraction of the tokens merged away to make agents")
     add("agent_stride", _stride, "cell of the agents' grid: N or ROWSxCOLUMNS")
     add("merge_stride", _stride, "cell of the merge phase's grid: N or ROWSxCOLUMNS")
+    add("max_agents", _none_or_int, "the most agents there may be, at any size")
+    add("match_tile", _none_or_int, "compare tokens only within tiles of so many tokens a side")
     add("max_downsample", _auto_or_int, "patch levels down to this downsampling: auto, 1, 2, 4 or 8")
     group.add_argument("--no-rand", dest="use_rand", action="store_false", help="fixed destinations, not random ones")
     group.add_argument("--patch-seed", type=int, default=0, help="of the random destinations (default: %(default)s)")
@@ -160,6 +163,13 @@ _stride.__name__ = "N or ROWSxCOLUMNS"  # argparse names the type in its error
 
 def _auto_or_int(text: str) -> int | str:
     return int(text) if text.isdigit() else text
+
+
+def _none_or_int(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
+_none_or_int.__name__ = "integer or none"
 
 
 def _config(options: argparse.Namespace) -> AgentConfig:

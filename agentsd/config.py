@@ -16,7 +16,11 @@ class Phase(enum.Enum):
     AGENT = "agent"
     """Agent attention on merged tokens: the early, noisy steps."""
     MERGE = "merge"
-    """Softmax attention on merged tokens, as ToMeSD does: the later steps."""
+    """The later steps: softmax attention on merged tokens, as ToMeSD does, or what AgentConfig.late says."""
+
+
+LATE = ("merge", "downsample")
+"""What AgentConfig.late can be."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,17 @@ class AgentConfig:
     Attributes:
         ratio: fraction of the tokens merged away before self-attention, in both phases.
             0 … 1 − 1/(rows · columns) of the smallest stride in use.
-        early: the noisiest fraction of the diffusion run that uses agent attention; the rest uses token merging alone.
+        early: the noisiest fraction of the diffusion run that uses agent attention; the rest does what `late` says.
+        late: "merge" is token merging alone, as in ToMeSD and the paper; "downsample" takes keys and values from one
+            token of each merge_stride cell and keeps every query (ToDo), whatever the ratio.
         alpha: α of the mixing term (agent_attention).
         broadcast_exponent: the second softmax has the scale head_dim ** broadcast_exponent.
         agent_ratio: fraction of the tokens merged away to make the agents, capped by the number of srcs.
         agent_stride, merge_stride: cell of the destination grid in each phase, in tokens; an int or (rows, columns).
+        max_agents: the most agents there may be; cells of agent_stride grow with the picture until it holds, so that
+            the agent phase costs the same for each token at any size. None: their number grows with the picture.
+        match_tile: compare tokens only within tiles of at most so many tokens a side, so that matching costs the same
+            for each token at any size. None compares all with all.
         max_downsample: patch the levels of the UNet down to this downsampling of the latent (1, 2, 4 or 8);
             "auto" takes the level of highest resolution that has self-attention.
         use_rand: draw the destination inside each cell at random; False takes the upper left token.
@@ -45,11 +55,14 @@ class AgentConfig:
 
     ratio: float = 0.4
     early: float = 0.4
+    late: str = "merge"
     alpha: float = 0.075
     broadcast_exponent: float = -0.15
     agent_ratio: float = 0.95
     agent_stride: int | tuple[int, int] = 4
     merge_stride: int | tuple[int, int] = 2
+    max_agents: int | None = None
+    match_tile: int | None = None
     max_downsample: int | str = "auto"
     use_rand: bool = True
     seed: int = 0
@@ -68,6 +81,17 @@ class AgentConfig:
             self._set(name, _number(name, getattr(self, name), low, high))
         for name in ("agent_stride", "merge_stride"):
             self._set(name, _stride(name, getattr(self, name)))
+        if not isinstance(self.late, str) or self.late not in LATE:
+            error = ValueError if isinstance(self.late, str) else TypeError
+            raise error(
+                f'late={self.late!r}: must be "merge" (token merging) or "downsample" (one key and value per '
+                "merge_stride cell)"
+            )
+        for name, low, meaning in (
+            ("max_agents", 1, "None for no limit; 256 is what 512 px have by default"),
+            ("match_tile", 2, "None to compare all tokens with all; 16 is a good size"),
+        ):
+            self._set(name, _optional_int(name, getattr(self, name), low, meaning))
         if self.max_downsample != "auto" and (
             not _is_int(self.max_downsample) or self.max_downsample not in (1, 2, 4, 8)
         ):
@@ -93,7 +117,7 @@ class AgentConfig:
         object.__setattr__(self, name, value)  # the dataclass is frozen; this is its own clean-up of what it was given
 
     def _check_ratio_is_possible(self) -> None:
-        used = [("merge_stride", Phase.MERGE)] if self.early < 1 else []
+        used = [("merge_stride", Phase.MERGE)] if self.early < 1 and self.late == "merge" else []
         used += [("agent_stride", Phase.AGENT)] if self.early > 0 else []
         for name, phase in used:
             rows, columns = self.stride(phase)
@@ -105,10 +129,19 @@ class AgentConfig:
                     f"raise {name}"
                 )
 
-    def stride(self, phase: Phase) -> tuple[int, int]:
-        """(rows, columns) of one cell of the destination grid."""
+    def stride(self, phase: Phase, grid: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(rows, columns) of one cell of the destination grid, on a (height, width) grid if max_agents is to hold."""
         stride = self.agent_stride if phase is Phase.AGENT else self.merge_stride
-        return (stride, stride) if _is_int(stride) else tuple(stride)
+        rows, columns = (stride, stride) if _is_int(stride) else stride
+        if grid is None or phase is not Phase.AGENT or self.max_agents is None:
+            return rows, columns
+        height, width = grid
+        if rows > height or columns > width:
+            return rows, columns  # no cell at all: nothing to make fewer
+        factor = 1
+        while (height // min(factor * rows, height)) * (width // min(factor * columns, width)) > self.max_agents:
+            factor += 1
+        return min(factor * rows, height), min(factor * columns, width)
 
     def phase_at(self, timestep: float, num_train_timesteps: int = DEFAULT_NUM_TRAIN_TIMESTEPS) -> Phase:
         """The phase at a timestep: agent attention where timestep ≥ (1 − early) · num_train_timesteps."""
@@ -121,8 +154,12 @@ class AgentConfig:
         return int(num_tokens * self.ratio)
 
     def num_merged_for_agents(self, num_tokens: int, num_src: int) -> int:
-        """r_agent = min(num_src, int(N · agent_ratio)): N − r_agent tokens are left and become the agents."""
-        return min(num_src, int(num_tokens * self.agent_ratio))
+        """r_agent = min(num_src, int(N · agent_ratio)): N − r_agent tokens are left and become the agents.
+
+        With max_agents it is more, where that many would be left.
+        """
+        r = int(num_tokens * self.agent_ratio)
+        return min(num_src, r if self.max_agents is None else max(r, num_tokens - self.max_agents))
 
 
 FIELD_NAMES = tuple(field.name for field in fields(AgentConfig))
@@ -139,6 +176,15 @@ def _number(name: str, value: object, low: float, high: float) -> float:
     if not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name}={value!r}: {allowed}; {_HINTS[name]}")
     return float(value)
+
+
+def _optional_int(name: str, value: object, low: int, meaning: str) -> int | None:
+    allowed = f"must be None or an integer of at least {low}; {meaning}"
+    if value is not None and not _is_int(value):
+        raise TypeError(f"{name}={value!r}: {allowed}")
+    if value is not None and value < low:
+        raise ValueError(f"{name}={value}: {allowed}")
+    return None if value is None else int(value)
 
 
 _HINTS = {

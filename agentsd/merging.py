@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,24 +29,26 @@ class GridSplit:
     """Which tokens of a height × width grid are dsts and which are srcs; with leading dimensions, of several grids.
 
     Attributes:
-        dst_index: [..., num_dst] token numbers of the dsts, one per whole cell, row by row.
-        src_index: [..., num_src] token numbers of all others, rising.
+        dst_index: [..., num_dst] token numbers of the dsts, one per whole cell, row by row within each tile.
+        src_index: [..., num_src] token numbers of all others, rising within each tile.
         height, width: size of the grid.
+        tiles: into how many equal tiles the grid is cut, row by row; a src is matched to a dst of its own tile.
     """
 
     dst_index: Tensor
     src_index: Tensor
     height: int
     width: int
+    tiles: int = 1
 
     def to(self, device: torch.device) -> GridSplit:
         """The same on another device."""
-        return GridSplit(self.dst_index.to(device), self.src_index.to(device), self.height, self.width)
+        return replace(self, dst_index=self.dst_index.to(device), src_index=self.src_index.to(device))
 
     def unbind(self) -> list[GridSplit]:
         """The splits along the first dimension."""
         pairs = zip(self.dst_index.unbind(), self.src_index.unbind())
-        return [GridSplit(dst, src, self.height, self.width) for dst, src in pairs]
+        return [replace(self, dst_index=dst, src_index=src) for dst, src in pairs]
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,26 @@ def grid_cells(height: int, width: int, stride: tuple[int, int]) -> int:
     return (height // stride[0]) * (width // stride[1])
 
 
+def tile_size(height: int, width: int, stride: tuple[int, int], limit: int) -> tuple[int, int]:
+    """(rows, columns) of the largest tiles of at most `limit` tokens, or one cell, a side that cut the grid evenly.
+
+    No cell is cut. A side that nothing cuts evenly, such as one of a prime length, is left whole.
+    """
+
+    def cut(length: int, cell: int) -> int:
+        longest = min(max(limit, cell), length)
+        return max((t for t in range(cell, longest + 1, cell) if length % t == 0), default=length)
+
+    return cut(height, stride[0]), cut(width, stride[1])
+
+
 def split_grid(
     height: int,
     width: int,
     stride: tuple[int, int],
     offsets: Tensor | None = None,
     device: torch.device | str | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> GridSplit:
     """Choose one dst in every whole cell of a grid; all other tokens, also those outside whole cells, are srcs.
 
@@ -96,9 +112,12 @@ def split_grid(
         offsets: [..., cells] integers in [0, rows · columns), the place of the dst inside each cell, counted row by
             row; None takes the upper left token. Leading dimensions split several grids at once.
         device: where to, when there are no offsets.
+        tile: (rows, columns) of the tiles within which tokens are matched, from `tile_size`; None matches over the
+            whole grid.
 
     Raises:
-        ValueError: no whole cell fits into the grid, or `offsets` has the wrong length.
+        ValueError: no whole cell fits into the grid, `offsets` has the wrong length, or the tiles do not cut the grid
+            evenly.
 
     Source: ToMe for Stable Diffusion, section 3.1.
     """
@@ -118,8 +137,27 @@ def split_grid(
     # The complement, rising: a stable sort keeps the shape static, which finding the unmarked tokens would not.
     is_dst = torch.zeros(*offsets.shape[:-1], height * width, dtype=torch.uint8, device=offsets.device)
     is_dst = is_dst.scatter(-1, dst_index, 1)
-    src_index = is_dst.argsort(dim=-1, stable=True)[..., : height * width - cells]
-    return GridSplit(dst_index, src_index, height, width)
+    num_src = height * width - cells
+    if tile is None or tile == (height, width):
+        return GridSplit(dst_index, is_dst.argsort(dim=-1, stable=True)[..., :num_src], height, width)
+
+    for length, cell, side in ((height, rows, tile[0]), (width, columns, tile[1])):
+        if side != length and (length % side or side % cell):
+            raise ValueError(
+                f"{tile[0]}×{tile[1]} tiles do not cut a {height}×{width} grid of {rows}×{columns} cells evenly: take "
+                "what tile_size returns"
+            )
+    down, across = height // tile[0], width // tile[1]
+    by_tile = _tile_order(height, width, down, across, offsets.device)
+    dst_index = dst_index[..., _tile_order(height // rows, cells_across, down, across, offsets.device)]
+    src_index = by_tile[is_dst[..., by_tile].argsort(dim=-1, stable=True)[..., :num_src]]
+    return GridSplit(dst_index, src_index, height, width, down * across)
+
+
+def _tile_order(height: int, width: int, down: int, across: int, device: torch.device) -> Tensor:
+    """Numbers of the places of a height × width grid, tile by tile."""
+    places = torch.arange(height * width, device=device)
+    return places.view(down, height // down, across, width // across).transpose(1, 2).flatten()
 
 
 def match_tokens(metric: Tensor, split: GridSplit) -> TokenMatching:
@@ -145,11 +183,19 @@ def match_tokens(metric: Tensor, split: GridSplit) -> TokenMatching:
         # The squares of a half-precision token can exceed the range of float16.
         norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True, dtype=_accumulate_dtype(metric))
         unit = (metric / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(metric.dtype)
-        src, dst = unit.index_select(1, split.src_index), unit.index_select(1, split.dst_index).transpose(1, 2)
+        src, dst = unit.index_select(1, split.src_index), unit.index_select(1, split.dst_index)
+        num_dst = dst.shape[1]
+        if split.tiles > 1:  # as if each tile were a sample of its own
+            src, dst = (x.reshape(batch * split.tiles, -1, x.shape[-1]) for x in (src, dst))
+        dst = dst.transpose(1, 2)
 
-        rows_per_block = max(1, _SIMILARITIES_PER_BLOCK // (batch * dst.shape[-1]))
+        rows_per_block = max(1, _SIMILARITIES_PER_BLOCK // (batch * num_dst))
         best = [(block @ dst).max(dim=-1) for block in src.split(rows_per_block, dim=1)]
         similarity, best_dst = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best))
+        if split.tiles > 1:
+            first_dst = torch.arange(0, num_dst, num_dst // split.tiles, device=metric.device)
+            best_dst = (best_dst.view(batch, split.tiles, -1) + first_dst[:, None]).flatten(1)
+            similarity = similarity.view(batch, -1)
 
         ranking = similarity.argsort(dim=-1, descending=True, stable=True)
         tokens = torch.cat([split.src_index[ranking], split.dst_index.expand(batch, -1)], dim=1)

@@ -30,7 +30,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor, nn
 
 from .config import DEFAULT_NUM_TRAIN_TIMESTEPS, FIELD_NAMES, AgentConfig
-from .merging import draw_offsets, grid_cells, merge_tokens, split_grid, unmerge_tokens
+from .merging import draw_offsets, grid_cells, merge_tokens, split_grid, tile_size, unmerge_tokens
 from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerState, RunState
 
 PATCH_ATTRIBUTE = "_agentsd_patch"
@@ -341,22 +341,23 @@ class _UNetHook:
         """Choose the dsts of every layer, all layers with the same grid at once: a few small kernels per UNet call."""
         patch = self.patch
         run, config = patch.run, patch.config
-        stride = config.stride(run.phase)
         by_grid: dict[tuple[int, int], list[LayerState]] = {}
         for layer in patch.layers:
             layer.state.split = layer.state.block_input = layer.state.plan = None
             by_grid.setdefault(layer.state.grid(), []).append(layer.state)
         for grid, states in by_grid.items():
+            stride = config.stride(run.phase, grid)
             cells = grid_cells(*grid, stride)
             if cells == 0:
                 for state in states:
                     state.warn_once("small", f"its {grid[0]}×{grid[1]} grid is smaller than a cell; it runs unpatched")
                 continue
+            tile = None if config.match_tile is None else tile_size(*grid, stride, config.match_tile)
             if config.use_rand:
                 drawn = draw_offsets(config.seed, run.timestep, len(states), cells, stride[0] * stride[1], device)
-                splits = split_grid(*grid, stride, drawn).unbind()
+                splits = split_grid(*grid, stride, drawn, tile=tile).unbind()
             else:
-                splits = [split_grid(*grid, stride, device=device)] * len(states)
+                splits = [split_grid(*grid, stride, device=device, tile=tile)] * len(states)
             for state, split in zip(states, splits):
                 state.split = split
 

@@ -93,6 +93,10 @@ class LayerState:
         """(height, width) of the layer's token grid in the UNet call in progress."""
         return token_grid(self.run.height, self.run.width, self.downsample)
 
+    def downsamples(self) -> bool:
+        """Whether this call takes keys and values from the dsts alone, in place of merging."""
+        return self.run.phase is Phase.MERGE and self.config.late == "downsample" and self.split is not None
+
     def warn_once(self, kind: str, message: str) -> None:
         if kind not in self.warned:
             self.warned.add(kind)
@@ -124,7 +128,7 @@ def merge_plan(layer: LayerState, block_input: Tensor) -> MergePlan | None:
     config, phase = layer.config, layer.run.phase
     num_tokens = block_input.shape[1]
     r = config.num_merged(num_tokens)
-    if (phase is Phase.MERGE and r == 0) or layer.split is None:
+    if (phase is Phase.MERGE and r == 0) or layer.split is None or layer.downsamples():
         return None
     # Offloading may bring the block's input to another device than the UNet was called with.
     matching = match_tokens(block_input, layer.split.to(block_input.device))
@@ -160,14 +164,16 @@ class AgentAttnProcessor:
         block_input, layer.block_input = layer.block_input, None
         layer.plan = None
         if _applies(layer, block_input, hidden_states, encoder_hidden_states, attention_mask):
+            if layer.downsamples():
+                return _downsampled_attention(attn, layer, hidden_states)
             layer.plan = merge_plan(layer, block_input)
         plan = layer.plan
         if plan is None:
             return layer.fallback(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
         merged = merge_tokens(hidden_states, plan.matching, plan.r)
-        upcast = attn.upcast_attention if layer.config.upcast is None else layer.config.upcast
-        query, key, value = project_qkv(attn, merged)
+        upcast = _upcasts(attn, layer)
+        query, (key, value) = project_queries(attn, merged), project_key_value(attn, merged)
         if plan.r_agents is None:
             out = softmax_attention(query, key, value, upcast=upcast)
         else:
@@ -175,11 +181,20 @@ class AgentAttnProcessor:
             out = agent_attention(
                 query, agents, key, value, layer.config.alpha, layer.config.broadcast_exponent, upcast=upcast
             )
-        out = out.transpose(1, 2).flatten(2).to(query.dtype)
-        out = attn.to_out[1](attn.to_out[0](out))
         # Unmerging copies whole tokens, so it may come before or after anything that acts on each token alone.
-        out = unmerge_tokens(out, plan.matching, plan.r)
-        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+        return unmerge_tokens(_project_out(attn, out), plan.matching, plan.r)
+
+
+def _downsampled_attention(attn: Attention, layer: LayerState, hidden_states: Tensor) -> Tensor:
+    """Softmax attention of all tokens to one token of each cell. [B, N, C] -> [B, N, C].
+
+    Source: Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images"
+    (arXiv 2402.13573), section 3; the token of a cell is drawn here, as a dst is.
+    """
+    kept = hidden_states.index_select(1, layer.split.dst_index.to(hidden_states.device))
+    key, value = project_key_value(attn, kept)
+    out = softmax_attention(project_queries(attn, hidden_states), key, value, upcast=_upcasts(attn, layer))
+    return _project_out(attn, out)
 
 
 def project_queries(attn: Attention, tokens: Tensor) -> Tensor:
@@ -188,11 +203,20 @@ def project_queries(attn: Attention, tokens: Tensor) -> Tensor:
     return query if attn.norm_q is None else attn.norm_q(query)
 
 
-def project_qkv(attn: Attention, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, M, C] -> query, key, value, each [B, heads, M, head_dim], called as modules so that LoRA stays in force."""
+def project_key_value(attn: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, M, C] -> key, value, each [B, heads, M, head_dim], called as modules so that LoRA stays in force."""
     key, value = _split_heads(attn, attn.to_k(tokens)), _split_heads(attn, attn.to_v(tokens))
-    key = key if attn.norm_k is None else attn.norm_k(key)
-    return project_queries(attn, tokens), key, value
+    return key if attn.norm_k is None else attn.norm_k(key), value
+
+
+def _project_out(attn: Attention, out: Tensor) -> Tensor:
+    """[B, heads, M, head_dim] -> [B, M, C] by the layer's own output projection."""
+    out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+    return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+
+def _upcasts(attn: Attention, layer: LayerState) -> bool:
+    return attn.upcast_attention if layer.config.upcast is None else layer.config.upcast
 
 
 def _split_heads(attn: Attention, projected: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import AgentConfig, Phase
-from .merging import grid_cells
+from .merging import grid_cells, tile_size
 from .patch import find_unet, get_patch
 from .processor import AgentAttnProcessor, token_grid
 
@@ -23,12 +24,14 @@ class PhaseCost:
     """One layer in one phase, for one picture (a batch of one).
 
     Attributes:
-        tokens_left: M, what is left of the tokens after merging.
+        tokens_left: M, what is left of the tokens after merging: the number of queries.
+        keys: number of keys and values; M, or fewer where they are downsampled.
         agents: number of agent tokens; 0 in the merge phase.
         multiply_adds: of the layer's matching, projections and attention.
     """
 
     tokens_left: int
+    keys: int
     agents: int
     multiply_adds: int
 
@@ -104,7 +107,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.model} at {self.width}×{self.height} px: " + self._headline()]
         if self.config is not None:
-            lines.append("settings: " + ", ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(self.config).items()))
+            settings = ", ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(self.config).items())
+            lines += textwrap.wrap(f"settings: {settings}", width=110, subsequent_indent="  ")
         if self.active:
             lines += ["", *self._table(), "", *self._totals()]
         others: dict[str, list[str]] = {}
@@ -118,14 +122,17 @@ class Report:
     def _headline(self) -> str:
         if self.config is None:
             return f"not patched; it has {len(self.layers)} self-attention layers"
+        downsamples = self.config.late == "downsample"
+        later = "downsampled keys and values" if downsamples else "token merging"
         if self.early_timestep is None:
-            when = "token merging in every step" if self.config.ratio else "but ratio=0 and early=0 change nothing"
+            changes = self.config.ratio > 0 or downsamples
+            when = f"{later} in every step" if changes else "but ratio=0 and early=0 change nothing"
         else:
-            when = f"agent attention at timesteps ≥ {self.early_timestep:g}, token merging below"
+            when = f"agent attention at timesteps ≥ {self.early_timestep:g}, {later} below"
         return f"agentsd is active on {len(self.active)} of {len(self.layers)} self-attention layers, {when}"
 
     def _table(self) -> list[str]:
-        header = ("layer", "tokens", "phase", "left", "agents", "Mmul-add before", "after")
+        header = ("layer", "tokens", "phase", "left", "keys", "agents", "Mmul-add before", "after")
         rows = []
         for layer in self.active:
             for number, phase in enumerate(self._phases_in_use()):
@@ -136,6 +143,7 @@ class Report:
                         "" if number else f"{layer.grid[0]}×{layer.grid[1]} = {layer.tokens}",
                         phase.value,
                         str(cost.tokens_left),
+                        str(cost.keys),
                         str(cost.agents or "-"),
                         f"{layer.multiply_adds / 1e6:.1f}",
                         f"{cost.multiply_adds / 1e6:.1f}",
@@ -200,7 +208,7 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
             active = isinstance(processor, AgentAttnProcessor)
             status = "active" if active else f"replaced by {type(processor).__name__}: call apply_patch again"
             grid = token_grid(latent_height, latent_width, layer.state.downsample)
-            if active and not any(grid_cells(*grid, patch.config.stride(phase)) for phase in Phase):
+            if active and not any(grid_cells(*grid, patch.config.stride(phase, grid)) for phase in Phase):
                 status = f"left alone: its {grid[0]}×{grid[1]} grid is smaller than a cell"
             layers.append(_layer_report(layer.state.name, status, layer.attn, grid, patch.config))
         layers += [LayerReport(name, f"left alone: {reason}") for name, reason in patch.skipped]
@@ -247,20 +255,25 @@ def _phase_cost(
     phase: Phase, grid: tuple[int, int], channels: int, inner: int, config: AgentConfig, unpatched: int
 ) -> PhaseCost:
     tokens = grid[0] * grid[1]
-    num_dst = grid_cells(*grid, config.stride(phase))
+    stride = config.stride(phase, grid)
+    num_dst = grid_cells(*grid, stride)
     if num_dst == 0:
-        return PhaseCost(tokens, 0, unpatched)
+        return PhaseCost(tokens, tokens, 0, unpatched)
+    if phase is Phase.MERGE and config.late == "downsample":
+        multiply_adds = 2 * (tokens + num_dst) * channels * inner + 2 * tokens * num_dst * inner
+        return PhaseCost(tokens, num_dst, 0, multiply_adds)
     num_src = tokens - num_dst
     merged = tokens - min(num_src, config.num_merged(tokens))
     if phase is Phase.MERGE and merged == tokens:
-        return PhaseCost(tokens, 0, unpatched)
-    matching = num_src * num_dst * channels
+        return PhaseCost(tokens, tokens, 0, unpatched)
+    tile = tile_size(*grid, stride, config.match_tile or max(grid))
+    matching = num_src * num_dst * channels * math.prod(tile) // tokens
     projections = 4 * merged * channels * inner
     if phase is Phase.MERGE:
-        return PhaseCost(merged, 0, matching + projections + 2 * merged**2 * inner)
+        return PhaseCost(merged, merged, 0, matching + projections + 2 * merged**2 * inner)
     agents = tokens - config.num_merged_for_agents(tokens, num_src)
     attention = 4 * merged * agents * inner + (merged * inner if config.alpha else 0)
-    return PhaseCost(merged, agents, matching + projections + agents * channels * inner + attention)
+    return PhaseCost(merged, merged, agents, matching + projections + agents * channels * inner + attention)
 
 
 def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_width: int) -> int | None:

@@ -7,8 +7,13 @@ import math
 import torch
 
 
-def match(metric, height, width, stride, offsets=None):
-    """For one sample, metric [N, C]: (srcs ranked by falling similarity, {src: dst}, dsts row by row)."""
+def match(metric, height, width, stride, offsets=None, tile=None):
+    """For one sample, metric [N, C]: (srcs ranked by falling similarity, {src: dst}, dsts row by row).
+
+    With a tile (rows, columns), a src looks for its dst in its own tile only.
+    """
+    tile_rows, tile_columns = tile or (height, width)
+    tile_of = lambda token: (token // width // tile_rows, token % width // tile_columns)  # noqa: E731
     rows, columns = stride
     dsts = []
     for i in range(height // rows):
@@ -19,9 +24,10 @@ def match(metric, height, width, stride, offsets=None):
     for token in range(height * width):
         if token in dsts:
             continue
-        similarities = [cosine(metric[token], metric[dst]) for dst in dsts]
-        k = max(range(len(dsts)), key=lambda k: similarities[k])
-        best[token] = (similarities[k], dsts[k])
+        near = [dst for dst in dsts if tile_of(dst) == tile_of(token)]
+        similarities = [cosine(metric[token], metric[dst]) for dst in near]
+        k = max(range(len(near)), key=lambda k: similarities[k])
+        best[token] = (similarities[k], near[k])
     ranked = sorted(best, key=lambda token: -best[token][0])
     return ranked, {token: dst for token, (_, dst) in best.items()}, dsts
 
@@ -49,15 +55,31 @@ def attend(queries, keys, values, scale):
     return out
 
 
+def double(module, x):
+    """A linear layer in float64."""
+    return torch.nn.functional.linear(x, module.weight.double(), None if module.bias is None else module.bias.double())
+
+
 @torch.no_grad()
-def layer(attn, block_input, hidden_states, height, width, stride, offsets, r, r_agents, alpha, exponent):
+def downsampled_layer(attn, hidden_states, dsts):
+    """Self-attention in which every token is a query and only the tokens `dsts` are keys and values."""
+    outputs = []
+    for y in hidden_states.double():
+        q, k, v = (
+            double(m, x).unflatten(-1, (attn.heads, -1))
+            for m, x in ((attn.to_q, y), (attn.to_k, y[dsts]), (attn.to_v, y[dsts]))
+        )
+        per_head = [torch.stack(attend(q[:, h], k[:, h], v[:, h], q.shape[-1] ** -0.5)) for h in range(attn.heads)]
+        outputs.append(double(attn.to_out[0], torch.cat(per_head, dim=-1)))
+    return torch.stack(outputs)
+
+
+@torch.no_grad()
+def layer(attn, block_input, hidden_states, height, width, stride, offsets, r, r_agents, alpha, exponent, tile=None):
     """One patched self-attention layer, [B, N, C] -> [B, N, C]; r_agents None is the merge phase."""
-    double = lambda module, x: torch.nn.functional.linear(  # noqa: E731
-        x, module.weight.double(), None if module.bias is None else module.bias.double()
-    )
     outputs = []
     for x, y in zip(block_input.double(), hidden_states.double()):
-        ranked, best, dsts = match(x, height, width, stride, offsets)
+        ranked, best, dsts = match(x, height, width, stride, offsets, tile)
         merged = merge(y, ranked, best, dsts, r)
         heads = attn.heads
         tokens = torch.stack([mean for mean, _ in merged])

@@ -36,6 +36,12 @@ from agentsd import AgentConfig, Phase
         ("merge_mlp", None, TypeError),
         ("upcast", "yes", TypeError),
         ("seed", -1, ValueError),
+        ("late", "todo", ValueError),
+        ("late", None, TypeError),
+        ("max_agents", 0, ValueError),
+        ("max_agents", 256.0, TypeError),
+        ("match_tile", 1, ValueError),
+        ("match_tile", True, TypeError),
         ("seed", 1.5, TypeError),
     ],
 )
@@ -53,6 +59,27 @@ def test_ratio_limit_follows_the_stride_in_use():
         AgentConfig(ratio=0.94, early=1.0)
     with pytest.raises(ValueError, match="0.5 of the tokens.*merge_stride=\\(1, 2\\)"):
         AgentConfig(ratio=0.6, merge_stride=(1, 2))
+
+    assert AgentConfig(ratio=0.9, late="downsample").ratio == 0.9  # the later steps merge nothing
+
+
+@pytest.mark.parametrize("grid", [(64, 64), (96, 96), (128, 128), (256, 256), (64, 96), (19, 13), (4, 400), (3, 64)])
+@pytest.mark.parametrize("max_agents", [1, 7, 64, 256])
+def test_cells_grow_until_no_more_than_max_agents_are_left(grid, max_agents):
+    config = AgentConfig(max_agents=max_agents)
+    num_tokens = grid[0] * grid[1]
+    rows, columns = config.stride(Phase.AGENT, grid)
+    cells = (grid[0] // rows) * (grid[1] // columns)
+    if grid[0] < 4:
+        assert cells == 0 and (rows, columns) == (4, 4)  # such a layer runs unpatched, with or without a limit
+        return
+    assert 1 <= cells <= max_agents
+    agents = num_tokens - config.num_merged_for_agents(num_tokens, num_tokens - cells)
+    assert agents == min(max_agents, max(cells, agents)) and agents <= max_agents
+    smaller = (rows - 4, columns - 4)
+    if min(smaller) >= 4 and rows < grid[0] and columns < grid[1]:  # no larger than needed
+        assert (grid[0] // smaller[0]) * (grid[1] // smaller[1]) > max_agents
+    assert config.stride(Phase.MERGE, grid) == (2, 2)
 
 
 def test_is_a_plain_hashable_value():

@@ -16,6 +16,7 @@ from agentsd.merging import (
     merge_tokens,
     merged_position,
     split_grid,
+    tile_size,
     unmerge_tokens,
 )
 
@@ -57,6 +58,54 @@ def test_equals_naive_loops(grid, seed):
         for mean, group in groups:
             for token in group:
                 torch.testing.assert_close(unmerged[b, token], mean)
+
+
+@settings(max_examples=60, deadline=None)
+@given(grids(), st.integers(1, 12), st.integers(0, 2**31))
+def test_within_tiles_equals_naive_loops(grid, limit, seed):
+    height, width, stride, offsets, batch, r = grid
+    tile = tile_size(height, width, stride, limit)
+    split = split_grid(height, width, stride, offsets, tile=tile)
+    whole = split_grid(height, width, stride, offsets)
+    assert split.tiles == (height // tile[0]) * (width // tile[1])
+    for name in ("dst_index", "src_index"):  # the same tokens, in another order
+        assert torch.equal(getattr(split, name).sort().values, getattr(whole, name).sort().values)
+    generator = torch.Generator().manual_seed(seed)
+    metric = torch.randn(batch, height * width, 6, generator=generator, dtype=torch.float64)
+    x = torch.randn(batch, height * width, 5, generator=generator, dtype=torch.float64)
+    matching = match_tokens(metric, split)
+    unmerged = unmerge_tokens(merge_tokens(x, matching, r), matching, r)
+    for b in range(batch):
+        ranked, best, dsts = reference.match(metric[b], height, width, stride, offsets, tile)
+        assert matching.tokens[b, : len(ranked)].tolist() == ranked
+        for mean, group in reference.merge(x[b], ranked, best, dsts, r):
+            for token in group:
+                torch.testing.assert_close(unmerged[b, token], mean)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([(2, 2), (4, 4), (3, 2), (1, 5)]), st.integers(1, 80))
+def test_tiles_cut_the_grid_and_no_cell(height, width, stride, limit):
+    for length, cell, side in zip((height, width), stride, tile_size(height, width, stride, limit)):
+        fitting = [t for t in range(cell, min(length, max(limit, cell)) + 1) if length % t == 0 and t % cell == 0]
+        assert side == (max(fitting) if fitting else length)
+
+
+@pytest.mark.parametrize("tile", [(3, 8), (8, 5), (6, 8), (16, 8)])
+def test_tiles_that_do_not_fit_are_refused(tile):
+    with pytest.raises(ValueError, match="tiles do not cut a 8×8 grid of 4×4 cells evenly"):
+        split_grid(8, 8, (4, 4), tile=tile)
+
+
+def test_tiles_bound_the_work(monkeypatch):
+    """All similarities that are computed: each src with the dsts of its own tile."""
+    computed = []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: computed.append(a.shape[0] * a.shape[1] * b.shape[2]) or matmul(a, b)
+    )
+    match_tokens(torch.randn(2, 32 * 32, 4), split_grid(32, 32, (2, 2), tile=(8, 8)))
+    assert sum(computed) == 2 * 768 * 16
 
 
 @settings(max_examples=60, deadline=None)

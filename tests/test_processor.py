@@ -30,18 +30,33 @@ class Recorder:
     def expected(self, config, phase, size):
         state = self.layer.state
         height, width = size
-        stride = config.stride(phase)
+        stride = config.stride(phase, size)
         num_tokens = height * width
         num_src = num_tokens - (height // stride[0]) * (width // stride[1])
         offsets = None
         if config.use_rand:
             dst = state.split.dst_index
-            offsets = dst // width % stride[0] * stride[1] + dst % width % stride[1]
-        r_agents = min(num_src, int(num_tokens * config.agent_ratio)) if phase is agentsd.Phase.AGENT else None
+            row, column = dst // width, dst % width
+            offsets = torch.empty_like(dst)
+            offsets[row // stride[0] * (width // stride[1]) + column // stride[1]] = (
+                row % stride[0] * stride[1] + column % stride[1]
+            )
+        if phase is agentsd.Phase.MERGE and config.late == "downsample":
+            dsts = [
+                (cell // (width // stride[1]) * stride[0] + place // stride[1]) * width
+                + cell % (width // stride[1]) * stride[1] + place % stride[1]
+                for cell, place in enumerate(offsets.tolist() if config.use_rand else [0] * (num_tokens - num_src))
+            ]  # fmt: skip
+            return reference.downsampled_layer(self.layer.attn, self.hidden_states, dsts)
+        r_agents = None
+        if phase is agentsd.Phase.AGENT:
+            most = config.max_agents or num_tokens
+            r_agents = min(num_src, max(int(num_tokens * config.agent_ratio), num_tokens - most))
+        tile = config.match_tile and (config.match_tile, config.match_tile)
         return reference.layer(
             self.layer.attn, self.block_input, self.hidden_states, height, width, stride,
             offsets, min(num_src, int(num_tokens * config.ratio)), r_agents,
-            config.alpha, config.broadcast_exponent,
+            config.alpha, config.broadcast_exponent, tile,
         )  # fmt: skip
 
 
@@ -55,6 +70,12 @@ class Recorder:
         ("sd15", (10, 7), {"ratio": 0.5}),
         ("sd15", (9, 11), {"agent_stride": (3, 2), "merge_stride": (1, 3)}),
         ("sd15", (8, 8), {"agent_ratio": 0.6, "alpha": 0.3, "broadcast_exponent": -0.4}),
+        ("sd15", (12, 8), {"late": "downsample"}),
+        ("sd15", (9, 7), {"late": "downsample", "merge_stride": (3, 2), "ratio": 0.9, "agent_stride": 4}),
+        ("sd15", (16, 8), {"max_agents": 2}),
+        ("sd15", (9, 11), {"max_agents": 3, "agent_ratio": 0.7}),
+        ("sd15", (16, 8), {"match_tile": 4}),
+        ("sd15", (16, 16), {"match_tile": 8, "max_agents": 4}),
         ("sd2", (8, 10), {}),
         ("sdxl", (16, 18), {}),  # its attention sees 8 × 9 tokens
         ("sdxl", (17, 13), {}),  # … 9 × 7

@@ -52,23 +52,46 @@ def test_whole_unet_is_counted_as_pytorch_counts_it():
         assert agentsd.describe(unet, 128, 192).unet_multiply_adds == counter.get_total_flops() // 2
 
 
+def test_sd15_at_1024_with_what_keeps_the_cost_of_a_token_constant():
+    config = agentsd.AgentConfig(max_agents=256, match_tile=16, late="downsample", merge_stride=4)
+    report = agentsd.describe(agentsd.apply_patch(sd15_unet(), config), 1024, 1024)
+    tokens = 128 * 128
+    for layer in report.active:
+        agent, late = layer.phases["agent"], layer.phases["merge"]
+        left = tokens - int(tokens * 0.4)
+        assert (agent.agents, agent.tokens_left, agent.keys) == (256, left, left)
+        # A src is compared with the 4 dsts (one per 8 × 8 cell) of its own 16 × 16 tile.
+        assert agent.multiply_adds == (
+            (tokens - 256) * 4 * 320 + (4 * left + 256) * 320 * 320 + 4 * left * 256 * 320 + left * 320
+        )
+        assert (late.agents, late.tokens_left, late.keys) == (0, tokens, 1024)
+        assert late.multiply_adds == 2 * (tokens + 1024) * 320 * 320 + 2 * tokens * 1024 * 320
+    assert "agent attention at timesteps ≥ 600, downsampled keys and values below" in str(report)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"merge_stride": (2, 3)}, {"late": "downsample", "max_agents": 5, "match_tile": 8}]
+)
 @pytest.mark.parametrize("size", [(128, 128), (136, 120), (160, 200)])
-def test_token_counts_are_the_ones_that_run(size):
+def test_token_counts_are_the_ones_that_run(size, settings):
     unet = make_unet()
-    agentsd.apply_patch(unet, ratio=0.3, merge_stride=(2, 3))
+    agentsd.apply_patch(unet, ratio=0.3, **settings)
     report = agentsd.describe(unet, *size)
     for phase, timestep in ((Phase.AGENT, 900), (Phase.MERGE, 100)):
-        seen = {}
+        seen = {layer.name: [] for layer in report.active}
         handles = [
-            unet.get_submodule(layer.name).to_k.register_forward_hook(
-                lambda m, a, out, seen=seen, name=layer.name: seen.__setitem__(name, out.shape[1])
+            unet.get_submodule(f"{layer.name}.{projection}").register_forward_hook(
+                lambda m, a, out, tokens=seen[layer.name]: tokens.append(out.shape[1])
             )
             for layer in report.active
+            for projection in ("to_q", "to_k")
         ]
         call_unet(unet, timestep=timestep, size=(size[0] // 8, size[1] // 8))
         for handle in handles:
             handle.remove()
-        assert seen == {layer.name: layer.phases[phase.value].tokens_left for layer in report.active}
+        for layer in report.active:
+            cost = layer.phases[phase.value]
+            assert sorted(seen[layer.name]) == sorted(filter(None, [cost.tokens_left, cost.keys, cost.agents]))
 
 
 def test_unpatched_says_so():
@@ -110,7 +133,7 @@ def test_readable_and_usable_as_data():
         "timesteps ≥ 600",
     ):
         assert expected in text
-    assert max(map(len, text.splitlines())) < 260
+    assert max(map(len, text.splitlines())) < 200
     data = json.loads(json.dumps(report.to_dict()))
     assert data["layers"][0]["tokens"] == 384 and set(data["unet_fraction"]) == {"agent", "merge"}
     only_merge = str(agentsd.describe(agentsd.apply_patch(pipe, early=0.0)))
