@@ -91,8 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--ratios", help="fractions of the tokens merged away, as in 0.2,0.4")
     grid.add_argument("--early", type=float, default=0.4, help="fraction of agent steps (default: %(default)s)")
     grid.add_argument(
-        "--ablate", default="", help="alpha, scale, early, or several with commas: the paper's Tables 11-13"
-    )
+        "--ablate", default="",
+        help="alpha, scale, early: the paper's Tables 11-13; late, agents, tile, fast: what saves more as pictures "
+        "grow; several with commas",
+    )  # fmt: skip
     grid.add_argument(
         "--with-deepcache", nargs="?", type=int, const=3, default=1, metavar="N",
         help="also each scenario with DeepCache, one full call in every N (3 if no N is given)",

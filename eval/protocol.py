@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,12 +31,28 @@ _RENAMED = {264: "Cardigan Welsh corgi", 517: "construction crane"}
 
 # Tables 11-13 of the Agent Attention paper. Two broadcast exponents, -0.25 and -0.05, stand in for ones that are not
 # legible in our copy.
-ABLATIONS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "alpha": ("alpha", (0.0, 0.025, 0.075, 0.15)),
-    "scale": ("broadcast_exponent", (-0.5, -0.25, -0.15, -0.05)),
-    "early": ("early", (0.2, 0.4, 0.6, 0.8)),
+ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "alpha": tuple({"alpha": value} for value in (0.0, 0.025, 0.075, 0.15)),
+    "scale": tuple({"broadcast_exponent": value} for value in (-0.5, -0.25, -0.15, -0.05)),
+    "early": tuple({"early": value} for value in (0.2, 0.4, 0.6, 0.8)),
+    # Not the paper's: what is given up for speed as pictures grow.
+    "late": ({"late": "merge"}, {"late": "downsample"}, {"late": "downsample", "merge_stride": 4}),
+    "agents": tuple({"max_agents": value} for value in (None, 256, 64, 16)),
+    "tile": tuple({"match_tile": value} for value in (None, 16, 8)),
+    "fast": ({}, {"late": "downsample", "max_agents": 256, "match_tile": 16}),
 }
-"""Name on the command line: field of AgentConfig, and its values."""
+"""Name on the command line: the fields of AgentConfig that each of its scenarios sets."""
+
+
+_LABELS = {
+    "alpha": "alpha{:g}",
+    "broadcast_exponent": "scale{:g}",
+    "late": "{}",
+    "merge_stride": "stride{}",
+    "max_agents": "agents{}",
+    "match_tile": "tile{}",
+}
+"""How a setting of agentsd shows in a scenario's name, where it is not the default."""
 
 
 class BenchError(ValueError):
@@ -73,10 +90,10 @@ class Scenario:
             if self.method != "tomesd" and self.config.early != AgentConfig.early:
                 parts.append(f"early{self.config.early:g}")
             if self.method == "agentsd":
-                for label, name in (("alpha", "alpha"), ("scale", "broadcast_exponent")):
+                for name, label in _LABELS.items():
                     value = getattr(self.config, name)
                     if value != getattr(AgentConfig, name):
-                        parts.append(f"{label}{value:g}")
+                        parts.append(label.format(value))
         if self.cache_interval > 1:
             parts.append(f"deepcache{self.cache_interval}")
         return "-".join(parts)
@@ -260,9 +277,8 @@ def make_scenarios(
     for name in ablate:
         if name not in ABLATIONS:
             raise BenchError(f"--ablate {name!r}: is unknown, use {', '.join(ABLATIONS)}")
-        setting, values = ABLATIONS[name]
         base = _config(ratios[-1], early)
-        scenarios += [Scenario("agentsd", replace(base, **{setting: value})) for value in values]
+        scenarios += [Scenario("agentsd", replace(base, **settings)) for settings in ABLATIONS[name]]
     return list(dict.fromkeys(scenarios + cached))
 
 

@@ -122,6 +122,10 @@ def scenario_row(scenario: Scenario) -> dict[str, Any]:
         "early": agents and agents.early,
         "alpha": mixing and mixing.alpha,
         "broadcast_exponent": mixing and mixing.broadcast_exponent,
+        "late": mixing and mixing.late,
+        "merge_stride": mixing and mixing.merge_stride,
+        "max_agents": mixing and mixing.max_agents,
+        "match_tile": mixing and mixing.match_tile,
         "deepcache_interval": scenario.cache_interval,
     }
 
@@ -379,7 +383,7 @@ def _bars(rows: Sequence[dict[str, Any]], key: str, interval: str) -> list[list[
 
 
 def _empty() -> dict[str, Any]:
-    settings = ("method", "ratio", "early", "alpha", "broadcast_exponent", "deepcache_interval")
+    settings = ("method", "ratio", "early", "alpha", "broadcast_exponent", "late", "deepcache_interval")
     return dict.fromkeys(["scenario", *settings, *(key for key, _, _ in COLUMNS[1:])])
 
 

@@ -96,7 +96,14 @@ def test_ablations_and_deepcache_as_scenarios():
         "agentsd-r0.5-scale-0.5", "agentsd-r0.5-scale-0.25", "agentsd-r0.5-scale-0.05",
         "agentsd-r0.5-early0.2", "agentsd-r0.5-early0.6", "agentsd-r0.5-early0.8",
     ]  # fmt: skip
-    assert all(getattr(AgentConfig, setting) in values for setting, values in ABLATIONS.values())
+    for ablation in ABLATIONS.values():  # each holds the default, to be compared with
+        assert any(AgentConfig(**settings) == AgentConfig() for settings in ablation)
+    names = [scenario.name for scenario in make_scenarios(["sd"], (0.4,), ablate=["late", "agents", "tile", "fast"])]
+    assert names == [
+        "sd", "agentsd-r0.4", "agentsd-r0.4-downsample", "agentsd-r0.4-downsample-stride4",
+        "agentsd-r0.4-agents256", "agentsd-r0.4-agents64", "agentsd-r0.4-agents16",
+        "agentsd-r0.4-tile16", "agentsd-r0.4-tile8", "agentsd-r0.4-downsample-agents256-tile16",
+    ]  # fmt: skip
     cached = make_scenarios(["tomesd", "agentsd", "no-attention"], (0.4,), cache_interval=3)
     assert [scenario.name for scenario in cached[-3:]] == [
         "sd-deepcache3",
