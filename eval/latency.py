@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agentsd import AgentConfig, Phase
 from agentsd.measure import PeakMemory
@@ -55,6 +56,8 @@ class Timing:
         peak_gb_per_image: what a call took beyond the loaded model, per picture. The paper's GB/img must be this: its
             smallest, 1.21, is less than the weights alone take.
         failed: why there are no figures, or "".
+        operators: phase -> PyTorch operators of one UNet call that do something (no views, no allocations): about the
+            number of kernels a GPU is sent, which at small sizes cost more than their arithmetic. Empty if compiled.
     """
 
     scenario: str
@@ -64,6 +67,7 @@ class Timing:
     peak_gb: float | None = None
     peak_gb_per_image: float | None = None
     failed: str = ""
+    operators: dict[str, int] = field(default_factory=dict)
 
     @property
     def seconds_per_image(self) -> float | None:
@@ -122,7 +126,7 @@ def measure(
             try:
                 if number == 0:
                     runs[scenario].prepare()
-                    runs[scenario].call(warm_up)
+                    runs[scenario].warm_up(timing, warm_up)
                 else:
                     runs[scenario].record(timing)
             except BenchError:
@@ -155,10 +159,15 @@ class _Run:
         self.keep.enter_context(use_scenario(self.pipe, self.scenario))
         self.pipe.unet.compile()
 
-    def call(self, workload: Workload) -> list[tuple[Any, Callable[[], float]]]:
-        """Run the pipeline; returns (timestep, seconds once all is done) of each UNet call."""
+    def warm_up(self, timing: Timing, workload: Workload) -> None:
+        for lap in self.call(workload, count_operators=not workload.compile):
+            if lap.operators is not None:
+                timing.operators[self.phase(lap).value] = lap.operators
+
+    def call(self, workload: Workload, count_operators: bool = False) -> list[_Lap]:
+        """Run the pipeline; returns what was measured of each UNet call."""
         patched = contextlib.nullcontext() if workload.compile else use_scenario(self.pipe, self.scenario)
-        with patched, _stopwatch(self.pipe) as laps:
+        with patched, _stopwatch(self.pipe, count_operators) as laps:
             self.pipe(
                 [PROMPT.format("zebra")] * workload.batch_size,
                 num_inference_steps=workload.steps,
@@ -179,13 +188,15 @@ class _Run:
         if peak is not None:
             timing.peak_gb = max(timing.peak_gb or 0, peak / 1e9)
             timing.peak_gb_per_image = max(timing.peak_gb_per_image or 0, growth / 1e9 / self.workload.batch_size)
+        for lap in laps:
+            timing.unet_seconds.setdefault(self.phase(lap).value, []).append(lap.seconds())
+
+    def phase(self, lap: _Lap) -> Phase:
         config = self.scenario.config
         # ToMeSD's config has no early phase; its calls are sorted as agentsd's by default would be.
         early = config.early if config is not None and config.early else AgentConfig.early
-        phases = AgentConfig(early=early)
         horizon = self.pipe.scheduler.config.num_train_timesteps
-        for timestep, seconds in laps:
-            timing.unet_seconds.setdefault(phases.phase_at(float(timestep), horizon).value, []).append(seconds())
+        return AgentConfig(early=early).phase_at(float(lap.timestep), horizon)
 
     def forget(self) -> None:
         self.keep.close()
@@ -200,14 +211,36 @@ def _constructor_options(pipe: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in pipe.components and key != "add_watermarker"}
 
 
+@dataclass(frozen=True)
+class _Lap:
+    """One UNet call: its timestep, how long it took (to be asked once all is done), and its operators if counted."""
+
+    timestep: Any
+    seconds: Callable[[], float]
+    operators: int | None
+
+
+class _CountedOperators(TorchDispatchMode):
+    """Counts the operators that are dispatched, but for those that only look at memory or allocate it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = operator.name()
+        self.number += not (operator.is_view or "empty" in name or "_unsafe_view" in name)
+        return operator(*args, **(kwargs or {}))
+
+
 class _TimedUNet:
     """Stands in for a pipeline's UNet during one call: times each of its calls, and is the UNet in all else.
 
     No hook, as those run inside the graph of a compiled UNet.
     """
 
-    def __init__(self, unet: Any, laps: list):
-        self.__dict__.update(_unet=unet, _laps=laps)
+    def __init__(self, unet: Any, laps: list[_Lap], count_operators: bool):
+        self.__dict__.update(_unet=unet, _laps=laps, _count_operators=count_operators)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._unet, name)
@@ -217,18 +250,22 @@ class _TimedUNet:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        counted = _CountedOperators() if self._count_operators else None
         start = _mark(self._unet.device)
-        out = self._unet(*args, **kwargs)
+        with counted or contextlib.nullcontext():
+            out = self._unet(*args, **kwargs)
         end = _mark(self._unet.device)
-        self._laps.append((timestep, lambda: _elapsed(start, end)))  # reading it now would make a GPU wait
+        # Reading the time now would make a GPU wait.
+        self._laps.append(_Lap(timestep, lambda: _elapsed(start, end), counted and counted.number))
         return out
 
 
 @contextlib.contextmanager
-def _stopwatch(pipe: Any) -> Iterator[list]:
+def _stopwatch(pipe: Any, count_operators: bool = False) -> Iterator[list[_Lap]]:
     unet = pipe.unet
-    laps: list = []
-    vars(pipe)["unet"] = _TimedUNet(unet, laps)  # past the pipeline's own setter, which looks for a saveable class
+    laps: list[_Lap] = []
+    # Past the pipeline's own setter, which looks for a saveable class.
+    vars(pipe)["unet"] = _TimedUNet(unet, laps, count_operators)
     try:
         yield laps
     finally:

@@ -60,6 +60,8 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("unet_merge_ms", "merge phase, ms", "{:.1f}"),
     ("unet_merge_speedup", "× sd", "{:.2f}"),
     ("unet_merge_over_limit", "over the limit", "{:.3f}"),
+    ("unet_agent_operators", "operators, agent phase", "{}"),
+    ("unet_merge_operators", "merge phase", "{}"),
     ("peak_gb", "peak GB", "{:.2f}"),
     ("peak_gb_per_image", "GB / image over the model", "{:.2f}"),
     ("note", "note", "{}"),
@@ -407,6 +409,7 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
         seconds = timing.unet_median(phase)
         out[f"unet_{phase.value}_ms"] = seconds and seconds * 1000
         out[f"unet_{phase.value}_speedup"] = _ratio(sd and sd.unet_median(phase), seconds)
+        out[f"unet_{phase.value}_operators"] = timing.operators.get(phase.value)
         out[f"unet_{phase.value}_over_limit"] = _ratio(seconds, limit and limit.unet_median(phase))
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def test_rounds_are_interleaved_and_the_pipeline_is_left_as_it_was():
         assert not timing.failed and len(timing.seconds) == 2 and timing.workload.size == 128
         # PLMS calls the UNet 6 times for 5 steps, at 801, 601, 601, 401, 201, 1: three are noisier than 600.
         assert {phase: len(times) for phase, times in timing.unet_seconds.items()} == {"agent": 6, "merge": 6}
+        assert timing.operators.keys() == {"agent", "merge"}
         inside = sum(map(sum, timing.unet_seconds.values()))
         assert 0 < inside < sum(timing.seconds)
         low, high = timing.quartiles
@@ -84,6 +86,18 @@ def test_compiled_scenarios_have_copies_of_their_own(monkeypatch):
     assert "not compiled" in timings[2].failed
     assert len({id(unet) for unet in compiled}) == 2 and pipe.unet not in compiled
     assert timings[1].unet_median(Phase.AGENT) > 0 and get_patch(pipe) is None
+
+
+def test_operators_are_counted_without_views_and_allocations():
+    pipe = make_pipeline()
+    layers = 3  # patched ones in this UNet
+    scenarios = [Scenario("sd"), Scenario("sd-naive"), Scenario("limit")]
+    sd, naive, limit = (timing.operators for timing in measure(pipe, scenarios, replace(SMALL, rounds=1)))
+    assert sd["agent"] == sd["merge"] > 100
+    # Explicit softmax attention is bmm, softmax, bmm and what puts heads apart, where the fused kernel is one operator.
+    assert naive["agent"] > sd["agent"]
+    # Without mixing the fused kernel is gone, and at most one copy of its result.
+    assert sd["merge"] - limit["merge"] in (layers, 2 * layers)
 
 
 @pytest.mark.gpu
