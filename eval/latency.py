@@ -20,6 +20,7 @@ from .protocol import CONTROLS, PROMPT, BenchError, Scenario
 from .scenarios import use_scenario
 
 _WARM_UP_STEPS = 4  # the fewest that take PLMS through both phases
+_IN_PIECES = "breaks the compiler's graph: compiled in pieces, and timed after the others"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Workload:
         batch_size: pictures per call.
         steps, guidance: of the sampling.
         rounds: how many times each scenario is timed.
-        compile: torch.compile the UNet, each scenario a copy of its own.
+        compile: torch.compile the UNet, each scenario a copy of its own, as one graph for the very shapes at hand. A
+            scenario that breaks the graph is compiled in pieces, after the others: TorchDynamo keeps what it learns by
+            the source code of a forward, which all copies share, and would run the others in pieces too.
     """
 
     size: int | None = None
@@ -50,14 +53,16 @@ class Timing:
         scenario: its name.
         workload: size filled in.
         seconds: of each round, for the whole pipeline call (all pictures of the batch).
-        unet_seconds: phase ("agent", "merge") -> seconds of each UNet call while the timestep was in it. Phases are
-            those of the default early fraction for methods that have none, so that columns can be compared.
+        unet_seconds: phase ("agent", "merge") -> seconds of each UNet call while the timestep was in it; with
+            DeepCache, whose calls are whole or nearly free, the mean of each round's. Phases are those of the default
+            early fraction for methods that have none, so that columns can be compared.
         peak_gb: greatest memory during a call: of the allocator on CUDA, resident on Linux; None elsewhere.
         peak_gb_per_image: what a call took beyond the loaded model, per picture. The paper's GB/img must be this: its
             smallest, 1.21, is less than the weights alone take.
         failed: why there are no figures, or "".
         operators: phase -> PyTorch operators of one UNet call that do something (no views, no allocations): about the
             number of kernels a GPU is sent, which at small sizes cost more than their arithmetic. Empty if compiled.
+        note: what to know about the figures, or "".
     """
 
     scenario: str
@@ -68,6 +73,7 @@ class Timing:
     peak_gb_per_image: float | None = None
     failed: str = ""
     operators: dict[str, int] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def seconds_per_image(self) -> float | None:
@@ -113,37 +119,56 @@ def measure(
     """
     workload = replace(workload, size=workload.size or pipe.unet.config.sample_size * pipe.vae_scale_factor)
     timings = {scenario: Timing(scenario.name, workload) for scenario in scenarios}
-    runs = {scenario: _Run(pipe, scenario, workload) for scenario in scenarios}
+    if workload.compile:
+        torch._dynamo.reset()  # what it learnt at another size would make this one's shapes symbolic
+    broken = _measure_rounds([_Run(pipe, scenario, workload) for scenario in scenarios], timings, on_call)
+    for scenario in broken:
+        torch._dynamo.reset()
+        timings[scenario].note = _IN_PIECES
+        _measure_rounds([_Run(pipe, scenario, workload, in_pieces=True)], timings, on_call)
+    return list(timings.values())
+
+
+def _measure_rounds(
+    runs: Sequence[_Run], timings: dict[Scenario, Timing], on_call: Callable[[str, int], None] | None
+) -> list[Scenario]:
+    """Fill in the timings; returns the scenarios that cannot be compiled as one graph, which have none yet."""
+    broken: list[Scenario] = []
+    workload = runs[0].workload
     warm_up = replace(workload, steps=min(workload.steps, _WARM_UP_STEPS))
     for number in range(workload.rounds + 1):
-        turn = number % len(scenarios)
-        for scenario in [*scenarios[turn:], *scenarios[:turn]]:
-            timing = timings[scenario]
-            if timing.failed:
+        turn = number % len(runs)
+        for run in [*runs[turn:], *runs[:turn]]:
+            timing = timings[run.scenario]
+            if timing.failed or run.scenario in broken:
                 continue
             if on_call:
-                on_call(scenario.name, number)
+                on_call(run.scenario.name, number)
             try:
                 if number == 0:
-                    runs[scenario].prepare()
-                    runs[scenario].warm_up(timing, warm_up)
+                    run.prepare()
+                    run.warm_up(timing, warm_up)
                 else:
-                    runs[scenario].record(timing)
+                    run.record(timing)
             except BenchError:
                 raise
             except Exception as error:  # torch.compile raises its own kinds, memory runs out in several ways
-                timing.failed = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                runs[scenario].forget()
-    return list(timings.values())
+                if isinstance(error, torch._dynamo.exc.Unsupported) and not run.in_pieces:
+                    broken.append(run.scenario)
+                else:
+                    timing.failed = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                run.forget()
+    return broken
 
 
 class _Run:
     """One scenario made ready: for eager runs patched at each call, for compiled ones a patched copy of its own."""
 
-    def __init__(self, pipe: Any, scenario: Scenario, workload: Workload):
+    def __init__(self, pipe: Any, scenario: Scenario, workload: Workload, in_pieces: bool = False):
         self.pipe = pipe
         self.scenario = scenario
         self.workload = workload
+        self.in_pieces = in_pieces
         self.keep = contextlib.ExitStack()
 
     def prepare(self) -> None:
@@ -151,13 +176,15 @@ class _Run:
             return
         if self.scenario.method in CONTROLS or self.scenario.cache_interval > 1:
             raise RuntimeError("not compiled: it changes the UNet between its calls")
+        if self.scenario.method == "limit":
+            raise RuntimeError("not compiled: a compiler leaves out the projections that it computes and does not use")
         # One UNet each: patches that come and go would have it compiled anew in every round.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         components = {**self.pipe.components, "unet": copy.deepcopy(self.pipe.unet)}
         self.pipe = type(self.pipe)(**components, **_constructor_options(self.pipe))
         self.pipe.set_progress_bar_config(disable=True)
         self.keep.enter_context(use_scenario(self.pipe, self.scenario))
-        self.pipe.unet.compile()
+        self.pipe.unet.compile(fullgraph=not self.in_pieces, dynamic=False)
 
     def warm_up(self, timing: Timing, workload: Workload) -> None:
         for lap in self.call(workload, count_operators=not workload.compile):
@@ -188,8 +215,13 @@ class _Run:
         if peak is not None:
             timing.peak_gb = max(timing.peak_gb or 0, peak / 1e9)
             timing.peak_gb_per_image = max(timing.peak_gb_per_image or 0, growth / 1e9 / self.workload.batch_size)
+        seconds: dict[str, list[float]] = {}
         for lap in laps:
-            timing.unet_seconds.setdefault(self.phase(lap).value, []).append(lap.seconds())
+            seconds.setdefault(self.phase(lap).value, []).append(lap.seconds())
+        for phase, times in seconds.items():
+            # The median over DeepCache's calls would be the time of one that skips most of the UNet.
+            kept = [statistics.fmean(times)] if self.scenario.cache_interval > 1 else times
+            timing.unet_seconds.setdefault(phase, []).extend(kept)
 
     def phase(self, lap: _Lap) -> Phase:
         config = self.scenario.config

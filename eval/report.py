@@ -403,7 +403,7 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
         "speedup_vs_naive": _ratio(naive and naive.seconds_per_image, timing.seconds_per_image),
         "peak_gb": timing.peak_gb,
         "peak_gb_per_image": timing.peak_gb_per_image,
-        "note": timing.failed,
+        "note": timing.failed or timing.note,
     }
     for phase in Phase:
         seconds = timing.unet_median(phase)

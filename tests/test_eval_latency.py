@@ -80,10 +80,10 @@ def test_compiled_scenarios_have_copies_of_their_own(monkeypatch):
         return torch.nn.Module.compile(unet, backend="eager", **kwargs)
 
     monkeypatch.setattr(type(pipe.unet), "compile", compile_without_inductor)
-    scenarios = [Scenario("sd"), *make_scenarios(["agentsd", "no-attention"], (0.4,))[1:]]
+    scenarios = [Scenario("sd"), *make_scenarios(["agentsd", "no-attention", "limit"], (0.4,))[1:]]
     timings = measure(pipe, scenarios, Workload(steps=4, rounds=1, size=64, compile=True))
-    assert [bool(timing.failed) for timing in timings] == [False, False, True], [t.failed for t in timings]
-    assert "not compiled" in timings[2].failed
+    assert [bool(timing.failed) for timing in timings] == [False, False, True, True], [t.failed for t in timings]
+    assert all("not compiled" in timing.failed for timing in timings[2:])
     assert len({id(unet) for unet in compiled}) == 2 and pipe.unet not in compiled
     assert timings[1].unet_median(Phase.AGENT) > 0 and get_patch(pipe) is None
 
@@ -98,6 +98,44 @@ def test_operators_are_counted_without_views_and_allocations():
     assert naive["agent"] > sd["agent"]
     # Without mixing the fused kernel is gone, and at most one copy of its result.
     assert sd["merge"] - limit["merge"] in (layers, 2 * layers)
+
+
+def test_compiled_scenarios_and_sizes_do_not_touch_each_other(monkeypatch):
+    """ToMeSD breaks the graph, by which TorchDynamo once ran everybody's UNet in pieces, and in timed rounds at that."""
+    pipe = make_pipeline()
+    graphs: dict[tuple, list[bool]] = {}
+    now = []
+
+    def backend(graph, inputs):
+        symbolic = any(isinstance(x, torch.SymInt) for x in inputs)
+        graphs.setdefault(tuple(now), []).append(symbolic)
+        return graph.forward
+
+    compile_it = torch.nn.Module.compile
+    monkeypatch.setattr(type(pipe.unet), "compile", lambda unet, **kwargs: compile_it(unet, backend=backend, **kwargs))
+    scenarios = make_scenarios(["tomesd", "agentsd"], (0.4, 0.2))
+    for size in (64, 128):
+        workload = Workload(steps=4, rounds=1, size=size, compile=True)
+        graphs.clear()
+        timings = measure(pipe, scenarios, workload, lambda *call: now.__setitem__(slice(None), call))
+        pieces = {name: len(found) for (name, number), found in graphs.items() if number == 0}
+        assert pieces["sd"] == 1 and pieces["agentsd-r0.4"] == pieces["agentsd-r0.2"] == 2  # one graph per phase
+        assert pieces["tomesd-r0.4"] > 2 and pieces["tomesd-r0.2"] > 2
+        assert not any(map(any, graphs.values()))  # no symbolic sizes
+        assert all(number == 0 for _, number in graphs)  # nothing is compiled while the clock runs
+        for timing in timings:
+            assert len(timing.seconds) == 1 and not timing.failed
+            assert ("in pieces" in timing.note) == timing.scenario.startswith("tomesd")
+
+
+def test_a_call_with_deepcache_is_timed_by_its_mean(monkeypatch):
+    from eval import latency
+
+    cached = [s for s in make_scenarios(["agentsd"], (0.4,), cache_interval=2) if s.cache_interval > 1][-1]
+    fake = [latency._Lap(801, lambda: 9.0, None), *[latency._Lap(801, lambda: 1.0, None)] * 3]
+    monkeypatch.setattr(latency._Run, "call", lambda *_, **__: fake)
+    [timing] = measure(make_pipeline(), [cached], SMALL)
+    assert timing.unet_seconds == {"agent": [3.0, 3.0]} and timing.unet_median(Phase.AGENT) == 3.0
 
 
 @pytest.mark.gpu
