@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,7 @@ class TokenMatching:
 
     tokens: Tensor
     best_dst: Tensor
+    _flat_positions: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -292,9 +293,11 @@ def _mix32(x: Tensor) -> Tensor:
 
 def _flat_position(matching: TokenMatching, r: int) -> Tensor:
     """[B · N] rows of the flattened [B · (N − r), C] merged tokens."""
-    batch, num_tokens = matching.tokens.shape
-    first_rows = torch.arange(0, batch * (num_tokens - r), num_tokens - r, device=matching.tokens.device)
-    return (merged_position(matching, r) + first_rows[:, None]).view(-1)
+    if r not in matching._flat_positions:  # merging and unmerging need the same: many small kernels done once
+        batch, num_tokens = matching.tokens.shape
+        first_rows = torch.arange(0, batch * (num_tokens - r), num_tokens - r, device=matching.tokens.device)
+        matching._flat_positions[r] = (merged_position(matching, r) + first_rows[:, None]).view(-1)
+    return matching._flat_positions[r]
 
 
 def _accumulate_dtype(x: Tensor) -> torch.dtype:
