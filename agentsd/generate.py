@@ -250,6 +250,19 @@ def compare(
     return [drawings[method] for method in methods]
 
 
+def unread_part(pipe: Any, prompt: str) -> str:
+    """The end of a prompt that the pipeline's text encoder does not read, "" where it reads all of it.
+
+    CLIP reads 77 tokens, two of which mark beginning and end; diffusers cuts the rest off.
+    """
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if tokenizer is None:
+        return ""
+    limit = tokenizer.model_max_length
+    tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    return tokenizer.decode(tokens[limit - 1 : -1]).strip() if len(tokens) > limit else ""
+
+
 def are_steady(drawings: list[Drawing]) -> bool:
     """Whether the times can be trusted: every method ran more than once, and its rounds agree."""
     return all(

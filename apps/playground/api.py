@@ -1,0 +1,234 @@
+"""/compare, /inspect and /sweep: the app's functions for gradio_client, with defaults for everything but the prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from agentsd.generate import Drawing
+from agentsd.visualize import agent_map, merge_map
+
+from . import pictures
+from .jobs import (
+    Case,
+    Drawn,
+    Loading,
+    Looked,
+    Report,
+    Run,
+    Stepped,
+    Studio,
+    Unread,
+    explain,
+    methods_to_compare,
+)
+from .outputs import Outputs, file_name
+from .settings import (
+    PATCH_FIELDS,
+    SWEEPABLE,
+    Field,
+    Limits,
+    Settings,
+    check,
+    check_index,
+    request_fields,
+    sweep_values,
+    with_value,
+)
+
+_ROUNDS = Field("rounds", int, 1)
+
+
+class Api:
+    """The three functions; each is a generator whose last value is the answer, so that a cancelled call stops at once.
+
+    Args:
+        studio: what draws.
+        outputs: where the pictures go.
+        limits: bounds on every request.
+    """
+
+    def __init__(self, studio: Studio, outputs: Outputs, limits: Limits):
+        self.studio = studio
+        self.outputs = outputs
+        self.limits = limits
+        self._request = list(request_fields(studio.models.names, limits).values())
+        self._patch = list(PATCH_FIELDS.values())
+
+    def register(self, **event: Any) -> None:
+        """Add the endpoints to the gr.Blocks being built; `event` goes to gr.api."""
+        look = [Field("layer", str, "0"), Field("call", int, 0), Field("agent", int, 0)]
+        sweep = [
+            Field("field", str, SWEEPABLE[0]),
+            Field("first", float, 0.1),
+            Field("last", float, 0.7),
+            Field("count", int, 4),
+        ]
+        for function, fields in (
+            (self.compare, [*self._request, _ROUNDS, *self._patch]),
+            (self.inspect, [*self._request, *look, *self._patch]),
+            (self.sweep, [*self._request, *sweep, _ROUNDS, *self._patch]),
+        ):
+            gr.api(_with_parameters(function, fields), api_name=function.__name__, **event)
+
+    def compare(self, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Draw one seed by Stable Diffusion, ToMeSD and AgentSD.
+
+        Answers {"sd": …, "tomesd": …, "agentsd": …, "verdict": …}; each method with its picture (a PNG that carries its
+        settings), seconds, all_seconds, speed_up, peak_gb, distance (root mean square, of 255) and settings.
+        """
+        settings = self._check(values)
+        drawings: dict[int, Drawing] = {}
+        cases = methods_to_compare(settings.config)
+        yield from self._draw(settings, cases, drawings)
+        answer: dict[str, Any] = {case.method: self._describe(drawings[i], drawings[0]) for i, case in enumerate(cases)}
+        yield {**answer, "verdict": pictures.verdict([drawings[i] for i in range(len(cases))])}
+
+    def sweep(self, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Draw one seed unpatched, and patched with a setting at evenly spaced values.
+
+        `field` is ratio, early or alpha; it takes `count` values from `first` to `last`. Answers {"drawings": [as
+        /compare's, with "value"; the unpatched one first], "sheet": PNG, "table": CSV}.
+        """
+        settings = self._check(values)
+        try:
+            points = sweep_values(values["field"], values["first"], values["last"], values["count"], self.limits)
+            cases = sweep_cases(settings, values["field"], points)
+        except (ValueError, TypeError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        drawings: dict[int, Drawing] = {}
+        yield from self._draw(settings, cases, drawings)
+        ordered = [drawings[i] for i in range(len(cases))]
+        rows = pictures.sweep_rows([None, *points], ordered)
+        name = file_name(settings.request.prompt, values["field"])
+        sheet = pictures.sweep_sheet(values["field"], rows, ordered)
+        table = pictures.sweep_csv(values["field"], rows, ordered)
+        yield {
+            "drawings": [
+                {"value": row.value, **self._describe(drawing, ordered[0])} for row, drawing in zip(rows, ordered)
+            ],
+            "sheet": _file(self.outputs.picture(sheet, name)),
+            "table": _file(self.outputs.text(table, name + ".csv")),
+        }
+
+    def inspect(self, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Draw with the patch and look inside one layer in one UNet call.
+
+        `layer` is a number or name of a patched layer, `call` counts the UNet calls from 0, `agent` the agents. Answers
+        {"picture", "merge_map", "agent_map" (PNG; the last is None in the merge phase), "layer", "call", "timestep",
+        "phase", "grid" [height, width], "num_agents", "settings"}.
+        """
+        settings = self._check(values)
+        layer = str(values["layer"])
+        layer = int(layer) if layer.isdigit() else layer
+        try:
+            call, agent = (check_index(name, values[name]) for name in ("call", "agent"))
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        looked: Looked | None = None
+        for report in self._reports(settings, self.studio.look, layer, call):
+            if isinstance(report, Looked):
+                looked = report
+            else:
+                yield {"status": _status(report, ["AgentSD"])}
+        view = looked.views[0]
+        name = file_name(settings.request.prompt)
+        try:
+            heat = None if view.agent_attention is None else agent_map(view, agent, looked.image)
+        except (ValueError, TypeError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        save = self.outputs.picture
+        yield {
+            "picture": _file(save(looked.image, name, looked.drawing_settings)),
+            "merge_map": _file(save(merge_map(view, looked.image), name + "-merge-map")),
+            "agent_map": heat and _file(save(heat, f"{name}-agent-{agent}")),
+            "layer": view.layer,
+            "call": view.call,
+            "timestep": view.timestep,
+            "phase": view.phase.value,
+            "grid": list(view.grid),
+            "num_agents": 0 if view.agent_attention is None else len(view.agent_attention),
+            "settings": looked.drawing_settings,
+        }
+
+    def _check(self, values: dict[str, Any]) -> Settings:
+        try:
+            return check(values, self.studio.models.names, self.limits)
+        except (ValueError, TypeError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def _draw(self, settings: Settings, cases: list[Case], drawings: dict[int, Drawing]) -> Iterator[dict[str, Any]]:
+        for report in self._reports(settings, self.studio.draw, cases):
+            if isinstance(report, Drawn):
+                drawings[report.case] = report.drawing
+            yield {"status": _status(report, [case.label for case in cases])}
+
+    def _reports(self, settings: Settings, job: Callable[..., Iterator[Report]], *arguments: Any) -> Iterator[Report]:
+        try:
+            yield from job(Run(), settings, *arguments)
+        except Exception as error:
+            raise gr.Error(explain(error, settings), print_exception=False) from error
+
+    def _describe(self, drawing: Drawing, first: Drawing) -> dict[str, Any]:
+        figures = pictures.Figures.of(drawing, first)
+        name = file_name(drawing.settings["prompt"], drawing.method, drawing.settings["seed"])
+        return {
+            "picture": _file(self.outputs.picture(drawing.image, name, drawing.settings)),
+            "method": drawing.method,
+            "seconds": figures.seconds,
+            "all_seconds": list(drawing.all_seconds),
+            "speed_up": figures.speed_up,
+            "peak_gb": figures.peak_gb,
+            "distance": figures.distance,
+            "settings": drawing.settings,
+        }
+
+
+def sweep_cases(settings: Settings, field: str, points: list[float]) -> list[Case]:
+    """The unpatched picture, and one patched picture for each value. Raises ValueError for an impossible value."""
+    unpatched = Case(pictures.sweep_label(field, None), "sd", settings.config)
+    return [unpatched] + [
+        Case(pictures.sweep_label(field, point), "agentsd", with_value(settings.config, field, point))
+        for point in points
+    ]
+
+
+def _status(report: Report, labels: list[str]) -> str:
+    if isinstance(report, Drawn):
+        return f"{labels[report.case]}: done"
+    if isinstance(report, Stepped):
+        what = "warm-up, " if report.round == 0 else f"round {report.round}, " if report.round > 1 else ""
+        return f"{labels[report.case]}: {what}step {report.step} of {report.total}"
+    if isinstance(report, Unread):
+        return f"the model does not read: {report.text}"
+    return f"loading {report.model}" if isinstance(report, Loading) else "done"
+
+
+def _file(path: str) -> dict[str, Any]:
+    """A file as Gradio's clients know it: they download it and hand on the path of their copy."""
+    return gr.FileData(path=path).model_dump()
+
+
+def _with_parameters(method: Callable[..., Iterator], fields: list[Field]) -> Callable[..., Iterator]:
+    """A function with one parameter for each field, as gr.api reads names, types and defaults from the signature."""
+
+    def function(*given: Any) -> Iterator[dict]:
+        yield from method({field.name: value for field, value in zip(fields, given)})
+
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=inspect.Parameter.empty if field.default is ... else field.default,
+            annotation=field.kind,
+        )
+        for field in fields
+    ]
+    function.__signature__ = inspect.Signature(parameters, return_annotation=dict)
+    function.__annotations__ = {**{field.name: field.kind for field in fields}, "return": dict}
+    function.__name__ = method.__name__
+    function.__doc__ = method.__doc__
+    return function

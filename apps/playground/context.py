@@ -1,0 +1,117 @@
+"""Context: what all tabs of the page share, and the numbers under which they find a visitor's things again."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from . import captions
+from .jobs import Case, Drawn, Loading, Report, Run, Stepped, Studio, Unread, explain
+from .outputs import Outputs
+from .settings import Limits, Settings
+
+PRIVATE = {"api_visibility": "private"}
+QUICK = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+"""For events that answer at once."""
+IN_LINE = {"concurrency_limit": 1, "concurrency_id": "draw"}
+"""For events that draw: they stand in one line, and Gradio tells each visitor their place in it."""
+
+
+class Recent:
+    """The last few values, each under a key nobody can guess.
+
+    Args:
+        size: how many are kept.
+    """
+
+    def __init__(self, size: int):
+        self._values: OrderedDict[str, Any] = OrderedDict()
+        self._size = size
+        self._lock = threading.Lock()
+
+    def add(self, value: Any) -> str:
+        """Keep a value; returns its key."""
+        key = secrets.token_hex(16)
+        with self._lock:
+            self._values[key] = value
+            while len(self._values) > self._size:
+                self._values.popitem(last=False)
+        return key
+
+    def get(self, key: str | None) -> Any:
+        """The value, or None where there is none or it has made room for others."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+
+@dataclass
+class Context:
+    """What the tabs share.
+
+    Attributes:
+        studio: what draws.
+        outputs: where pictures are saved.
+        limits: bounds on every request.
+        runs: runs that were begun by a click, by the number the page was given.
+        looks: what "Look inside" has recorded lately, by the same kind of number.
+    """
+
+    studio: Studio
+    outputs: Outputs
+    limits: Limits
+    runs: Recent = field(default_factory=lambda: Recent(256))
+    looks: Recent = field(default_factory=lambda: Recent(8))
+
+    def begin(self, visitor: str) -> str:
+        """A click on a button that draws: the visitor's earlier run ends, and the new one gets a number.
+
+        The page sends the number along with the request, which may wait in line for long; so Stop, and a second click,
+        reach the run before it has begun.
+        """
+        return self.runs.add(self.studio.begin(visitor))
+
+    def run(self, number: str) -> Run:
+        """The run of that number. A new one where there is none, as for a request that no click began."""
+        return self.runs.get(number) or Run()
+
+
+def now(report: Report, cases: Sequence[Case]) -> str:
+    """What is being done, in a few words."""
+    if isinstance(report, Loading):
+        return f"Loading {report.model} …"
+    if isinstance(report, Drawn):
+        return f"{cases[report.case].label} is ready."
+    if isinstance(report, Stepped):
+        what = "warming up, " if report.round == 0 else f"timed round {report.round}, " if report.round > 1 else ""
+        return f"{cases[report.case].label}: {what}step {report.step} of {report.total}"
+    return "Ready."
+
+
+def tell(progress: gr.Progress, report: Report, cases: Sequence[Case]) -> None:
+    """Pass a report on to Gradio's progress bar."""
+    if isinstance(report, Stepped):
+        progress((report.step, report.total), desc=now(report, cases), unit="steps")
+    elif isinstance(report, Loading):
+        progress(0, desc=now(report, cases))
+
+
+def failed(error: Exception, settings: Settings | None = None) -> str:
+    """The message for the page when a run ended early."""
+    text = explain(error, settings)
+    return captions.message_html(text, "info" if text == "Stopped." else "error")
+
+
+def unread_note(report: Unread | None) -> str:
+    """A remark on a prompt that is too long for the model."""
+    if report is None:
+        return ""
+    text = report.text if len(report.text) <= 120 else report.text[:117] + "…"
+    return f"The prompt is longer than the model reads; this part had no effect: “{text}”"

@@ -1,0 +1,68 @@
+"""The History tab: the session's runs, and settings out of a saved picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from . import captions
+from .compare_tab import CompareTab
+from .context import QUICK, Context
+from .form import Form
+from .settings import form_values, restore
+
+
+class HistoryTab:
+    """Laid out where it is made.
+
+    Args:
+        context: shared.
+        form: the settings column, which gets settings back.
+        compare: the tab that shows an earlier run again.
+    """
+
+    def __init__(self, context: Context, form: Form, compare: CompareTab):
+        self.context = context
+        self.form = form
+        self.compare = compare
+        self.dropped = gr.File(
+            label="Drop a saved picture (PNG) here to get its settings back", file_types=[".png"], type="filepath",
+            elem_id="dropped", height=140,
+        )  # fmt: skip
+        self.status = gr.HTML(
+            captions.message_html("Every picture saved here carries its settings inside the PNG."),
+            elem_id="history-status",
+        )
+        self.past = gr.Gallery(
+            label="Comparisons of this session: click one to see it again, with its settings", columns=4,
+            fit_columns=False,
+            height="auto", object_fit="contain", format="png", elem_id="past", allow_preview=False, interactive=False,
+            buttons=[],
+        )  # fmt: skip
+        self.history = gr.State([])
+
+    def wire(self) -> None:
+        """Answer to the page."""
+        self.dropped.upload(self.restore, self.dropped, [self.status, *self.form.inputs], **QUICK)
+        self.past.select(self.recall, self.history, [self.status, *self.compare.outputs, *self.form.inputs], **QUICK)
+
+    def restore(self, path: str) -> dict[Any, Any]:
+        """Settings out of a picture that was dropped in."""
+        try:
+            values, remarks = restore(path, self.context.studio.models.names, self.context.limits)
+        except (ValueError, TypeError, OSError) as error:
+            return {self.status: captions.message_html(str(error), "error")}
+        text = " ".join(["The settings of this picture are in the form.", *remarks])
+        return {self.status: captions.message_html(text, "done"), **self.form.updates(values)}
+
+    def recall(self, history: list[dict], event: gr.SelectData) -> dict[Any, Any]:
+        """An earlier run again: its pictures, figures and settings."""
+        entry = history[event.index]
+        values, _ = form_values(entry["settings"], self.context.studio.models.names, self.context.limits)
+        message = f"{entry['label']}: shown under Compare, its settings are in the form."
+        return {
+            self.status: captions.message_html(message, "done"),
+            **self.compare.show_again(entry),
+            **self.form.updates(values),
+        }

@@ -1,0 +1,329 @@
+"""Runs the requests: one thread draws, in the order asked; a run reports what it has done and can be stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from agentsd.config import AgentConfig
+from agentsd.generate import METHODS, Drawing, Step, draw, settings_of, unread_part, warm_up
+from agentsd.pipelines import ModelError, set_scheduler
+from agentsd.visualize import LayerView, look_inside, look_through
+
+from .models import Model, Models, free_memory
+from .settings import OWN_SCHEDULER, Settings
+
+_PREVIEW_EVERY = 0.25  # seconds; the eye needs no more, and each one is sent to the browser
+
+_PREVIEW_SIDE, _SMOOTH = 256, Image.Resampling.BICUBIC
+
+log = logging.getLogger("agentsd.playground")
+
+
+class Stopped(Exception):
+    """The run was stopped by the one who asked for it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture of a run.
+
+    Attributes:
+        label: its name in print.
+        method: a key of METHODS.
+        config: the patch.
+    """
+
+    label: str
+    method: str
+    config: AgentConfig
+
+
+# --- what a run reports -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The model is being loaded, before anything can be drawn."""
+
+    model: str
+
+
+@dataclass(frozen=True)
+class Unread:
+    """The end of the prompt, which is more than the model's text encoder reads."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A step is done.
+
+    Attributes:
+        case: number of the picture in its run.
+        round: 0 is the warm-up, 1 the first drawing, later ones are timed again.
+        step, total: of this drawing.
+        preview: the picture so far, in the first round, from time to time.
+    """
+
+    case: int
+    round: int
+    step: int
+    total: int
+    preview: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture is ready, or has been timed once more."""
+
+    case: int
+    drawing: Drawing
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A layer has been recorded; one view per UNet call in which it merges."""
+
+    image: Image.Image
+    views: list[LayerView]
+    drawing_settings: dict[str, Any]
+
+
+Report = Loading | Unread | Stepped | Drawn | Looked
+Emit = Callable[[Report], None]
+
+
+# --- the one thread that draws ----------------------------------------------------------------------------------------
+
+
+class Run:
+    """One request on its way; `stop` may come from any thread, also before it begins."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End the run at its next step."""
+        self._stopped.set()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    def check(self) -> None:
+        """Raises Stopped once `stop` was called."""
+        if self._stopped.is_set():
+            raise Stopped("stopped")
+
+
+class Worker:
+    """Does one piece of work at a time, in the order given: two requests never share a model."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
+
+    def reports(self, run: Run, work: Callable[[Emit], None]) -> Iterator[Report]:
+        """Start some work and yield what it reports, until it ends. Closing the iterator stops the run.
+
+        Args:
+            run: stops the work: `emit` raises Stopped inside it.
+            work: called with `emit` in the drawing thread.
+
+        Raises:
+            Whatever the work raised.
+        """
+        messages: queue.SimpleQueue = queue.SimpleQueue()
+
+        def emit(report: Report) -> None:
+            run.check()
+            messages.put(report)
+
+        def whole() -> None:
+            run.check()
+            work(emit)
+
+        future = self._thread.submit(whole)
+        future.add_done_callback(lambda _: messages.put(None))
+        try:
+            while (report := messages.get()) is not None:
+                yield report
+            future.result()
+        except Exception:
+            free_memory()
+            raise
+        finally:
+            run.stop()
+
+    def close(self) -> None:
+        """Take no more work."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class Studio:
+    """All that draws: the models, the drawing thread, and which run each visitor has going.
+
+    Args:
+        models: the app's models.
+    """
+
+    def __init__(self, models: Models):
+        self.models = models
+        self.worker = Worker()
+        self._runs: dict[str, Run] = {}
+        self._lock = threading.Lock()
+        self._warm: set[tuple] = set()
+
+    def begin(self, visitor: str) -> Run:
+        """A new run of a visitor; an earlier one of theirs that is still going, or waiting, is stopped."""
+        run = Run()
+        with self._lock:
+            before = self._runs.get(visitor)
+            self._runs[visitor] = run
+        if before:
+            before.stop()
+        return run
+
+    def current(self, visitor: str) -> Run | None:
+        """The run that `begin` made last for a visitor."""
+        with self._lock:
+            return self._runs.get(visitor)
+
+    def stop(self, visitor: str) -> bool:
+        """Stop a visitor's run; False where there is none going or waiting."""
+        run = self.current(visitor)
+        if run is None or run.stopped:
+            return False
+        run.stop()
+        return True
+
+    def forget(self, visitor: str) -> None:
+        """Stop a visitor's run and forget them: they have closed the page."""
+        self.stop(visitor)
+        with self._lock:
+            self._runs.pop(visitor, None)
+
+    # --- the jobs -----------------------------------------------------------------------------------------------------
+
+    def draw(self, run: Run, settings: Settings, cases: Sequence[Case]) -> Iterator[Report]:
+        """Draw every case, each as soon as it can be; then time them again in interleaved rounds.
+
+        The first run of a kind is slower than the rest, so each method is warmed up before its first picture of a size.
+        """
+
+        def work(emit: Emit) -> None:
+            with self._ready(settings, emit) as model:
+                drawings: dict[int, Drawing] = {}
+                for number in range(1, settings.rounds + 1):
+                    for index, case in enumerate(cases):
+                        if number == 1:
+                            self._warm_up(model, settings, index, case, emit)
+                        report = _step_reporter(model, index, number, emit)
+                        drawing = draw(model.pipe, settings.request, case.method, case.config, report)
+                        drawing = drawings[index].and_again(drawing) if index in drawings else drawing
+                        drawing.settings.update(_as_asked(settings))
+                        drawings[index] = drawing
+                        emit(Drawn(index, drawing))
+
+        return self.worker.reports(run, work)
+
+    def look(self, run: Run, settings: Settings, layer: int | str, call: int | None = None) -> Iterator[Report]:
+        """Draw with the patch and record a layer, in one UNet call or (None) in all."""
+
+        def work(emit: Emit) -> None:
+            with self._ready(settings, emit) as model:
+                report = _step_reporter(model, 0, 1, emit)
+                if call is None:
+                    image, views = look_through(model.pipe, settings.request, settings.config, layer, on_step=report)
+                else:
+                    image, view = look_inside(
+                        model.pipe, settings.request, settings.config, layer, call, on_step=report
+                    )
+                    views = [view]
+                about = settings_of(model.pipe, settings.request, "agentsd", settings.config)
+                emit(Looked(image, views, {**about, **_as_asked(settings)}))
+
+        return self.worker.reports(run, work)
+
+    @contextlib.contextmanager
+    def _ready(self, settings: Settings, emit: Emit) -> Iterator[Model]:
+        """The model with the scheduler asked for; afterwards it has its own again."""
+        if self.models.loaded(settings.model) is None:
+            emit(Loading(settings.model))
+        model = self.models.get(settings.model)
+        own = model.pipe.scheduler
+        try:
+            if settings.scheduler != OWN_SCHEDULER:
+                set_scheduler(model.pipe, settings.scheduler)
+            unread = unread_part(model.pipe, settings.request.prompt)
+            if unread:
+                emit(Unread(unread))
+            yield model
+        finally:
+            model.pipe.scheduler = own
+
+    def _warm_up(self, model: Model, settings: Settings, index: int, case: Case, emit: Emit) -> None:
+        request = settings.request
+        kind = (model.name, case.method, request.height, request.width, request.guidance > 1)
+        if kind not in self._warm:
+            warm_up(model.pipe, request, case.method, case.config, _step_reporter(model, index, 0, emit))
+            self._warm.add(kind)
+
+
+def _step_reporter(model: Model, case: int, number: int, emit: Emit) -> Callable[[Step], None]:
+    shown = 0.0
+
+    def report(step: Step) -> None:
+        nonlocal shown
+        preview = None
+        if number == 1 and step.number < step.total and time.monotonic() - shown >= _PREVIEW_EVERY:
+            preview = model.preview(step.latents)
+            side = _PREVIEW_SIDE / max(preview.size)
+            preview = preview.resize((round(preview.width * side), round(preview.height * side)), _SMOOTH)
+            shown = time.monotonic()
+        emit(Stepped(case, number, step.number, step.total, preview))
+
+    return report
+
+
+def _as_asked(settings: Settings) -> dict[str, str]:
+    """Model and scheduler by the names they have in the app, from which a picture's settings are restored."""
+    return {"model": settings.model, "scheduler_name": settings.scheduler}
+
+
+def methods_to_compare(config: AgentConfig) -> list[Case]:
+    """Stable Diffusion, ToMeSD and AgentSD with the same settings."""
+    return [Case(label, method, config) for method, label in METHODS.items()]
+
+
+def explain(error: BaseException, settings: Settings | None = None) -> str:
+    """One sentence for the page: what went wrong and what to do. What is not the visitor's doing goes to the log."""
+    if isinstance(error, Stopped):
+        return "Stopped."
+    if isinstance(error, (ValueError, TypeError, ModelError)) or type(error) is OSError:
+        return str(error)
+    if _is_out_of_memory(error):
+        size = ""
+        if settings and settings.request.width and settings.request.height:
+            size = f" at {settings.request.width} × {settings.request.height} px"
+        return f"Out of memory{size}: choose a smaller width and height. The app goes on."
+    log.error("a request failed", exc_info=error)
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"Something went wrong inside the app ({type(error).__name__}: {first}). The app goes on."
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()  # PyTorch's CPU allocator raises a plain RuntimeError
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

@@ -1,0 +1,199 @@
+"""The Look inside tab: what one patched layer merged, and what its agents gathered, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from agentsd.visualize import LayerView, agent_at, agent_map, agents_sheet, merge_map
+
+from . import captions
+from .context import IN_LINE, PRIVATE, QUICK, Context, failed, tell
+from .form import Form
+from .jobs import Case, Looked
+from .models import Model
+from .outputs import file_name
+from .settings import check
+
+_GONE = "This look has made room for others; draw again."
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was recorded: the picture, and one view per UNet call."""
+
+    image: Image.Image
+    views: list[LayerView]
+
+
+class LookTab:
+    """Laid out where it is made.
+
+    Args:
+        context: shared.
+        form: the settings column.
+    """
+
+    def __init__(self, context: Context, form: Form):
+        self.context = context
+        self.form = form
+        models = context.studio.models
+        with gr.Row(equal_height=True):
+            self.layer = gr.Dropdown(
+                layer_choices(models.loaded(models.names[0])), value="0", label="Layer", elem_id="layer", scale=3,
+                min_width=240,
+            )  # fmt: skip
+            self.button = gr.Button("Draw and look inside", variant="primary", elem_id="look", scale=1, min_width=180)
+        self.status = gr.HTML(
+            captions.message_html(
+                "Draws with the patch and records one layer at every step: which tokens it merges, and what each agent "
+                "gathers."
+            ),
+            elem_id="look-status",
+        )
+        self.look_id = gr.State(None)
+        with gr.Row():
+            self.step = gr.Slider(0, 1, value=0, step=1, label="Step (UNet call)", elem_id="step", interactive=False)
+            self.agent = gr.Slider(0, 1, value=0, step=1, label="Agent", elem_id="agent", interactive=False)
+        self.caption = gr.HTML(elem_id="look-caption")
+        with gr.Row():
+            self.picture = self._image("look-picture", "The picture: click it")
+            self.merge_map = self._image("merge-map", "Merged tokens")
+            self.agent_map = self._image("agent-map", "What the agent gathers")
+        with gr.Accordion("Sixteen agents at once", open=False):
+            self.sheet = self._image("agents-sheet", "Agents spread evenly over the picture")
+
+    @staticmethod
+    def _image(elem_id: str, label: str) -> gr.Image:
+        return gr.Image(
+            label=label, interactive=False, format="png", elem_id=elem_id, elem_classes=["picture"], min_width=180,
+            buttons=["download", "fullscreen"],
+        )  # fmt: skip
+
+    def wire(self, begin: dict[str, Any], run_id: gr.Textbox) -> None:
+        """Answer to the page; `begin` are the arguments of the event that gives a run its number."""
+        maps = [self.merge_map, self.agent_map, self.caption]
+        self.button.click(**begin).success(
+            self.look,
+            [run_id, self.layer, *self.form.inputs],
+            [self.status, self.look_id, self.picture, self.step, self.agent, *maps, self.sheet],
+            show_progress="full",
+            show_progress_on=[self.status],
+            **IN_LINE,
+            **PRIVATE,
+        )
+        chosen = [self.look_id, self.step, self.agent]
+        latest = {"trigger_mode": "always_last", **QUICK}
+        self.agent.change(self.show, chosen, maps, **latest)
+        self.step.input(self.change_step, chosen, [self.agent, *maps, self.sheet], **latest)
+        self.picture.select(self.choose, [self.look_id, self.step], self.agent, **QUICK)
+
+    def look(
+        self,
+        run_id: str,
+        layer: str | None,
+        *given: Any,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Iterator[dict]:
+        """Draw and record; yields what has changed on the page."""
+        try:
+            settings = check(self.form.values(given), self.context.studio.models.names, self.context.limits)
+        except (ValueError, TypeError) as error:
+            yield {self.status: captions.message_html(str(error), "error")}
+            return
+        yield {self.status: captions.message_html("")}
+        cases = [Case("AgentSD", "agentsd", settings.config)]
+        looked: Looked | None = None
+        layer = str(layer or "0")
+        try:
+            run = self.context.run(run_id)
+            for report in self.context.studio.look(run, settings, int(layer) if layer.isdigit() else layer):
+                tell(progress, report, cases)
+                if isinstance(report, Looked):
+                    looked = report
+                else:
+                    yield {self.status: gr.skip()}
+        except Exception as error:
+            yield {self.status: failed(error, settings)}
+            return
+        look = Look(looked.image, looked.views)
+        path = self.context.outputs.picture(
+            looked.image, file_name(settings.request.prompt, "agentsd", settings.request.seed), looked.drawing_settings
+        )
+        view = look.views[0]
+        height, width = view.grid
+        text = (
+            f"{view.layer}: {height} × {width} tokens, recorded in {len(look.views)} UNet calls. Tokens of one colour "
+            "were merged into one. Move the step and the agent, or click a place in the picture to see its agent."
+        )
+        yield {
+            self.status: captions.message_html(text, "done"),
+            self.look_id: self.context.looks.add(look),
+            self.picture: path,
+            self.step: gr.update(maximum=max(1, len(look.views) - 1), value=0, interactive=len(look.views) > 1),
+            **self._maps(look, view, 0),
+        }
+
+    def show(self, look_id: str | None, step: Any, agent: Any) -> dict:
+        """The maps of one agent."""
+        look, view = self._view(look_id, step)
+        if view is None:
+            return {self.caption: captions.message_html(_GONE, "error")} if look_id else {self.caption: ""}
+        changes = self._maps(look, view, int(agent or 0))
+        return {key: changes[key] for key in (self.merge_map, self.agent_map, self.caption)}
+
+    def change_step(self, look_id: str | None, step: Any, agent: Any) -> dict:
+        """The maps of another step, with as many agents as there are in it."""
+        look, view = self._view(look_id, step)
+        if view is None:
+            return {self.caption: captions.message_html(_GONE, "error")} if look_id else {self.caption: ""}
+        return self._maps(look, view, int(agent or 0))
+
+    def choose(self, look_id: str | None, step: Any, event: gr.SelectData) -> Any:
+        """The agent nearest to the place that was clicked."""
+        look, view = self._view(look_id, step)
+        if view is None or view.agent_attention is None:
+            return gr.skip()
+        x, y = event.index
+        return agent_at(view, x / look.image.width, y / look.image.height)
+
+    def _view(self, look_id: str | None, step: Any) -> tuple[Look | None, LayerView | None]:
+        look = self.context.looks.get(look_id)
+        if look is None:
+            return None, None
+        return look, look.views[min(max(int(step or 0), 0), len(look.views) - 1)]
+
+    def _maps(self, look: Look, view: LayerView, agent: int) -> dict[Any, Any]:
+        num_agents = 0 if view.agent_attention is None else len(view.agent_attention)
+        agent = min(max(agent, 0), max(0, num_agents - 1))
+        height, width = view.grid
+        left = int(view.position.unique().numel())
+        text = (
+            f"UNet call {view.call}, timestep {view.timestep:g}, {view.phase.value} phase: {height * width} tokens "
+            f"became {left}"
+        )
+        if num_agents:
+            token = int(view.agent_tokens[agent])
+            text += f"; agent {agent} of {num_agents} stands in row {token // width}, column {token % width}."
+        else:
+            text += "; this phase has no agents."
+        return {
+            self.merge_map: merge_map(view, look.image),
+            self.agent_map: agent_map(view, agent, look.image) if num_agents else None,
+            self.sheet: agents_sheet(view, look.image) if num_agents else None,
+            self.caption: captions.message_html(text),
+            self.agent: gr.update(maximum=max(1, num_agents - 1), value=agent, interactive=num_agents > 1),
+        }
+
+
+def layer_choices(model: Model | None) -> list[tuple[str, str]]:
+    """(label, value) of each layer; the first is whichever comes first under the settings in use."""
+    layers = model.layers if model else ()
+    return [("the first patched layer", "0")] + [
+        (f"{name.split('.transformer_blocks')[0]} (1/{downsample} of the latent's side)", name)
+        for name, downsample in layers
+    ]

@@ -1,0 +1,109 @@
+"""The models the app was started with: each loaded once, and what the page must know of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from agentsd import AgentConfig
+from agentsd.patch import find_layers, find_unet
+from agentsd.pipelines import ModelError, load_pipeline
+
+from .previews import Preview
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        name: as the app was started with.
+        pipe: its pipeline, unpatched between requests.
+        size: (height, width) it draws at by itself, in pixels.
+        layers: (module name, downsampling of the latent) of every layer that some patch could reach.
+        preview: latents -> a small picture.
+    """
+
+    name: str
+    pipe: Any
+    size: tuple[int, int]
+    layers: tuple[tuple[str, int], ...]
+    preview: Preview
+
+
+class Models:
+    """Loads each model when it is first asked for, and keeps it.
+
+    Args:
+        names: what `load_pipeline` takes; nothing else is ever loaded.
+        device, dtype: as `load_pipeline`.
+        load: stands in for `load_pipeline`.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        device: str | None = None,
+        dtype: str | None = None,
+        load: Callable[..., Any] = load_pipeline,
+    ):
+        if not names:
+            raise ValueError("model: at least one must be named")
+        self.names = tuple(dict.fromkeys(names))
+        self.failures: dict[str, str] = {}
+        """Why a model could not be loaded the last time it was tried, by name."""
+        self._options = {"device": device, "dtype": dtype}
+        self._load = load
+        self._loaded: dict[str, Model] = {}
+        self._lock = threading.Lock()
+
+    def loaded(self, name: str) -> Model | None:
+        """The model if it is in memory; loads nothing."""
+        return self._loaded.get(name)
+
+    def get(self, name: str) -> Model:
+        """The model, loaded now if it was not yet. One that failed is tried again: the cause may have been mended.
+
+        Raises:
+            ValueError: the app was not started with it.
+            ModelError: it cannot be loaded.
+        """
+        if name not in self.names:
+            raise ValueError(f"model={name!r}: must be one this app was started with: {', '.join(self.names)}")
+        with self._lock:
+            if name not in self._loaded:
+                try:
+                    self._loaded[name] = self._make(name)
+                    self.failures.pop(name, None)
+                except Exception as error:
+                    self.failures[name] = str(error)
+                    raise
+            return self._loaded[name]
+
+    def _make(self, name: str) -> Model:
+        pipe = self._load(name, **self._options)
+        try:
+            unet = find_unet(pipe)
+        except TypeError as error:
+            raise ModelError(f"{name}: {error}") from error
+        pipe.set_progress_bar_config(disable=True)
+        sides = unet.config.sample_size
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        layers, _ = find_layers(unet, AgentConfig(max_downsample=8))
+        return Model(
+            name,
+            pipe,
+            (height * pipe.vae_scale_factor, width * pipe.vae_scale_factor),
+            tuple((layer, downsample) for layer, _, downsample in layers),
+            Preview(pipe),
+        )
+
+
+def free_memory() -> None:
+    """Give back what a failed run left in the allocator's cache."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

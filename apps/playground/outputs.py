@@ -1,0 +1,65 @@
+"""Outputs: the files the app gives away, in a folder of its own."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from agentsd.generate import save_picture
+
+_KEEP_SECONDS, _TIDY_EVERY = 24 * 3600.0, 600.0
+
+
+class Outputs:
+    """A folder of files, each in a folder with a name nobody can guess; what is older than a day is removed.
+
+    Args:
+        folder: made if missing.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._tidied = time.monotonic()
+        self._lock = threading.Lock()
+
+    def picture(self, image: Image.Image, name: str, settings: dict[str, Any] | None = None) -> str:
+        """Save a PNG with its settings inside; returns its path."""
+        path = self._new(name + ".png")
+        save_picture(image, path, settings)
+        return str(path)
+
+    def text(self, content: str, name: str) -> str:
+        """Save a text file; returns its path."""
+        path = self._new(name)
+        path.write_text(content, encoding="utf-8")
+        return str(path)
+
+    def _new(self, name: str) -> Path:
+        self._tidy()
+        folder = self.folder / secrets.token_hex(16)
+        folder.mkdir()
+        return folder / name
+
+    def _tidy(self) -> None:
+        with self._lock:
+            if time.monotonic() - self._tidied < _TIDY_EVERY:
+                return
+            self._tidied = time.monotonic()
+        limit = time.time() - _KEEP_SECONDS
+        for folder in self.folder.iterdir():
+            if folder.stat().st_mtime < limit:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def file_name(prompt: str, *parts: object) -> str:
+    """A short name for a picture, from its prompt: letters, digits and hyphens only."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
+    return "-".join(str(part) for part in (words or "picture", *parts))

@@ -1,0 +1,143 @@
+"""Starts the app: its private folder, its headers, its address."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Gradio reads these when it is imported. Its usual folders are shared with other apps, whose files it would then serve.
+_FOLDER = tempfile.mkdtemp(prefix="agentsd-app-")
+atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
+os.environ["GRADIO_TEMP_DIR"] = _FOLDER
+os.environ["GRADIO_EXAMPLES_CACHE"] = str(Path(_FOLDER) / "examples")
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+from starlette.types import ASGIApp, Message, Receive, Scope, Send  # noqa: E402
+
+from .captions import CSS  # noqa: E402
+from .jobs import Studio  # noqa: E402
+from .models import Models  # noqa: E402
+from .outputs import Outputs  # noqa: E402
+from .page import Page  # noqa: E402
+from .settings import Limits  # noqa: E402
+
+_QUEUE = 64  # requests that may wait; the next one is told to come back later
+_UPLOAD = "40mb"
+
+# The page needs nothing from elsewhere, and its browser is told so: no font, script or picture from another host.
+_POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob: ws: wss:; "
+    "object-src 'none'; base-uri 'self'"
+)
+
+
+class Guard:
+    """Adds the content security policy, and refuses Gradio's fetching of other hosts' files in a visitor's name."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if "/file=http" in scope["path"].lower() or "/proxy=" in scope["path"].lower():
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"This app serves its own files only."})
+            return
+
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                extra = [(b"content-security-policy", _POLICY.encode()), (b"x-content-type-options", b"nosniff")]
+                message = {**message, "headers": [*message.get("headers", []), *extra]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's default colours with the system's own fonts: the usual ones come from the network."""
+    sans = ["ui-sans-serif", "system-ui", "sans-serif"]
+    mono = ["ui-monospace", "Consolas", "monospace"]
+    return gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=sans, font_mono=mono)
+
+
+def start(
+    models: Models | Sequence[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    limits: Limits | None = None,
+    block: bool = True,
+) -> tuple[gr.Blocks, str, Studio]:
+    """Load the models and serve the page.
+
+    Args:
+        models: names for `load_pipeline`, or Models. One that fails to load is told on the page and tried again when
+            it is asked for.
+        host, port: where to listen; port None takes the first free one from 7860.
+        share: make a public address through Gradio's servers.
+        device, dtype: as `load_pipeline`.
+        limits: bounds on every request.
+        block: return only when the server ends.
+
+    Returns:
+        (the Blocks, whose `close()` ends the server; its address; what draws).
+
+    Raises:
+        OSError: the port is taken.
+    """
+    if not isinstance(models, Models):
+        models = Models(models, device, dtype)
+    for name in models.names:
+        try:
+            models.get(name)
+        except Exception as error:  # the page says so, and goes on with the others
+            print(f"agentsd: {error}")
+    studio = Studio(models)
+    page = Page(studio, Outputs(Path(_FOLDER) / "outputs"), limits or Limits()).build()
+    page.queue(max_size=_QUEUE, default_concurrency_limit=4)
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        max_file_size=_UPLOAD,
+        theme=theme(),
+        css=CSS,
+        footer_links=["api", "settings"],
+        ssr_mode=False,
+        state_session_capacity=200,
+        app_kwargs={"middleware": [Middleware(Guard)]},
+    )
+    if block:
+        print(f"agentsd: open {page.share_url or address} (Ctrl+C ends it)")
+        page.block_thread()
+    return page, address, studio
+
+
+def stop(page: gr.Blocks, studio: Studio) -> None:
+    """End a server that `start` began."""
+    page.close(verbose=False)
+    studio.worker.close()
+
+
+def folder() -> str:
+    """The private folder: all files the app may serve lie below it."""
+    return _FOLDER
+
+
+__all__: list[Any] = ["folder", "start", "stop", "theme"]

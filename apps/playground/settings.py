@@ -1,0 +1,334 @@
+"""What a request asks for: from the values of a form or an API call to checked settings, and back from a saved PNG."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentsd import AgentConfig
+from agentsd.generate import Request, read_settings
+from agentsd.pipelines import SCHEDULERS
+
+OWN_SCHEDULER = "model's own"
+"""Stands for the scheduler that came with the model."""
+
+SWEEPABLE = ("ratio", "early", "alpha")
+"""The fields that a sweep may vary."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for, so that it cannot keep all others waiting or take all memory.
+
+    Attributes:
+        smallest, largest: height and width in pixels.
+        steps: denoising steps.
+        prompt: characters.
+        rounds: timed runs of each method.
+        values: pictures of a sweep, beside the unpatched one.
+    """
+
+    smallest: int = 64
+    largest: int = 1024
+    steps: int = 150
+    prompt: int = 2000
+    rounds: int = 5
+    values: int = 9
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked request.
+
+    Attributes:
+        model: a name the app was started with.
+        scheduler: a key of SCHEDULERS, or OWN_SCHEDULER.
+        request: what to draw.
+        config: the patch.
+        rounds: how many times each method is timed.
+    """
+
+    model: str
+    scheduler: str
+    request: Request
+    config: AgentConfig
+    rounds: int = 1
+
+
+# --- the fields -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Field:
+    """One value of a form, and one parameter of the API.
+
+    Attributes:
+        name: of both.
+        kind: the type it has there; tuples and other structures travel as text ("2x4").
+        default: what it is where nothing is said.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+
+
+PATCH_FIELDS: dict[str, Field] = {}
+"""Field by the name of the AgentConfig field. Made from the dataclass, so that a new setting appears by itself."""
+
+for _field in dataclasses.fields(AgentConfig):
+    # Both the noise and the random destinations have a seed; the command line tells them apart in the same way.
+    _name = "patch_seed" if _field.name == "seed" else _field.name
+    if isinstance(_field.default, (bool, int, float)) and not str(_field.type).startswith(("int |", "bool |")):
+        PATCH_FIELDS[_field.name] = Field(_name, type(_field.default), _field.default)
+    else:
+        PATCH_FIELDS[_field.name] = Field(_name, str, str(_field.default))
+
+
+def patch_help() -> dict[str, str]:
+    """What each field of AgentConfig means, in half a sentence, from its docstring."""
+    text = re.sub(r"\s*\n\s{12,}", " ", AgentConfig.__doc__ or "")
+    found = re.findall(r"^ {8}([a-z_, ]+): (.+)$", text, re.MULTILINE)
+    return {name: re.split(r"[.;] |\.$", says)[0] for names, says in found for name in names.split(", ")}
+
+
+def request_fields(models: Sequence[str], limits: Limits) -> dict[str, Field]:
+    """The fields that say what to draw and with which model; only the prompt has no default (`...`)."""
+    fields = [
+        Field("prompt", str, ...),
+        Field("negative_prompt", str, ""),
+        Field("seed", int, 0),
+        Field("steps", int, min(20, limits.steps)),
+        Field("guidance", float, 5.0),
+        Field("scheduler", str, OWN_SCHEDULER),
+        Field("width", int | None, None),
+        Field("height", int | None, None),
+        Field("model", str, models[0]),
+    ]
+    return {field.name: field for field in fields}
+
+
+def check(values: Mapping[str, Any], models: Sequence[str], limits: Limits) -> Settings:
+    """Checked settings from the values of a form.
+
+    Args:
+        values: by field name; numbers may be floats without a fraction, as browsers send them. Missing ones and None
+            (an emptied box) take their defaults.
+        models: the names that may be asked for.
+        limits: bounds.
+
+    Raises:
+        ValueError, TypeError: the message names the field, the value, and what is allowed.
+    """
+    given = {name: field.default for name, field in request_fields(models, limits).items()}
+    given |= {name: value for name, value in values.items() if name in given and value is not None}
+    if given["model"] not in models:
+        raise ValueError(f"model={_short(given['model'])}: must be one this app was started with: {', '.join(models)}")
+    if given["scheduler"] not in (OWN_SCHEDULER, *SCHEDULERS):
+        raise ValueError(
+            f"scheduler={_short(given['scheduler'])}: must be {OWN_SCHEDULER!r} or one of {', '.join(SCHEDULERS)}"
+        )
+    for name in ("prompt", "negative_prompt"):
+        text = given[name]
+        if isinstance(text, str) and len(text) > limits.prompt:
+            raise ValueError(f"{name}: has {len(text):,} characters; must have at most {limits.prompt:,}")
+    if not isinstance(given["prompt"], str) or not given["prompt"].strip():
+        raise ValueError("prompt: is empty; say what the picture shall show")
+    for name in ("seed", "steps", "width", "height"):
+        given[name] = _whole(given[name])
+    for name in ("width", "height"):
+        given[name] = given[name] or None  # an emptied number field may arrive as 0
+        _check_range(name, given[name], limits.smallest, limits.largest, " (a multiple of 8)")
+    _check_range("steps", given["steps"], 1, limits.steps)
+    rounds = _whole(1 if values.get("rounds") is None else values["rounds"])
+    _check_range("rounds", rounds, 1, limits.rounds)
+    request = Request(**{field.name: given[field.name] for field in dataclasses.fields(Request)})
+    return Settings(given["model"], given["scheduler"], request, check_patch(values), rounds)
+
+
+def check_patch(values: Mapping[str, Any]) -> AgentConfig:
+    """The patch settings among the values of a form, checked. Raises as `check`."""
+    return AgentConfig(
+        **{
+            name: _read(field, values[field.name])
+            for name, field in PATCH_FIELDS.items()
+            if values.get(field.name) is not None
+        }
+    )
+
+
+def sweep_values(name: str, first: Any, last: Any, count: Any, limits: Limits) -> list[float]:
+    """`count` values of a field, evenly spaced from first to last.
+
+    Raises:
+        ValueError, TypeError: as `check`.
+    """
+    if name not in SWEEPABLE:
+        raise ValueError(f"field={_short(name)}: must be one of {', '.join(SWEEPABLE)}")
+    count = _whole(count)
+    _check_range("count", count, 2, limits.values)
+    for end, value in (("first", first), ("last", last)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise TypeError(f"{end}={_short(value)}: must be a number, a value of {name}")
+    if first == last:
+        raise ValueError(f"first={first}, last={last}: must differ, or there is nothing to compare")
+    return [round(first + (last - first) * i / (count - 1), 6) for i in range(count)]
+
+
+def check_index(name: str, value: Any) -> int:
+    """A number that counts from 0. Raises as `check`."""
+    value = _whole(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}={_short(value)}: must be an integer, 0 or more")
+    return value
+
+
+def with_value(config: AgentConfig, name: str, value: float) -> AgentConfig:
+    """The config with one field changed; an error tells which value of the sweep is impossible."""
+    return dataclasses.replace(config, **{name: value})
+
+
+def _check_range(name: str, value: Any, low: int, high: int, more: str = "") -> None:
+    if value is None and name in ("width", "height"):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={_short(value)}: must be an integer in {low} … {high}{more}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value}: must be an integer in {low} … {high}{more}")
+
+
+def _whole(value: Any) -> Any:
+    """A float without a fraction as the integer it is; anything else as it came, for the check to refuse."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…" + text[-1]
+
+
+def _read(field: Field, value: Any) -> Any:
+    """A value of a patch field as AgentConfig takes it: text is a number, a pair ("2x4"), True, None, or a word."""
+    if field.kind is int:
+        return _whole(value)
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) == 2 and all(part.strip().isdigit() for part in parts):
+        return int(parts[0]), int(parts[1])
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _written(value: Any) -> str:
+    """What `_read` reads back."""
+    return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+# --- back from a picture ----------------------------------------------------------------------------------------------
+
+
+def restore(path: str | Path, models: Sequence[str], limits: Limits) -> tuple[dict[str, Any], list[str]]:
+    """The form values that drew a saved picture.
+
+    Args:
+        path: a PNG saved by this app or by the `agentsd` command.
+        models, limits: as `check`; a picture asks for no more than anyone may.
+
+    Returns:
+        (values by field name, ready for the form; remarks on what could not be restored).
+
+    Raises:
+        ValueError, TypeError, OSError: not a picture, a damaged one, or one without settings or with impossible ones.
+    """
+    settings = read_settings(path)
+    if settings is None:
+        raise ValueError(
+            f"{Path(path).name}: carries no settings. Pictures saved by this app or by the agentsd command do; a "
+            "screenshot or a copy from a messenger does not"
+        )
+    if isinstance(settings.get("compare"), list) and settings["compare"]:
+        settings = settings["compare"][-1]  # the command's picture of all methods
+    if not isinstance(settings, dict):
+        raise ValueError(f"{Path(path).name}: its settings are not in the form that agentsd writes")
+    return form_values(settings, models, limits)
+
+
+def form_values(settings: Mapping[str, Any], models: Sequence[str], limits: Limits) -> tuple[dict[str, Any], list[str]]:
+    """As `restore`, from the settings themselves (`agentsd.generate.settings_of`)."""
+    remarks = []
+    values = {name: settings[name] for name in request_fields(models, limits) if name in settings}
+    if values.get("model") not in models:
+        remarks.append(
+            f"It was drawn with the model {_short(values.get('model'))}, which this app was not started with; the "
+            f"settings are kept, the model is {models[0]}."
+        )
+        values["model"] = models[0]
+    values["scheduler"] = _scheduler_name(settings)
+    if values["scheduler"] is None:
+        remarks.append(
+            f"Its scheduler {_short(settings.get('scheduler'))} is not offered here; the model's own is set."
+        )
+        values["scheduler"] = OWN_SCHEDULER
+    patch = settings.get("patch") or {}
+    if not isinstance(patch, dict):
+        raise ValueError(f"patch={_short(patch)}: the picture's patch settings are not in the form that agentsd writes")
+    unknown = sorted(set(patch) - set(PATCH_FIELDS))
+    if unknown:
+        remarks.append(f"Settings of another version were left out: {_short(', '.join(map(str, unknown)))}.")
+    for name, field in PATCH_FIELDS.items():
+        value = patch.get(name, getattr(AgentConfig(), name))
+        values[field.name] = _written(value) if field.kind is str else value
+    check(values, models, limits)
+    return values, remarks
+
+
+def _scheduler_name(settings: Mapping[str, Any]) -> str | None:
+    chosen = settings.get("scheduler_name")
+    if chosen in (OWN_SCHEDULER, *SCHEDULERS):
+        return chosen
+    if "scheduler" not in settings:
+        return OWN_SCHEDULER
+    fitting = [name for name, (kind, _) in SCHEDULERS.items() if kind == settings["scheduler"]]
+    return fitting[0] if fitting else None
+
+
+# --- the same in one's own script -------------------------------------------------------------------------------------
+
+
+def script(settings: Settings) -> str:
+    """A Python script that draws what the settings say, with the patch; only what differs from the defaults is said."""
+    request, config = settings.request, settings.config
+    loading = [json.dumps(settings.model, ensure_ascii=False)]
+    if settings.scheduler != OWN_SCHEDULER:
+        loading.append(f'scheduler="{settings.scheduler}"')
+    patch = [f"ratio={config.ratio!r}"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name != "ratio" and value != field.default:
+            patch.append(f"{field.name}={value!r}")
+    call = [json.dumps(request.prompt, ensure_ascii=False)]
+    if request.negative_prompt:
+        call.append(f"negative_prompt={json.dumps(request.negative_prompt, ensure_ascii=False)}")
+    call.append(f"num_inference_steps={request.steps}")
+    call.append(f"guidance_scale={request.guidance:g}")
+    call += [f"{name}={getattr(request, name)}" for name in ("height", "width") if getattr(request, name)]
+    call.append(f'generator=torch.Generator("cpu").manual_seed({request.seed})')
+    arguments = "".join(f"    {argument},\n" for argument in call)
+    return (
+        "import agentsd\nimport torch\n\n"
+        f"pipe = agentsd.load_pipeline({', '.join(loading)})  # or any diffusers pipeline of yours\n"
+        f"agentsd.apply_patch(pipe, {', '.join(patch)})\n"
+        f"image = pipe(\n{arguments}).images[0]\n"
+        'image.save("picture.png")\n'
+    )

@@ -1,0 +1,305 @@
+"""The app's runs: in order, stoppable, each on a model as it was before, and honest about what came out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from app_support import CountingLoader, tiny_models
+from PIL import Image
+from playground import captions, pictures
+from playground.context import Recent
+from playground.jobs import Drawn, Loading, Looked, Run, Stepped, Stopped, Studio, Unread, explain, methods_to_compare
+from playground.models import Models
+from playground.outputs import Outputs, file_name
+from playground.settings import Limits, check
+
+from agentsd import AgentConfig
+from agentsd.generate import METHODS, Drawing, draw, read_settings
+from agentsd.patch import get_patch
+from agentsd.pipelines import ModelError, set_scheduler
+
+
+@pytest.fixture(scope="module")
+def studio():
+    studio = Studio(tiny_models())
+    yield studio
+    studio.worker.close()
+
+
+def settings(**values):
+    return check({"prompt": "a zebra", "steps": 4, "seed": 3, "model": "tiny", **values}, ["tiny"], Limits())
+
+
+def is_clean(studio):
+    pipe = studio.models.get("tiny").pipe
+    return (
+        get_patch(pipe) is None
+        and not hasattr(pipe.unet, "_tome_info")
+        and type(pipe.scheduler).__name__ == "PNDMScheduler"
+        and not any("ToMe" in type(module).__name__ for module in pipe.unet.modules())
+    )
+
+
+def run_compare(studio, wanted):
+    reports = list(studio.draw(Run(), wanted, methods_to_compare(wanted.config)))
+    return reports, {report.drawing.method: report.drawing for report in reports if isinstance(report, Drawn)}
+
+
+def test_each_picture_comes_as_soon_as_it_is_ready(studio):
+    wanted = settings(ratio=0.3, scheduler="ddim")
+    reports, drawings = run_compare(studio, wanted)
+    assert isinstance(reports.pop(0), Loading)
+    seen = [(r.case, r.round) if isinstance(r, Stepped) else r.case for r in reports]
+    assert list(dict.fromkeys(seen)) == [(0, 0), (0, 1), 0, (1, 0), (1, 1), 1, (2, 0), (2, 1), 2]
+    steps = [(r.step, r.total) for r in reports if isinstance(r, Stepped) and (r.case, r.round) == (2, 1)]
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert any(isinstance(r, Stepped) and r.preview for r in reports)
+    assert is_clean(studio)
+
+    pipe = studio.models.get("tiny").pipe
+    own = pipe.scheduler
+    set_scheduler(pipe, "ddim")
+    for method in METHODS:
+        alone = draw(pipe, wanted.request, method, wanted.config)
+        assert np.array_equal(np.asarray(alone.image), np.asarray(drawings[method].image)), method
+    pipe.scheduler = own
+    assert drawings["agentsd"].settings["scheduler_name"] == "ddim"
+
+    again, _ = run_compare(studio, settings(ratio=0.5))
+    assert 0 not in {report.round for report in again if isinstance(report, Stepped)}  # warm already
+
+
+def test_rounds_are_interleaved_and_their_times_collected(studio):
+    reports, drawings = run_compare(studio, settings(rounds=3))
+    assert [report.case for report in reports if isinstance(report, Drawn)] == [0, 1, 2] * 3
+    assert all(len(drawing.all_seconds) == 3 for drawing in drawings.values())
+    assert all(not report.preview for report in reports if isinstance(report, Stepped) and report.round > 1)
+
+
+@pytest.mark.parametrize("case, round_", [(1, 1), (2, 1)])
+def test_stopped_half_way_and_run_again(studio, case, round_):
+    wanted = settings(steps=6)
+    _, expected = run_compare(studio, wanted)
+    run, seen = Run(), []
+    with pytest.raises(Stopped):
+        for report in studio.draw(run, wanted, methods_to_compare(wanted.config)):
+            seen.append(report)
+            if isinstance(report, Stepped) and (report.case, report.round, report.step) == (case, round_, 2):
+                run.stop()
+    last = [report for report in seen if isinstance(report, Stepped)][-1]
+    assert (last.case, last.round) == (case, round_) and last.step < last.total
+    assert is_clean(studio)
+    _, after = run_compare(studio, wanted)
+    for method in METHODS:
+        assert np.array_equal(np.asarray(after[method].image), np.asarray(expected[method].image))
+
+
+def test_stopped_before_it_begins_or_abandoned(studio):
+    run = Run()
+    run.stop()
+    with pytest.raises(Stopped):
+        list(studio.draw(run, settings(), methods_to_compare(AgentConfig())))
+    run = Run()
+    reports = studio.draw(run, settings(steps=100), methods_to_compare(AgentConfig()))
+    next(reports)
+    reports.close()
+    assert run.stopped
+    run_compare(studio, settings())  # would wait for the hundred steps otherwise
+    assert is_clean(studio)
+
+
+def test_a_second_click_ends_the_first(studio):
+    first = studio.begin("ann")
+    other = studio.begin("bob")
+    second = studio.begin("ann")
+    assert first.stopped and not second.stopped and not other.stopped
+    assert studio.stop("ann") and second.stopped and not studio.stop("ann") and not studio.stop("carl")
+    studio.forget("bob")
+    assert other.stopped and studio.current("bob") is None
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "Out of memory at 64 × 128 px: choose"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "Out of memory"),
+        (MemoryError(), "Out of memory"),
+        (KeyError("secret"), "Something went wrong inside the app .KeyError"),
+    ],
+)
+def test_what_fails_is_told_and_the_next_run_works(studio, monkeypatch, error, told):
+    wanted = settings(width=64, height=128)
+    unet = studio.models.get("tiny").pipe.unet
+    calls = []
+
+    def fail(module, args, kwargs):
+        calls.append(get_patch(unet))
+        if len(calls) == 12:  # in AgentSD's run
+            raise error
+
+    handle = unet.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(type(error)) as raised:
+        for _ in range(4):
+            run_compare(studio, wanted)
+    handle.remove()
+    assert re.search(told, explain(raised.value, wanted))
+    assert is_clean(studio)
+    run_compare(studio, wanted)
+
+
+def test_looking_inside(studio):
+    reports = list(studio.look(Run(), settings(), 1))
+    looked = reports[-1]
+    assert isinstance(looked, Looked) and [view.call for view in looked.views] == [0, 1, 2, 3, 4]
+    assert {view.phase.value for view in looked.views} == {"agent", "merge"}
+    (only,) = list(studio.look(Run(), settings(), 1, call=3))[-1].views
+    assert torch.equal(only.position, looked.views[3].position)
+    with pytest.raises(ValueError, match="layer=9"):
+        list(studio.look(Run(), settings(), 9))
+    with pytest.raises(ValueError, match="ratio above 0"):
+        list(studio.look(Run(), settings(ratio=0, early=0), 1))
+    assert is_clean(studio)
+
+
+def test_what_the_model_does_not_read_is_told(studio):
+    prompt = " ".join(["zebra"] * 75 + ["castle", "frog"])
+    reports, _ = run_compare(studio, settings(prompt=prompt))
+    (unread,) = [report for report in reports if isinstance(report, Unread)]
+    assert unread.text == "castle frog"
+    reports, _ = run_compare(studio, settings(prompt=" ".join(["zebra"] * 75)))
+    assert not any(isinstance(report, Unread) for report in reports)
+
+
+# --- the models -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_loaded_once_by_however_many():
+    models = tiny_models("tiny", "other")
+    loader = models._load
+    got = []
+    threads = [threading.Thread(target=lambda: got.append(models.get("tiny"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loader.asked == ["tiny"] and len(set(map(id, got))) == 1 and models.loaded("other") is None
+    assert got[0].size == (128, 128)
+    assert got[0].layers[0] == ("down_blocks.0.attentions.0.transformer_blocks.0.attn1", 1)
+
+
+def test_only_named_models_are_loaded_and_failures_tried_again(tmp_path):
+    loader = CountingLoader()
+    models = Models(["tiny", str(tmp_path / "missing")], load=loader)
+    with pytest.raises(ValueError, match="must be one this app was started with"):
+        models.get("demo")
+    assert loader.asked == []
+    for _ in range(2):
+        with pytest.raises(ModelError, match="there is no folder"):
+            models.get(str(tmp_path / "missing"))
+    assert len(loader.asked) == 2 and "there is no folder" in models.failures[str(tmp_path / "missing")]
+    assert models.get("tiny").name == "tiny"
+
+
+def test_the_preview_shows_the_picture():
+    model = Models(["demo"]).get("demo")
+    latents = []
+    drawing = draw(
+        model.pipe, check({"prompt": "a castle", "steps": 10}, ["demo"], Limits()).request, "sd",
+        on_step=lambda step: latents.append(step.latents),
+    )  # fmt: skip
+    preview = np.asarray(model.preview(latents[-1]), dtype=float)
+    picture = np.asarray(drawing.image.resize((32, 32), Image.Resampling.BOX), dtype=float)
+    assert preview.shape == (32, 32, 3)
+    assert np.corrcoef(preview.ravel(), picture.ravel())[0, 1] > 0.6
+
+
+# --- what is said of the pictures -------------------------------------------------------------------------------------
+
+
+def drawing(method="sd", seconds=(2.0,), shade=0, **about):
+    return Drawing(method, Image.new("RGB", (16, 8), (shade, 0, 0)), seconds, about, 1_500_000_000)
+
+
+def test_distances():
+    black, other = Image.new("RGB", (4, 2)), Image.new("RGB", (4, 2))
+    other.putpixel((1, 1), (30, 60, 10))
+    expected = np.sqrt((30**2 + 60**2 + 10**2) / 24)
+    assert pictures.distance(black, other) == pytest.approx(expected)
+    assert pictures.psnr(expected) == pytest.approx(10 * np.log10(255**2 / expected**2))
+    assert pictures.psnr(pictures.distance(black, black)) == np.inf
+    apart = pictures.difference_map(black, other, gain=4)
+    assert apart.getpixel((1, 1)) == 240 and apart.getpixel((0, 0)) == 0
+    with pytest.raises(ValueError, match="cannot be compared"):
+        pictures.difference_map(black, Image.new("RGB", (2, 2)))
+
+
+@pytest.mark.parametrize(
+    "base, ours, words",
+    [
+        ((2.0, 2.0), (1.0, 1.0), ["AgentSD was 2.00× as fast", "which agree"]),
+        ((2.0, 2.0), (2.5, 2.5), ["AgentSD was slower than Stable Diffusion here (0.80×)", "little to save"]),
+        ((2.0, 2.0), (2.0, 2.0), ["took as long", "nothing is gained"]),
+        ((2.0,), (1.0,), ["Rough times: one run each after a warm-up; more timed rounds"]),
+        ((2.0, 3.0), (1.0, 1.0), ["Rough times: the 2 rounds of a method disagree"]),
+    ],
+)
+def test_the_verdict_is_honest(base, ours, words):
+    text = pictures.verdict([drawing("sd", base), drawing("agentsd", ours)])
+    assert all(word in text for word in words), text
+
+
+def test_captions():
+    first, ours = drawing("sd", device="cpu"), drawing("agentsd", (4.0,), 30, device="cuda:0")
+    figures = pictures.Figures.of(ours, first)
+    assert (figures.speed_up, figures.peak_gb, figures.on_gpu, figures.rough) == (0.5, 1.5, True, True)
+    html = captions.figures_html(figures)
+    assert "0.50× as fast: slower" in html and "(rough)" in html and "1.50 GB on the GPU" in html
+    assert "compared with" in captions.figures_html(pictures.Figures.of(first, first))
+    assert "<script>" not in captions.message_html("<script>alert(1)</script>", "error")
+
+
+def test_a_sweep_as_table_and_sheet():
+    drawings = [drawing("sd"), drawing("agentsd", (1.0,), 10), drawing("agentsd", (4.0,), 20)]
+    rows = pictures.sweep_rows([None, 0.1, 0.5], drawings)
+    table = list(csv.DictReader(io.StringIO(pictures.sweep_csv("ratio", rows, drawings))))
+    assert [(row["method"], row["ratio"], row["speed_up"]) for row in table] == [
+        ("sd", "", "1.0000"), ("agentsd", "0.1", "2.0000"), ("agentsd", "0.5", "0.5000"),
+    ]  # fmt: skip
+    assert float(table[1]["rmse_to_unpatched"]) == pytest.approx(10 / np.sqrt(3), abs=1e-3)
+    sheet = pictures.sweep_sheet("ratio", rows, drawings)
+    assert sheet.width > 2 * 16 and sheet.height > 2 * 8
+    assert "0.50× to 2.00×" in pictures.sweep_verdict("ratio", rows, drawings)
+    steady = [drawing("sd", (2.0, 2.0)), drawing("agentsd", (1.0, 1.0)), drawing("agentsd", (4.0, 4.0))]
+    rows = pictures.sweep_rows([None, 0.1, 0.5], steady)
+    assert pictures.sweep_verdict("ratio", rows, steady) == "Fastest at ratio 0.1: 2.00× as fast as unpatched."
+
+
+def test_outputs_have_names_nobody_can_guess_and_do_not_stay(tmp_path, monkeypatch):
+    outputs = Outputs(tmp_path / "out")
+    first = outputs.picture(Image.new("RGB", (4, 4)), "a", {"prompt": "a"})
+    second = outputs.text("x", "a.csv")
+    assert read_settings(first) == {"prompt": "a"} and open(second).read() == "x"
+    assert len({path.name for path in (tmp_path / "out").iterdir()}) == 2
+    assert all(len(path.name) == 32 for path in (tmp_path / "out").iterdir())
+    day = time.time() - 25 * 3600
+    os.utime(os.path.dirname(first), (day, day))
+    outputs._tidied -= 3600
+    outputs.text("y", "b.csv")
+    assert not os.path.exists(first) and os.path.exists(second)
+    assert file_name("../../etc/passwd <b> 斑马", "agentsd", 3) == "etc-passwd-b-agentsd-3"
+
+
+def test_recent_keeps_the_last_few():
+    recent = Recent(2)
+    a, b = recent.add("a"), recent.add("b")
+    assert recent.get(a) == "a"
+    recent.add("c")
+    assert recent.get(a) == "a" and recent.get(b) is None and recent.get(None) is None
