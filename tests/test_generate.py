@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import make_pipeline
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import agentsd
 from agentsd import AgentConfig
 from agentsd.generate import (
+    METADATA_KEY,
     METHODS,
     Drawing,
     Request,
@@ -23,7 +25,9 @@ from agentsd.generate import (
     draw,
     read_settings,
     save_picture,
+    unread_part,
     use_method,
+    warm_up,
 )
 from agentsd.patch import get_patch
 
@@ -201,3 +205,77 @@ def test_a_method_that_would_change_nothing_is_refused(pipe, method):
 def test_unknown_method(pipe):
     with pytest.raises(ValueError, match="method='magic': must be one of sd, tomesd, agentsd"):
         draw(pipe, REQUEST, "magic")
+
+
+# --- steps, memory, prompts -------------------------------------------------------------------------------------------
+
+
+def test_each_step_is_told_and_does_not_count(pipe):
+    import time
+
+    steps = []
+
+    def slow(step):
+        steps.append(step)
+        time.sleep(0.3)
+
+    drawing = draw(pipe, REQUEST, "agentsd", None, slow)
+    plain = draw(pipe, REQUEST, "agentsd")
+    assert np.array_equal(pixels(drawing), pixels(plain))
+    assert [step.number for step in steps] == [1, 2, 3, 4, 5] and {step.total for step in steps} == {5}  # PLMS
+    assert [step.timestep for step in steps] == sorted((step.timestep for step in steps), reverse=True)
+    assert steps[-1].latents.shape == (1, 4, 16, 16) and not torch.equal(steps[0].latents, steps[-1].latents)
+    assert drawing.seconds < 5 * 0.3 + plain.seconds * 0.9  # the sleeps alone took 1.5 s
+
+
+@pytest.mark.parametrize("method", ["sd", "tomesd", "agentsd"])
+def test_what_a_step_raises_ends_the_drawing_and_leaves_the_model(pipe, method):
+    class Enough(Exception):
+        pass
+
+    def stop(step):
+        if step.number == 2:
+            raise Enough
+
+    expected = pixels(draw(pipe, REQUEST, method))
+    with pytest.raises(Enough):
+        draw(pipe, REQUEST, method, None, stop)
+    assert get_patch(pipe) is None and not hasattr(pipe.unet, "_tome_info")
+    assert np.array_equal(pixels(draw(pipe, REQUEST, method)), expected)
+
+
+def test_warm_up_takes_few_steps(pipe):
+    steps = []
+    warm_up(pipe, Request("a", steps=50), "sd", None, steps.append)
+    warm_up(pipe, Request("a", steps=2), "sd", None, steps.append)
+    assert [step.total for step in steps] == [5] * 5 + [3] * 3
+
+
+def test_runs_of_one_drawing_are_collected():
+    image = Image.new("RGB", (8, 8))
+    one = Drawing("sd", image, (1.0,), {}, 5).and_again(Drawing("sd", image, (3.0,), {}, 9))
+    assert (one.all_seconds, one.peak_bytes) == ((1.0, 3.0), 9)
+    unknown = Drawing("sd", image, (1.0,), {}).and_again(Drawing("sd", image, (3.0,), {}))
+    assert unknown.peak_bytes is None
+
+
+def test_the_end_of_a_prompt_that_is_not_read(pipe):
+    assert unread_part(pipe, "a zebra") == ""
+    assert unread_part(pipe, " ".join(["zebra"] * 75)) == ""
+    assert unread_part(pipe, " ".join(["zebra"] * 75 + ["castle", "frog"])) == "castle frog"
+    assert unread_part(object(), "a zebra") == ""
+
+
+def test_damaged_pictures(tmp_path):
+    path = tmp_path / "a.png"
+    save_picture(Image.effect_noise((64, 64), 90), path, {"prompt": "a"})
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[:20], whole[:-2000], whole.replace(b"IDAT", b"IDXT")):
+        path.write_bytes(content)
+        with pytest.raises(OSError, match="a.png: is no picture"):
+            read_settings(path)
+    info = PngInfo()
+    info.add_itxt(METADATA_KEY, "[1, 2]")
+    Image.new("RGB", (4, 4)).save(path, pnginfo=info)
+    with pytest.raises(ValueError, match="not a set of settings"):
+        read_settings(path)

@@ -12,7 +12,7 @@ import agentsd
 from agentsd import AgentConfig, Phase
 from agentsd.generate import Request
 from agentsd.patch import get_patch
-from agentsd.visualize import agent_map, agents_sheet, look_inside, merge_map
+from agentsd.visualize import agent_at, agent_map, agents_sheet, look_inside, look_through, merge_map
 
 REQUEST = Request("a zebra", steps=5)
 
@@ -97,3 +97,30 @@ def test_agent_out_of_range(pipe):
     image, view = look_inside(pipe, REQUEST)
     with pytest.raises(ValueError, match="agent=16: must lie in 0 … 15"):
         agent_map(view, 16, image)
+
+
+def test_a_whole_run_is_what_each_call_shows(pipe):
+    config = AgentConfig(ratio=0.4, early=0.4)
+    image, views = look_through(pipe, REQUEST, config, layer=1)
+    assert [view.call for view in views] == [0, 1, 2, 3, 4, 5]
+    for call in (1, 4):
+        alone, view = look_inside(pipe, REQUEST, config, layer=1, call=call)
+        assert np.array_equal(np.asarray(alone), np.asarray(image))
+        assert torch.equal(view.position, views[call].position) and view.timestep == views[call].timestep
+    # calls that merge nothing have nothing to show
+    _, views = look_through(pipe, REQUEST, AgentConfig(ratio=0.0), layer=1)
+    assert views and {view.phase for view in views} == {Phase.AGENT}
+    with pytest.raises(ValueError, match="merges nothing in any of the 6 UNet calls"):
+        look_through(pipe, REQUEST, AgentConfig(ratio=0.0, early=0.0))
+    assert get_patch(pipe) is None
+
+
+def test_the_agent_at_a_place(pipe):
+    _, view = look_inside(pipe, REQUEST)
+    height, width = view.grid
+    for x, y in [(0.01, 0.01), (0.99, 0.01), (0.4, 0.8)]:
+        places = [(int(token) // width + 0.5, int(token) % width + 0.5) for token in view.agent_tokens]
+        distances = [(row - y * height) ** 2 + (column - x * width) ** 2 for row, column in places]
+        assert agent_at(view, x, y) == distances.index(min(distances))
+    with pytest.raises(ValueError, match="no agents"):
+        agent_at(look_inside(pipe, REQUEST, call=5)[1], 0.5, 0.5)
