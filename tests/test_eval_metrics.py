@@ -150,6 +150,7 @@ def test_rows_drawn_with_replacement(count, size):
     resampled = metrics._Resampled(distance, x)
     for picked in (np.arange(count), DRAW.integers(0, count, count), DRAW.integers(0, 3, count)):
         assert resampled.of(picked) == pytest.approx(distance.of(x[picked]), rel=1e-6, abs=1e-6)
+    assert (resampled.gram is None) == (count > size)  # [N, N] is kept only where it is the smaller one
 
 
 def test_kid_against_loops_and_known_cases():
@@ -181,6 +182,13 @@ def test_bootstrap_pairs_the_pictures():
     width = {name: interval.high - interval.low for name, interval in differences.items()}
     assert width["close"] < 0.2 * (distances["close"].high - distances["close"].low)  # pairing sharpens
     assert differences["close"].low > 0 and differences["far"].low > differences["close"].high
+
+
+def test_no_interval_reaches_below_a_distance_of_nought():
+    rows = DRAW.normal(size=(20, 6))
+    reference = metrics.FrechetDistance(metrics.statistics_of(rows))
+    interval = metrics.bootstrap_distances(reference, {"sd": rows}, "sd", resamples=30)[0]["sd"]
+    assert interval.low == pytest.approx(0, abs=1e-6) and interval.low <= interval.value < interval.high
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
@@ -270,6 +278,13 @@ def test_statistics_of_another_network_are_refused(tmp_path):
     np.savez(path, wrong=np.zeros(6))
     with pytest.raises(BenchError, match="no .npz file with mu and sigma"):
         metrics.load_statistics(path, network)
+    np.savez(path, mu=np.array([0, math.nan, 0, 0]), sigma=np.eye(4))  # nan passed once, and hours later nan came out
+    with pytest.raises(BenchError, match="mu has values that are no finite numbers"):
+        metrics.load_statistics(path, network)
+    for count in (1, 9):
+        np.savez(path, features=np.ones((count, 4)))
+        with pytest.raises(BenchError, match=f"holds {count} pictures' features, .* at least 10"):
+            metrics.load_statistics(path, network)
     path.write_text("text")
     with pytest.raises(BenchError, match="no .npz file with mu and sigma"):
         metrics.load_statistics(path, network)
