@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -262,7 +263,8 @@ def as_markdown(
         parts.append(
             f"{scores['label']} against {scores['reference']} ({scores['reference_count'] or 'an unknown number of'} "
             f"pictures). Intervals: bootstrap over pictures, {scores['resamples']} resamples, 95 %; differences to sd "
-            "are paired, with the same pictures left out of both."
+            "are paired, with the same pictures left out of both. The reference is held fixed. Intervals of the "
+            "distance itself are too wide rather than too narrow: compare methods by the differences."
         )
     parts += [table(rows, scores.get("label", "")), *sentences]
     if any(row["peak_gb"] is not None for row in rows):
@@ -272,6 +274,8 @@ def as_markdown(
             else "resident in the process, which never gives all back"
         )
         parts.append(f"Peak memory is what was {what}. Seconds are medians of interleaved rounds after a warm-up.")
+    if any(row["deepcache_interval"] > 1 and row["unet_merge_ms"] is not None for row in rows):
+        parts.append("With DeepCache a UNet call is whole or nearly free; its milliseconds are means over both kinds.")
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
     return "\n\n".join(parts) + "\n"
 
@@ -291,7 +295,11 @@ def draw_plots(rows: Sequence[dict[str, Any]], label: str, folder: Path, environ
     drawn = []
 
     def save(name: str, figure: Any) -> None:
-        figure.text(0.01, -0.03, environment_line(environment)[:150], fontsize=5, color="#666666")
+        # Below all that the axes need, whatever the height of the figure.
+        figure.canvas.draw()
+        bottom = figure.get_tightbbox().y0 / figure.get_figheight()
+        line = "\n".join(textwrap.wrap(environment_line(environment), 130))
+        figure.text(0.01, bottom, line, fontsize=5, color="#666666", va="top")
         figure.savefig(folder / name, dpi=130, bbox_inches="tight")
         pyplot.close(figure)
         drawn.append(name)
@@ -347,8 +355,11 @@ def draw_grid(run: dict[str, Any], pictures: Path, path: Path) -> bool:
     if not names or not files:
         return False
     cell, head, side = _GRID_CELL, 36, 130
-    canvas = Image.new("RGB", (side + cell * len(names), head + cell * len(files)), "white")
+    width = side + cell * len(names)
+    foot = textwrap.wrap(f"{run['command']}: {environment_line(run['environment'])}", width // 6)
+    canvas = Image.new("RGB", (width, head + cell * len(files) + 14 * len(foot) + 6), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    pen.text((6, head + cell * len(files) + 2), "\n".join(foot), font=ImageFont.load_default(10), fill="#666666")
     for column, name in enumerate(names):
         words = name.split("-")
         lines = [name] if pen.textlength(name, font=font) < cell - 6 else ["-".join(words[:2]), "-".join(words[2:])]

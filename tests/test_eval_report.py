@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -104,9 +105,29 @@ def test_everything_asked_for_is_in_the_rows_and_files(tmp_path):
     for name in ("quality.png", "memory.png", "grid.png"):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 80
+    assert_footer_is_clear(tmp_path / "memory.png")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".json", ".csv", ".md")}
     report.write_report(tmp_path)  # from disk alone, the same
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def assert_footer_is_clear(plot: Path) -> None:
+    """The environment is written in grey below everything else: it once lay on a low plot's axis."""
+    with Image.open(plot) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    black = np.flatnonzero((pixels.max(2) < 60).any(1)).max()
+    footer = np.flatnonzero(((pixels.max(2) < 160) & (pixels.min(2) > 80)).sum(1) > 40)
+    assert len(footer) and (footer > black).sum() > 10, (black, footer)
+
+
+def test_a_low_plot_is_not_written_over(tmp_path):
+    make_results(tmp_path, scores=False)
+    run = json.loads((tmp_path / "run.json").read_text())
+    latency = json.loads((tmp_path / "latency.json").read_text())
+    report.write_run(tmp_path, run | {"scenarios": run["scenarios"][:2]})
+    report.write_part(tmp_path, report.LATENCY, {"timings": latency["timings"][:2]})
+    report.write_report(tmp_path)
+    assert_footer_is_clear(tmp_path / "memory.png")
 
 
 def test_several_sizes_have_rows_of_their_own_and_a_plot(tmp_path):
