@@ -42,6 +42,7 @@ def run(options: argparse.Namespace, command: str) -> int:
         report.write_report(Path(options.report_only))
         print((Path(options.report_only) / "results.md").read_text(encoding="utf-8"))
         return 0
+    _check_numbers(options)
     if options.score:
         print(score_two(options))
         return 0
@@ -90,7 +91,8 @@ class _Bench:
             pipe = load_model(self.spec)
             side = plan.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
             if first:
-                pictures = 0 if options.speed_only else len(self.job.scenarios) * len(plan.pictures)
+                paths = itertools.chain.from_iterable(map(self.job.paths, self.job.scenarios))
+                pictures = 0 if options.speed_only else sum(not path.exists() for path in paths)
                 check_space(self.folder, pictures, side**2)
                 self._note_run(pipe, side)
                 if not options.speed_only:
@@ -139,9 +141,7 @@ class _Bench:
             if count > 1 and pipe.unet.device.type == "cpu" and missing_pictures(self.job):
                 draw_in_processes(self.job, count)
             else:
-                threads = torch.get_num_threads()
                 draw_share(pipe, self.job)
-                torch.set_num_threads(threads)
         workers.wait()
 
     def _time(self, pipe: Any) -> None:
@@ -265,13 +265,16 @@ def _check(options: argparse.Namespace) -> None:
         raise BenchError("--speed-only and --quality-only leave nothing to do: give one of them")
     if options.random_weights and not options.speed_only:
         raise BenchError("--random-weights draws noise, which has no quality: add --speed-only")
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
     for name, value, low, high in (
         ("rounds", options.rounds, 1, 1000),
         ("resamples", options.resamples, 10, 100_000),
-        ("processes", options.processes or 1, 1, 256),
-        ("reference-per-class", options.reference_per_class or 1, 1, 10_000),
+        ("processes", options.processes, 1, 256),
+        ("reference-per-class", options.reference_per_class, 1, 10_000),
     ):
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise BenchError(f"--{name} {value}: must lie in {low} … {high}")
 
 

@@ -65,12 +65,19 @@ def _options(command: list[str]) -> argparse.Namespace:
     return options
 
 
+def _told(preset: dict) -> str:
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in preset.items() if key != "unscored")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fid_bench.py",
         description="Draws the same prompts by several methods, scores and times them, and writes tables. Stopped at "
         "any moment, the same command goes on where it was.",
-        epilog="Without arguments: --preset quick, a few minutes on 2 CPU cores with the built-in demo model.",
+        epilog="Without arguments: --preset quick, a few minutes on 2 CPU cores with the built-in demo model. "
+        + " ".join(f"{name}: {_told(preset)}." for name, preset in PRESETS.items())
+        + " mean-value and no-attention are controls of quality: agentsd's layers return their mean value, or nothing. "
+        "limit is one of speed: the same layers mix no tokens at all.",
     )
     what = parser.add_argument_group("what to do")
     what.add_argument(

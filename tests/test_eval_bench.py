@@ -46,7 +46,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_a_whole_run_and_its_report_again(model, pictures, tmp_path, capsys):
+def test_a_whole_run_and_its_report_again(model, pictures, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     arguments = [*SMALL, *OFFLINE, "--model", model, "--reference", str(pictures), "--out", str(out)]
     assert main([*arguments, "--methods", "sd,sd-naive,agentsd,mean-value,limit", "--ablate", "alpha"]) == 0
@@ -64,8 +64,13 @@ def test_a_whole_run_and_its_report_again(model, pictures, tmp_path, capsys):
         assert row["unet_agent_over_limit"] > 0 and row["unet_merge_over_limit"] > 0
     assert not (out / "images" / "sd-naive").exists() and not (out / "images" / "limit").exists()
 
-    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png") if "images" in path.parts}
     scores = json.loads((out / "scores.json").read_text())
+    asked = []
+    monkeypatch.setattr(bench, "check_space", lambda folder, pictures, pixels: asked.append(pictures))
+    (out / "images" / "sd" / next((out / "images" / "sd").glob("*.png")).name).unlink()
+    assert main([*arguments, "--methods", "sd", "--quality-only"]) == 0 and asked == [1]  # no room for what is there
+
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png") if "images" in path.parts}
     # Again with fewer scenarios: nothing is drawn again, and scores do not depend on what else is scored.
     assert main([*arguments, "--methods", "sd,agentsd", "--quality-only"]) == 0
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
@@ -180,6 +185,10 @@ def _wrong(*arguments: str) -> list[str]:
         (["--clip", "nowhere"], "is no CLIP model"),
         (["--report-only", "nowhere"], "has no run.json"),
         (["--score", "nowhere", "nowhere"], "there is no such folder"),
+        (["--score", "a", "b", "--resamples", "0"], "--resamples 0: must lie in 10"),
+        (["--score", "a", "b", "--reference-per-class", "0"], "--reference-per-class 0: must lie in 1"),
+        (["--save-reference", "a", "b.npz", "--reference-per-class", "-1"], "--reference-per-class -1"),
+        (["--processes", "0"], "--processes 0"),
         (["--save-reference", "nowhere", "a.txt"], "ending in .npz"),
         (["--out", "/proc/nowhere"], "cannot be written to"),
     ],
