@@ -11,7 +11,7 @@ from PIL import Image
 from agentsd.generate import METHODS, Drawing
 
 from . import captions, pictures
-from .context import IN_LINE, PRIVATE, QUICK, Context, failed, tell, unread_note
+from .context import DRAWS, QUICK, Context, failed, tell, unread_note
 from .form import Form
 from .jobs import Drawn, Stepped, Unread, methods_to_compare
 from .outputs import file_name
@@ -65,10 +65,8 @@ class CompareTab:
             self.compare,
             [run_id, history, *self.form.inputs],
             [self.status, *self.pictures, *self.captions, self.shown, history, past],
-            show_progress="full",
             show_progress_on=[self.status],
-            **IN_LINE,
-            **PRIVATE,
+            **DRAWS,
         )
         gr.on(
             [self.shown.change, self.left.change, self.right.change],

@@ -20,7 +20,9 @@ PRIVATE = {"api_visibility": "private"}
 QUICK = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 """For events that answer at once."""
 IN_LINE = {"concurrency_limit": 1, "concurrency_id": "draw"}
-"""For events that draw: they stand in one line, and Gradio tells each visitor their place in it."""
+"""For all that draws: it stands in one line, and Gradio tells each visitor their place in it."""
+DRAWS = {**PRIVATE, **IN_LINE, "show_progress": "full", "trigger_mode": "multiple"}
+"""For events of the page that draw. A second click counts: it ends the first one's run and takes its place."""
 
 
 class Recent:

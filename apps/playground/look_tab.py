@@ -12,7 +12,7 @@ from PIL import Image
 from agentsd.visualize import LayerView, agent_at, agent_map, agents_sheet, merge_map
 
 from . import captions
-from .context import IN_LINE, PRIVATE, QUICK, Context, failed, tell
+from .context import DRAWS, QUICK, Context, failed, tell
 from .form import Form
 from .jobs import Case, Looked
 from .models import Model
@@ -81,10 +81,8 @@ class LookTab:
             self.look,
             [run_id, self.layer, *self.form.inputs],
             [self.status, self.look_id, self.picture, self.step, self.agent, *maps, self.sheet],
-            show_progress="full",
             show_progress_on=[self.status],
-            **IN_LINE,
-            **PRIVATE,
+            **DRAWS,
         )
         chosen = [self.look_id, self.step, self.agent]
         latest = {"trigger_mode": "always_last", **QUICK}

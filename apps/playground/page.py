@@ -95,9 +95,8 @@ class Page:
         return self.context.begin(request.session_hash), seed if keep_seed else random.randrange(2**31)
 
     def stop(self, request: gr.Request) -> None:
-        """The Stop button."""
-        if not self.context.studio.stop(request.session_hash):
-            gr.Info("Nothing is being drawn.")
+        """The Stop button; harmless where nothing is being drawn."""
+        self.context.studio.stop(request.session_hash)
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed: nobody waits for its run any more."""

@@ -12,7 +12,7 @@ from agentsd.generate import METHODS, Drawing
 
 from . import captions, pictures
 from .api import sweep_cases
-from .context import IN_LINE, PRIVATE, Context, failed, tell, unread_note
+from .context import DRAWS, Context, failed, tell, unread_note
 from .form import Form
 from .jobs import Drawn, Unread
 from .outputs import file_name
@@ -74,10 +74,8 @@ class SweepTab:
             self.sweep,
             [run_id, self.field, self.first, self.last, self.count, *self.form.inputs],
             [self.status, self.grid, self.seconds_plot, self.distance_plot, self.sheet_file, self.table_file],
-            show_progress="full",
             show_progress_on=[self.status],
-            **IN_LINE,
-            **PRIVATE,
+            **DRAWS,
         )
         self.field.input(lambda name: _RANGES[name], self.field, [self.first, self.last], **quick)
 

@@ -1,0 +1,314 @@
+"""The app as its users meet it: in a real browser, on the demo model."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+from app_support import CountingLoader, serving
+from PIL import Image
+from playground.models import Models
+
+from agentsd.generate import read_settings
+from agentsd.patch import get_patch
+
+MISSING = "/nonexistent/model"
+DRAWN = 180_000  # milliseconds: long enough for a busy machine
+
+
+def _browser_or_skip():
+    path = os.environ.get("AGENTSD_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    try:
+        import playwright.sync_api as api
+    except ImportError:
+        api = None
+    if path and api:
+        return path, api
+    reason = "no Chromium found (apt-get install chromium)" if api else "playwright is not installed"
+    if os.environ.get("AGENTSD_REQUIRE_BROWSER") == "1":
+        pytest.fail(f"{reason}, and AGENTSD_REQUIRE_BROWSER=1")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path, api = _browser_or_skip()
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def app(browser):
+    models = Models(["demo", MISSING], load=CountingLoader())
+    with serving(models) as (address, studio):
+        yield address, studio
+
+
+@pytest.fixture
+def window(browser, app):
+    """A window of its own for each test: a visitor of its own. Fails on errors of the page and on outside requests."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.set_default_timeout(30_000)
+    errors, outside = [], []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if "Content Security" in message.text else None)
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith((app[0], "data:", "blob:")) else outside.append(request.url),
+    )
+    page.goto(app[0])
+    page.wait_for_selector("#draw")
+    yield page
+    context.close()
+    assert errors == [] and outside == []
+
+
+def fill(window, name, value):
+    box = window.locator(f"#{name} textarea, #{name} input:not([type=range])").first
+    box.fill(str(value))
+    box.blur()
+
+
+def value(window, name):
+    return window.locator(f"#{name} textarea, #{name} input:not([type=range])").first.input_value()
+
+
+def compare(window, prompt="a castle", steps=4):
+    fill(window, "prompt", prompt)
+    fill(window, "steps", steps)
+    window.locator("#draw").click()
+    window.wait_for_selector("#status .message.done", timeout=DRAWN)
+
+
+def tab(window, name):
+    window.get_by_role("tab", name=name).click()
+
+
+def download(window, button, folder):
+    with window.expect_download() as info:
+        button.click()
+    path = folder / info.value.suggested_filename
+    info.value.save_as(path)
+    return path
+
+
+def test_compare_shows_three_pictures_and_their_figures(window, app, tmp_path):
+    fill(window, "prompt", "a castle")
+    fill(window, "steps", 4)
+    fill(window, "seed", 3)
+    window.wait_for_function("document.querySelector('#code').innerText.includes('manual_seed(3)')")
+    window.locator("#draw").click()
+    window.wait_for_selector("#caption-sd [role=progressbar]", timeout=DRAWN)  # live steps
+    # the first picture is there while the last one is still to come
+    window.wait_for_selector("#caption-sd b", timeout=DRAWN)
+    assert window.locator("#caption-agentsd b").count() == 0
+    window.wait_for_selector("#status .message.done", timeout=DRAWN)
+
+    sizes = "img => [img.naturalWidth, img.naturalHeight]"
+    for method in ("sd", "tomesd", "agentsd"):
+        image = window.locator(f"#picture-{method} img")
+        image.scroll_into_view_if_needed()
+        assert image.evaluate(sizes) == [256, 256]
+        text = window.locator(f"#caption-{method}").inner_text()
+        assert re.search(r"\d\.\d\d s", text) and "GB" in text
+    assert "× as fast" in window.locator("#caption-agentsd").inner_text()
+    assert "Rough times" in window.locator("#status").inner_text()
+    assert "agentsd.apply_patch(pipe, ratio=0.4)" in window.locator("#code").inner_text()
+
+    # the very file that is shown carries its settings
+    path = download(window, window.locator("#picture-agentsd [aria-label=Download]"), tmp_path)
+    settings = read_settings(path)
+    assert (settings["prompt"], settings["seed"], settings["method"]) == ("a castle", 3, "agentsd")
+
+    # the slider moves, between any two
+    slider = window.locator("#slider")
+    slider.scroll_into_view_if_needed()
+    window.wait_for_selector("#slider img")
+    handle = window.locator("#slider .inner, #slider .slider-wrap").first
+    box = handle.bounding_box()
+    before = window.locator("#slider").inner_html()
+    window.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    window.mouse.down()
+    window.mouse.move(box["x"] + box["width"] / 2 - 80, box["y"] + box["height"] / 2, steps=4)
+    window.mouse.up()
+    assert window.locator("#slider").inner_html() != before
+    assert "Stable Diffusion and AgentSD" in window.locator("#difference-text").inner_text()
+    window.locator("#left input").click()
+    window.get_by_role("option", name="ToMeSD").click()
+    window.wait_for_function("document.querySelector('#difference-text').innerText.includes('ToMeSD and AgentSD')")
+    window.locator("#difference").scroll_into_view_if_needed()
+    assert window.locator("#difference img").evaluate(sizes) == [256, 256]
+    assert get_patch(app[1].models.get("demo").pipe) is None
+
+
+def test_stop_half_way_and_run_again(window, app):
+    fill(window, "prompt", "a zebra")
+    fill(window, "steps", 150)
+    window.locator("#draw").click()
+    window.wait_for_selector("#caption-sd [aria-label=drawing]", timeout=DRAWN)
+    window.wait_for_selector("#picture-sd img")  # the picture as it forms
+    window.locator("#stop").click()
+    window.wait_for_function("document.querySelector('#status').innerText.includes('Stopped.')")
+    assert window.locator("#caption-sd").inner_text() == "not drawn"
+    compare(window, "a zebra", 3)
+    assert window.locator("#caption-agentsd b").count() == 1
+    window.locator("#stop").click()  # nothing to stop: no harm
+    compare(window, "a zebra", 1)
+
+
+def test_a_second_click_takes_the_place_of_the_first(window):
+    fill(window, "prompt", "a zebra")
+    fill(window, "steps", 150)
+    window.locator("#draw").click()
+    window.wait_for_selector("#caption-sd [aria-label=drawing]", timeout=DRAWN)
+    compare(window, "a castle", 3)
+    assert "150" not in window.locator("#caption-sd").inner_text()
+
+
+def test_look_inside(window):
+    fill(window, "prompt", "a zebra")
+    fill(window, "steps", 5)
+    tab(window, "Look inside")
+    window.locator("#look").click()
+    window.wait_for_selector("#look-status .message.done", timeout=DRAWN)
+    assert "down_blocks.0" in window.locator("#look-status").inner_text()
+    window.wait_for_selector("#merge-map img")
+    first = window.locator("#agent-map img").get_attribute("src")
+    fill(window, "agent", 40)
+    window.wait_for_function("document.querySelector('#look-caption').innerText.includes('agent 40 of 64')")
+    window.wait_for_function("src => document.querySelector('#agent-map img').src !== src", arg=first)
+    box = window.locator("#look-picture img").bounding_box()
+    window.locator("#look-picture img").click(position={"x": box["width"] - 8, "y": box["height"] - 8})
+    window.wait_for_function("document.querySelector('#look-caption').innerText.includes('agent 63 of 64')")
+    fill(window, "step", 5)
+    window.wait_for_function("document.querySelector('#look-caption').innerText.includes('this phase has no agents')")
+    assert window.locator("#agent-map img").count() == 0 and window.locator("#merge-map img").count() == 1
+
+
+def test_sweep(window, tmp_path):
+    fill(window, "prompt", "a zebra")
+    fill(window, "steps", 3)
+    tab(window, "Sweep")
+    window.get_by_label("early", exact=True).first.check()
+    window.wait_for_function("document.querySelector('#last input').value === '1'")
+    fill(window, "count", 2)
+    window.locator("#sweep").click()
+    window.wait_for_selector("#sweep-status .message.done", timeout=DRAWN)
+    assert "× as fast as unpatched" in window.locator("#sweep-status").inner_text()
+    window.wait_for_function("document.querySelectorAll('#grid img').length === 3")
+    for plot in ("seconds", "distance"):
+        window.locator(f"#{plot}-plot").scroll_into_view_if_needed()
+        window.wait_for_selector(f"#{plot}-plot canvas, #{plot}-plot svg.marks")
+    table = download(window, window.locator("#table-file"), tmp_path)
+    with open(table) as file:
+        assert [row["early"] for row in csv.DictReader(file)] == ["", "0", "1"]
+    sheet = download(window, window.locator("#sheet-file"), tmp_path)
+    with Image.open(sheet) as image:
+        assert image.width > 512
+
+
+def test_history_and_a_saved_picture_give_settings_back(window, tmp_path):
+    window.get_by_text("More settings").click()
+    fill(window, "negative_prompt", "blurry")
+    fill(window, "ratio", 0.3)
+    compare(window, "a castle", 3)
+    path = download(window, window.locator("#picture-agentsd [aria-label=Download]"), tmp_path)
+    for name, other in (("prompt", "a frog"), ("negative_prompt", ""), ("ratio", 0.6), ("steps", 9)):
+        fill(window, name, other)
+    tab(window, "History")
+    window.locator("#dropped input[type=file]").set_input_files(path)
+    window.wait_for_selector("#history-status .message.done")
+    expected = {"prompt": "a castle", "negative_prompt": "blurry", "ratio": "0.3", "steps": "3"}
+    assert {name: value(window, name) for name in expected} == expected
+    window.wait_for_function("document.querySelector('#code').innerText.includes('ratio=0.3')")
+
+    # a damaged one: a sentence, and the form stays
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(path.read_bytes()[:3000])
+    window.locator("#dropped [aria-label='Clear'], #dropped [aria-label='Remove this file']").first.click()
+    window.locator("#dropped input[type=file]").set_input_files(damaged)
+    window.wait_for_selector("#history-status .message.error")
+    assert "damaged" in window.locator("#history-status").inner_text() and value(window, "prompt") == "a castle"
+
+    fill(window, "prompt", "a frog")
+    window.locator("#past .grid-container button, #past button.thumbnail-item").first.click()
+    window.wait_for_function("document.querySelector('#prompt textarea').value === 'a castle'")
+    tab(window, "Compare")
+    assert "An earlier run" in window.locator("#status").inner_text()
+
+
+def test_bad_input_is_told_in_the_page(window):
+    window.get_by_text("More settings").click()
+    for name, wrong, message in (
+        ("prompt", "", "prompt: is empty"),
+        ("prompt", "x" * 10_000, "prompt: has 10,000 characters"),
+        ("steps", 5000, "steps=5000: must be an integer in 1 … 150"),
+        ("width", 4096, "width=4096: must be an integer in 64 … 1024"),
+    ):
+        right = value(window, name)
+        fill(window, name, wrong)
+        window.locator("#draw").click()
+        window.wait_for_function("text => document.querySelector('#status').innerText.includes(text)", arg=message)
+        assert window.locator("#status [role=alert]").count() == 1
+        fill(window, name, right or "a castle" if name == "prompt" else right)
+    compare(window, "a castle", 1)
+
+
+def test_a_model_that_fails_to_load_is_told_and_the_others_work(window, app):
+    assert MISSING in window.locator("#problems").inner_text()
+    window.get_by_text("More settings").click()
+    window.locator("#model input").click()
+    window.get_by_role("option", name=MISSING).click()
+    fill(window, "prompt", "a castle")
+    window.locator("#draw").click()
+    window.wait_for_selector("#status .message.error")
+    assert "there is no folder" in window.locator("#status").inner_text()
+    window.locator("#model input").click()
+    window.get_by_role("option", name="demo").click()
+    compare(window, "a castle", 2)
+    assert app[1].models._load.asked.count("demo") == 1
+
+
+def test_the_seed_is_kept_or_drawn_anew(window):
+    window.locator("#random").click()
+    window.wait_for_function("document.querySelector('#seed input').value !== '0'")
+    seed = value(window, "seed")
+    compare(window, "a castle", 1)
+    assert value(window, "seed") == seed
+    window.locator("#keep input").uncheck()
+    compare(window, "a castle", 1)
+    assert value(window, "seed") != seed
+
+
+def test_a_link_brings_the_page_back_as_it_was(window, app):
+    compare(window, "a castle", 2)
+    window.get_by_role("button", name="Copy a link").click()
+    window.wait_for_timeout(1500)
+    link = window.evaluate("navigator.clipboard.readText()")
+    assert link.startswith(app[0]) and "deep_link=" in link
+    window.goto(link)
+    window.wait_for_function("document.querySelector('#prompt textarea')?.value === 'a castle'")
+    assert value(window, "steps") == "2"
+
+
+@pytest.mark.parametrize("theme, background", [("light", 200), ("dark", 60)])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_fits_a_desk_and_a_phone_in_light_and_dark(window, app, theme, background, width, tmp_path):
+    window.set_viewport_size({"width": width, "height": 844})
+    window.goto(f"{app[0]}?__theme={theme}")
+    window.wait_for_selector("#draw")
+    for name in ("Compare", "Look inside"):
+        tab(window, name)
+        assert window.evaluate("document.documentElement.scrollWidth") <= width
+    window.screenshot(path=tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as image:
+        shade = np.asarray(image.convert("L"))[:, :6].mean()
+    assert shade > background if theme == "light" else shade < background
