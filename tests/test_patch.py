@@ -451,10 +451,24 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("how", ["unet.compile", "unet.compile first", "blocks", "torch.compile first"])
-def test_compiles_whole_and_chooses_the_phase_outside_the_graph(how, fresh_dynamo):
+FOR_LARGE_PICTURES = {"late": "downsample", "max_agents": 4, "match_tile": 8, "merge_mlp": True}
+
+
+@pytest.mark.parametrize(
+    "how, settings",
+    [
+        ("unet.compile", {}),
+        ("unet.compile", FOR_LARGE_PICTURES),
+        ("unet.compile first", {}),
+        ("blocks", {}),
+        ("blocks", FOR_LARGE_PICTURES),
+        ("torch.compile first", {}),
+    ],
+)
+def test_compiles_whole_and_chooses_the_phase_outside_the_graph(how, settings, fresh_dynamo):
     unet = make_unet()
-    agentsd.apply_patch(unet)
+    config = agentsd.AgentConfig(**settings)
+    agentsd.apply_patch(unet, config)
     expected = {timestep: call_unet(unet, timestep=timestep) for timestep in (980, 900, 100, 60)}
     agentsd.remove_patch(unet)
     plain = call_unet(unet)
@@ -467,13 +481,13 @@ def test_compiles_whole_and_chooses_the_phase_outside_the_graph(how, fresh_dynam
 
     model = unet
     if how == "unet.compile":
-        agentsd.apply_patch(unet)
+        agentsd.apply_patch(unet, config)
         unet.compile(fullgraph=True, backend=backend)
     elif how == "unet.compile first":
         unet.compile(fullgraph=True, backend=backend)
-        agentsd.apply_patch(unet)
+        agentsd.apply_patch(unet, config)
     elif how == "blocks":
-        agentsd.apply_patch(unet)
+        agentsd.apply_patch(unet, config)
         unet.compile_repeated_blocks(fullgraph=True, backend=backend)
     else:
         model = torch.compile(unet, fullgraph=True, backend=backend)
