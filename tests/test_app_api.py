@@ -111,6 +111,8 @@ def test_sweep(app, client):
     with open(answer["table"]) as file:
         assert [row["early"] for row in csv.DictReader(file)] == ["", "0", "0.5", "1"]
     assert pixels(answer["sheet"]).shape[0] > 256
+    about = read_settings(answer["sheet"])
+    assert about["sweep"] == {"field": "early", "values": [0.0, 0.5, 1.0]} and about["patch"]["early"] == 0.4
     assert type(app[1].models.get("tiny").pipe.scheduler).__name__ == "PNDMScheduler"
 
 

@@ -213,6 +213,14 @@ def test_sweep(window, tmp_path):
     sheet = download(window, window.locator("#sheet-file"), tmp_path)
     with Image.open(sheet) as image:
         assert image.width > 512
+    # it is in the history, and its sheet gives the settings back
+    fill(window, "prompt", "a frog")
+    tab(window, "History")
+    window.locator("#past button.thumbnail-item").first.click()
+    window.wait_for_function("document.querySelector('#prompt textarea').value === 'a zebra'")
+    fill(window, "prompt", "a frog")
+    window.locator("#dropped input[type=file]").set_input_files(sheet)
+    window.wait_for_function("document.querySelector('#prompt textarea').value === 'a zebra'")
 
 
 def test_history_and_a_saved_picture_give_settings_back(window, tmp_path):

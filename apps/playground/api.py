@@ -105,12 +105,13 @@ class Api:
         rows = pictures.sweep_rows([None, *points], ordered)
         name = file_name(settings.request.prompt, values["field"])
         sheet = pictures.sweep_sheet(values["field"], rows, ordered)
+        about = pictures.sweep_settings(values["field"], points, ordered, settings.config)
         table = pictures.sweep_csv(values["field"], rows, ordered)
         yield {
             "drawings": [
                 {"value": row.value, **self._describe(drawing, ordered[0])} for row, drawing in zip(rows, ordered)
             ],
-            "sheet": _file(self.outputs.picture(sheet, name)),
+            "sheet": _file(self.outputs.picture(sheet, name, about)),
             "table": _file(self.outputs.text(table, name + ".csv")),
         }
 

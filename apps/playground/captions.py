@@ -24,7 +24,7 @@ CSS = """
 footer { opacity: .8; }
 .picture { min-height: 160px; }
 .picture .image-frame, .picture .image-frame img { width: 100%; height: auto; max-height: none; object-fit: contain; }
-#grid .grid-wrap, #past .grid-wrap { max-height: none; }
+#grid .grid-wrap, #past .grid-wrap { max-height: none; min-height: 0; }
 .message:empty { visibility: hidden; min-height: 2.9em; }
 """
 

@@ -11,14 +11,13 @@ from PIL import Image
 from agentsd.generate import METHODS, Drawing
 
 from . import captions, pictures
-from .context import DRAWS, QUICK, Context, failed, tell, unread_note
+from .context import DRAWS, QUICK, Context, History, PastRun, failed, label, tell, unread_note
 from .form import Form
 from .jobs import Drawn, Stepped, Unread, methods_to_compare
 from .outputs import file_name
 from .settings import check
 
 _GAIN = 4
-_HISTORY = 30  # runs of a session that are kept
 
 
 class CompareTab:
@@ -38,11 +37,11 @@ class CompareTab:
         self.pictures: list[gr.Image] = []
         self.captions: list[gr.HTML] = []
         with gr.Row():
-            for method, label in METHODS.items():
+            for method, name in METHODS.items():
                 with gr.Column(min_width=180):
-                    self.pictures.append(_image(f"picture-{method}", label))
+                    self.pictures.append(_image(f"picture-{method}", name))
                     self.captions.append(gr.HTML(captions.waiting_html(), elem_id=f"caption-{method}"))
-        names = [(label, method) for method, label in METHODS.items()]
+        names = [(name, method) for method, name in METHODS.items()]
         with gr.Row():
             with gr.Column(min_width=300):
                 with gr.Row():
@@ -58,13 +57,13 @@ class CompareTab:
         self.shown = gr.State({})
         """Paths of the three pictures on show, by method."""
 
-    def wire(self, begin: Any, run_id: gr.Textbox, history: gr.State, past: gr.Gallery) -> None:
+    def wire(self, begin: Any, run_id: gr.Textbox, history: History) -> None:
         """Answer to the page; `begin` is the event that gives a run its number."""
-        self.history, self.past = history, past
+        self.history = history
         begin.success(
             self.compare,
-            [run_id, history, *self.form.inputs],
-            [self.status, *self.pictures, *self.captions, self.shown, history, past],
+            [run_id, history.runs, *self.form.inputs],
+            [self.status, *self.pictures, *self.captions, self.shown, history.runs, history.gallery],
             show_progress_on=[self.status],
             **DRAWS,
         )
@@ -79,7 +78,7 @@ class CompareTab:
     def compare(
         self,
         run_id: str,
-        history: list[dict],
+        past: list[PastRun],
         *given: Any,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[dict]:
@@ -127,19 +126,19 @@ class CompareTab:
             }
             return
         ordered = [drawings[i] for i in range(len(cases))]
-        entry = {
-            "shown": paths,
-            "captions": self._figures(drawings),
-            "message": f"{pictures.verdict(ordered)} {unread_note(unread)}".strip(),
-            "settings": ordered[-1].settings,
-            "label": f"{settings.request.prompt[:60]} · seed {settings.request.seed} · ratio {settings.config.ratio:g}",
-        }
-        history = [entry, *history][:_HISTORY]
+        message = f"{pictures.verdict(ordered)} {unread_note(unread)}".strip()
+        run = PastRun(
+            paths["agentsd"],
+            label(f"ratio {settings.config.ratio:g}", settings),
+            message,
+            ordered[-1].settings,
+            paths,
+            tuple(self._figures(drawings)),
+        )
         yield {
-            self.status: captions.message_html(entry["message"], "done"),
+            self.status: captions.message_html(message, "done"),
             self.shown: paths,
-            self.history: history,
-            self.past: [(past["shown"]["agentsd"], past["label"]) for past in history],
+            **self.history.with_run(past, run),
         }
 
     def _figures(self, drawings: dict[int, Drawing]) -> list[str]:
@@ -159,13 +158,13 @@ class CompareTab:
             captions.difference_html(METHODS[left], METHODS[right], text if apart else "the same in every pixel"),
         )
 
-    def show_again(self, entry: dict[str, Any]) -> dict[Any, Any]:
-        """Changes of the page that show an earlier run."""
+    def show_again(self, run: PastRun) -> dict[Any, Any]:
+        """Changes of the page that show an earlier comparison."""
         return {
-            self.status: captions.message_html("An earlier run. " + entry["message"], "done"),
-            **{picture: entry["shown"][method] for picture, method in zip(self.pictures, METHODS)},
-            **dict(zip(self.captions, entry["captions"])),
-            self.shown: entry["shown"],
+            self.status: captions.message_html("An earlier run. " + run.message, "done"),
+            **{picture: run.shown[method] for picture, method in zip(self.pictures, METHODS)},
+            **dict(zip(self.captions, run.captions)),
+            self.shown: run.shown,
         }
 
     @property
@@ -174,9 +173,9 @@ class CompareTab:
         return [self.status, *self.pictures, *self.captions, self.shown]
 
 
-def _image(elem_id: str, label: str) -> gr.Image:
+def _image(elem_id: str, title: str) -> gr.Image:
     return gr.Image(
-        label=label, interactive=False, format="png", elem_id=elem_id, elem_classes=["picture"],
+        label=title, interactive=False, format="png", elem_id=elem_id, elem_classes=["picture"],
         buttons=["download", "fullscreen"],
     )  # fmt: skip
 

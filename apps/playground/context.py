@@ -21,6 +21,7 @@ QUICK = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 """For events that answer at once."""
 IN_LINE = {"concurrency_limit": 1, "concurrency_id": "draw"}
 """For all that draws: it stands in one line, and Gradio tells each visitor their place in it."""
+_HISTORY = 30  # runs of a session that are kept
 DRAWS = {**PRIVATE, **IN_LINE, "show_progress": "full", "trigger_mode": "multiple"}
 """For events of the page that draw. A second click counts: it ends the first one's run and takes its place."""
 
@@ -83,6 +84,44 @@ class Context:
     def run(self, number: str) -> Run:
         """The run of that number. A new one where there is none, as for a request that no click began."""
         return self.runs.get(number) or Run()
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """One run of a session's history.
+
+    Attributes:
+        picture: path of the one that stands for it.
+        label: what it was.
+        message: what was said of it.
+        settings: what its picture carries; they are put back into the form.
+        shown: paths of a comparison's pictures by method, and captions under them; empty for other runs.
+    """
+
+    picture: str
+    label: str
+    message: str
+    settings: dict[str, Any]
+    shown: dict[str, str] = field(default_factory=dict)
+    captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class History:
+    """Where a session's runs are kept and shown: `runs` a gr.State of a list, `gallery` their pictures."""
+
+    runs: gr.State
+    gallery: gr.Gallery
+
+    def with_run(self, before: Sequence[PastRun], run: PastRun) -> dict[Any, Any]:
+        """Changes of the page that put a run first."""
+        runs = [run, *before][:_HISTORY]
+        return {self.runs: runs, self.gallery: [(past.picture, past.label) for past in runs]}
+
+
+def label(what: str, settings: Settings) -> str:
+    """A name for a run; galleries show its beginning only."""
+    return f"{what} · seed {settings.request.seed} · {settings.request.prompt[:60]}"
 
 
 def now(report: Report, cases: Sequence[Case]) -> str:

@@ -8,7 +8,7 @@ import gradio as gr
 
 from . import captions
 from .compare_tab import CompareTab
-from .context import QUICK, Context
+from .context import QUICK, Context, History, PastRun
 from .form import Form
 from .settings import form_values, restore
 
@@ -34,18 +34,20 @@ class HistoryTab:
             captions.message_html("Every picture saved here carries its settings inside the PNG."),
             elem_id="history-status",
         )
-        self.past = gr.Gallery(
-            label="Comparisons of this session: click one to see it again, with its settings", columns=4,
+        past = gr.Gallery(
+            label="Runs of this session: click one to get its settings back, and its pictures", columns=4,
             fit_columns=False,
             height="auto", object_fit="contain", format="png", elem_id="past", allow_preview=False, interactive=False,
             buttons=[],
         )  # fmt: skip
-        self.history = gr.State([])
+        self.history = History(gr.State([]), past)
 
     def wire(self) -> None:
         """Answer to the page."""
         self.dropped.upload(self.restore, self.dropped, [self.status, *self.form.inputs], **QUICK)
-        self.past.select(self.recall, self.history, [self.status, *self.compare.outputs, *self.form.inputs], **QUICK)
+        self.history.gallery.select(
+            self.recall, self.history.runs, [self.status, *self.compare.outputs, *self.form.inputs], **QUICK
+        )
 
     def restore(self, path: str) -> dict[Any, Any]:
         """Settings out of a picture that was dropped in."""
@@ -56,13 +58,13 @@ class HistoryTab:
         text = " ".join(["The settings of this picture are in the form.", *remarks])
         return {self.status: captions.message_html(text, "done"), **self.form.updates(values)}
 
-    def recall(self, history: list[dict], event: gr.SelectData) -> dict[Any, Any]:
-        """An earlier run again: its pictures, figures and settings."""
-        entry = history[event.index]
-        values, _ = form_values(entry["settings"], self.context.studio.models.names, self.context.limits)
-        message = f"{entry['label']}: shown under Compare, its settings are in the form."
+    def recall(self, runs: list[PastRun], event: gr.SelectData) -> dict[Any, Any]:
+        """An earlier run again: its settings, and of a comparison the pictures and figures."""
+        run = runs[event.index]
+        values, _ = form_values(run.settings, self.context.studio.models.names, self.context.limits)
+        where = "shown under Compare, and its" if run.shown else "its"
         return {
-            self.status: captions.message_html(message, "done"),
-            **self.compare.show_again(entry),
+            self.status: captions.message_html(f"{run.label}: {where} settings are in the form. {run.message}", "done"),
+            **(self.compare.show_again(run) if run.shown else {}),
             **self.form.updates(values),
         }

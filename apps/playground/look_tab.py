@@ -12,7 +12,7 @@ from PIL import Image
 from agentsd.visualize import LayerView, agent_at, agent_map, agents_sheet, merge_map
 
 from . import captions
-from .context import DRAWS, QUICK, Context, failed, tell
+from .context import DRAWS, QUICK, Context, History, PastRun, failed, label, tell
 from .form import Form
 from .jobs import Case, Looked
 from .models import Model
@@ -68,19 +68,23 @@ class LookTab:
             self.sheet = self._image("agents-sheet", "Agents spread evenly over the picture")
 
     @staticmethod
-    def _image(elem_id: str, label: str) -> gr.Image:
+    def _image(elem_id: str, title: str) -> gr.Image:
         return gr.Image(
-            label=label, interactive=False, format="png", elem_id=elem_id, elem_classes=["picture"], min_width=180,
+            label=title, interactive=False, format="png", elem_id=elem_id, elem_classes=["picture"], min_width=180,
             buttons=["download", "fullscreen"],
         )  # fmt: skip
 
-    def wire(self, begin: dict[str, Any], run_id: gr.Textbox) -> None:
+    def wire(self, begin: dict[str, Any], run_id: gr.Textbox, history: History) -> None:
         """Answer to the page; `begin` are the arguments of the event that gives a run its number."""
+        self.history = history
         maps = [self.merge_map, self.agent_map, self.caption]
         self.button.click(**begin).success(
             self.look,
-            [run_id, self.layer, *self.form.inputs],
-            [self.status, self.look_id, self.picture, self.step, self.agent, *maps, self.sheet],
+            [run_id, history.runs, self.layer, *self.form.inputs],
+            [
+                *(self.status, self.look_id, self.picture, self.step, self.agent, *maps, self.sheet),
+                *(history.runs, history.gallery),
+            ],
             show_progress_on=[self.status],
             **DRAWS,
         )
@@ -93,6 +97,7 @@ class LookTab:
     def look(
         self,
         run_id: str,
+        past: list[PastRun],
         layer: str | None,
         *given: Any,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
@@ -134,6 +139,7 @@ class LookTab:
             self.picture: path,
             self.step: gr.update(maximum=max(1, len(look.views) - 1), value=0, interactive=len(look.views) > 1),
             **self._maps(look, view, 0),
+            **self.history.with_run(past, PastRun(path, label("inside", settings), text, looked.drawing_settings)),
         }
 
     def show(self, look_id: str | None, step: Any, agent: Any) -> dict:

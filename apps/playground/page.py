@@ -74,9 +74,9 @@ class Page:
                 **QUICK,
             }
             begun = gr.on([form.draw_button.click, form.controls["prompt"].submit], **begin)
-            compare.wire(begun, run_id, history.history, history.past)
-            look.wire(begin, run_id)
-            sweep.wire(begin, run_id, **QUICK)
+            compare.wire(begun, run_id, history.history)
+            look.wire(begin, run_id, history.history)
+            sweep.wire(begin, run_id, history.history)
             history.wire()
             form.wire_code(page, code, **QUICK)
             form.draw_button.click(None, js=_SHOW_RESULTS, **QUICK)

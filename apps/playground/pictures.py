@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from agentsd import AgentConfig
 from agentsd.generate import METHODS, Drawing, are_steady
 
 CLEARLY = 1.02
@@ -170,6 +173,17 @@ def sweep_sheet(field: str, rows: Sequence[SweepRow], drawings: Sequence[Drawing
         text = f"{row.seconds:.2f} s" + ("" if row.value is None else f",  distance {row.distance:.1f}")
         pen.text((left, top + height + size * 1.6), text, font=small, fill="#555555")
     return sheet
+
+
+def sweep_settings(
+    field: str, values: Sequence[float], drawings: Sequence[Drawing], config: AgentConfig
+) -> dict[str, Any]:
+    """What the sheet carries: the settings that all its pictures share, and which one varied."""
+    return {
+        **drawings[-1].settings,
+        "patch": dataclasses.asdict(config),
+        "sweep": {"field": field, "values": list(values)},
+    }
 
 
 def sweep_label(field: str, value: float | None) -> str:

@@ -12,7 +12,7 @@ from agentsd.generate import METHODS, Drawing
 
 from . import captions, pictures
 from .api import sweep_cases
-from .context import DRAWS, Context, failed, tell, unread_note
+from .context import DRAWS, QUICK, Context, History, PastRun, failed, label, tell, unread_note
 from .form import Form
 from .jobs import Drawn, Unread
 from .outputs import file_name
@@ -68,20 +68,25 @@ class SweepTab:
             self.sheet_file = gr.DownloadButton("All pictures (PNG)", interactive=False, elem_id="sheet-file")
             self.table_file = gr.DownloadButton("Figures (CSV)", interactive=False, elem_id="table-file")
 
-    def wire(self, begin: dict[str, Any], run_id: gr.Textbox, **quick: Any) -> None:
+    def wire(self, begin: dict[str, Any], run_id: gr.Textbox, history: History) -> None:
         """Answer to the page; `begin` are the arguments of the event that gives a run its number."""
+        self.history = history
         self.button.click(**begin).success(
             self.sweep,
-            [run_id, self.field, self.first, self.last, self.count, *self.form.inputs],
-            [self.status, self.grid, self.seconds_plot, self.distance_plot, self.sheet_file, self.table_file],
+            [run_id, history.runs, self.field, self.first, self.last, self.count, *self.form.inputs],
+            [
+                *(self.status, self.grid, self.seconds_plot, self.distance_plot, self.sheet_file, self.table_file),
+                *(history.runs, history.gallery),
+            ],
             show_progress_on=[self.status],
             **DRAWS,
         )
-        self.field.input(lambda name: _RANGES[name], self.field, [self.first, self.last], **quick)
+        self.field.input(lambda name: _RANGES[name], self.field, [self.first, self.last], **QUICK)
 
     def sweep(
         self,
         run_id: str,
+        past: list[PastRun],
         field: str,
         first: Any,
         last: Any,
@@ -130,14 +135,15 @@ class SweepTab:
         ordered = [drawings[i] for i in range(len(cases))]
         rows = pictures.sweep_rows(values, ordered)
         name = file_name(settings.request.prompt, "sweep", field)
-        sheet = self.context.outputs.picture(pictures.sweep_sheet(field, rows, ordered), name)
+        about = pictures.sweep_settings(field, points, ordered, settings.config)
+        sheet = self.context.outputs.picture(pictures.sweep_sheet(field, rows, ordered), name, about)
         table = self.context.outputs.text(pictures.sweep_csv(field, rows, ordered), name + ".csv")
+        message = f"{pictures.sweep_verdict(field, rows, ordered)} {unread_note(unread)}".strip()
         yield {
-            self.status: captions.message_html(
-                f"{pictures.sweep_verdict(field, rows, ordered)} {unread_note(unread)}".strip(), "done"
-            ),
+            self.status: captions.message_html(message, "done"),
             self.sheet_file: gr.update(value=sheet, interactive=True),
             self.table_file: gr.update(value=table, interactive=True),
+            **self.history.with_run(past, PastRun(sheet, label(f"{field} swept", settings), message, about)),
         }
 
     def _results(self, field: str, values: list, drawings: dict[int, Drawing], paths: dict[int, str]) -> dict[Any, Any]:
@@ -155,7 +161,12 @@ class SweepTab:
             seconds = [(row.value, row.seconds, METHODS["agentsd"]) for row in points]
             seconds += [(row.value, rows[0].seconds, METHODS["sd"]) for row in points]
             frame = pd.DataFrame(seconds, columns=["value", "seconds", "method"])
-            changes[self.seconds_plot] = gr.update(value=frame, x_title=field)
+            changes[self.seconds_plot] = gr.update(value=frame, x_title=field, y_lim=_from_zero(frame["seconds"]))
             frame = pd.DataFrame([(row.value, row.distance) for row in points], columns=["value", "distance"])
-            changes[self.distance_plot] = gr.update(value=frame, x_title=field)
+            changes[self.distance_plot] = gr.update(value=frame, x_title=field, y_lim=_from_zero(frame["distance"]))
         return changes
+
+
+def _from_zero(values: pd.Series) -> list[float]:
+    """Limits of an axis on which a difference looks as large as it is."""
+    return [0.0, max(1.1 * float(values.max()), 1e-3)]
