@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -9,7 +10,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -85,8 +86,6 @@ def draw_share(pipe: Any, job: Job, rank: int = 0, processes: int = 1, parent: i
     Raises:
         BenchError: a folder cannot be written to, or the disk is full.
     """
-    if pipe.unet.device.type == "cpu":
-        torch.set_num_threads(job.plan.threads)
     todo = []
     for scenario in job.scenarios:
         folder = job.folder(scenario)
@@ -95,7 +94,8 @@ def draw_share(pipe: Any, job: Job, rank: int = 0, processes: int = 1, parent: i
                 todo.append((scenario, batch, missing))
     total = sum(len(missing) for _, _, missing in todo)
     share = f" (process 1 of {processes})" if processes > 1 else ""
-    with tqdm(total=total, desc="drawing" + share, unit="picture", disable=rank > 0 or not total) as bar:
+    bar = tqdm(total=total, desc="drawing" + share, unit="picture", disable=rank > 0 or not total)
+    with bar, _threads(job.plan.threads if pipe.unet.device.type == "cpu" else None):
         for scenario, batch, missing in todo:
             bar.set_postfix_str(scenario.name)
             for picture, image in zip(batch, draw_batch(pipe, scenario, job.plan, batch)):
@@ -105,6 +105,18 @@ def draw_share(pipe: Any, job: Job, rank: int = 0, processes: int = 1, parent: i
                     _save(image, job.folder(scenario) / picture.file, picture)
                     bar.update()
     return total
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """So many threads for PyTorch on the CPU; afterwards as many as before, which is what is timed and reported."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def draw_in_processes(job: Job, processes: int) -> None:

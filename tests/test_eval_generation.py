@@ -114,7 +114,13 @@ def test_truncated_anywhere_is_not_whole(tmp_path):
 def test_the_share_of_each_process_adds_up(undisturbed, pipe, model, tmp_path):
     job = make_job(model, tmp_path)
     open_folders(pipe, job)
-    assert draw_share(pipe, job, rank=1, processes=2) == 6  # the second of two, first
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert draw_share(pipe, job, rank=1, processes=2) == 6  # the second of two, first
+        assert torch.get_num_threads() == 2  # times are taken afterwards, with the threads that the report names
+    finally:
+        torch.set_num_threads(threads)
     assert draw_share(pipe, job, rank=0, processes=2) == 12
     assert contents(tmp_path) == undisturbed
 
