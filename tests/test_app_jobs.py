@@ -17,6 +17,7 @@ from PIL import Image
 from playground import captions, pictures
 from playground.context import Recent
 from playground.jobs import Drawn, Loading, Looked, Run, Stepped, Stopped, Studio, Unread, explain, methods_to_compare
+from playground.look_tab import layer_choices
 from playground.models import Models
 from playground.outputs import Outputs, file_name
 from playground.settings import Limits, check
@@ -219,6 +220,20 @@ def test_the_preview_shows_the_picture():
     picture = np.asarray(drawing.image.resize((32, 32), Image.Resampling.BOX), dtype=float)
     assert preview.shape == (32, 32, 3)
     assert np.corrcoef(preview.ravel(), picture.ravel())[0, 1] > 0.6
+
+
+def test_sdxl_whose_autoencoder_overflows_in_half_precision():
+    from test_compat_pipelines import make_sdxl
+
+    pipe = make_sdxl()
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.to(torch.bfloat16)
+    model = Models(["xl"], load=lambda name, **options: pipe).get("xl")
+    assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.bfloat16}
+    assert model.layers[0][1] == 2 and len(set(model.layers)) == len(model.layers)
+    assert np.asarray(model.preview(torch.randn(1, 4, 8, 6))).shape == (8, 6, 3)
+    looks = layer_choices(model)
+    assert len({label for label, _ in looks}) == len(looks) == len(model.layers) + 1
 
 
 # --- what is said of the pictures -------------------------------------------------------------------------------------

@@ -198,6 +198,5 @@ def layer_choices(model: Model | None) -> list[tuple[str, str]]:
     """(label, value) of each layer; the first is whichever comes first under the settings in use."""
     layers = model.layers if model else ()
     return [("the first patched layer", "0")] + [
-        (f"{name.split('.transformer_blocks')[0]} (1/{downsample} of the latent's side)", name)
-        for name, downsample in layers
+        (f"{name.removesuffix('.attn1')} (1/{downsample} of the latent's side)", name) for name, downsample in layers
     ]

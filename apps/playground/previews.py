@@ -41,13 +41,19 @@ class Preview:
 def _fit(pipe: Any) -> Tensor:
     """[channels + 1, 3]: weights and, in the last row, the offset."""
     vae = pipe.vae
+    dtype = next(vae.parameters()).dtype
+    upcast = dtype != torch.float32 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)  # SDXL's overflows in float16; its pipeline does the same before it decodes
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, 3, 7, 7, generator=generator) * 2 - 0.5  # many places fully black, white or saturated
     picture = interpolate(coarse, size=(_SIDE, _SIDE), mode="bicubic").clamp(0, 1)
     parameter = next(vae.parameters())
     encoded = vae.encode((picture * 2 - 1).to(parameter))
     latent = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    latent = (latent * vae.config.scaling_factor).float().cpu()
+    if upcast:
+        vae.to(dtype)
+    latent = (latent * vae.config.scaling_factor).float().nan_to_num().cpu()
     colours = avg_pool2d(picture, _SIDE // latent.shape[-1])[0].flatten(1).T
     channels = latent[0].flatten(1).T
     with_offset = torch.cat([channels, torch.ones(len(channels), 1)], dim=1)
