@@ -20,7 +20,7 @@ from .protocol import CONTROLS, PROMPT, BenchError, Scenario
 from .scenarios import use_scenario
 
 _WARM_UP_STEPS = 4  # the fewest that take PLMS through both phases
-_IN_PIECES = "breaks the compiler's graph: compiled in pieces, and timed after the others"
+_IN_PIECES = "breaks the compiler's graph: compiled in pieces and timed after the others, hence no speed-up"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Timing:
         failed: why there are no figures, or "".
         operators: phase -> PyTorch operators of one UNet call that do something (no views, no allocations): about the
             number of kernels a GPU is sent, which at small sizes cost more than their arithmetic. Empty if compiled.
-        note: what to know about the figures, or "".
+        note: why it was timed apart from the others, so that speed-ups would compare different moments, or "".
     """
 
     scenario: str

@@ -143,6 +143,17 @@ def test_several_sizes_have_rows_of_their_own_and_a_plot(tmp_path):
     assert "FD" not in report.table(rows) and "s / image" in report.table(rows)
 
 
+def test_what_was_timed_apart_has_no_speed_up(tmp_path):
+    make_results(tmp_path, scores=False)
+    latency = json.loads((tmp_path / "latency.json").read_text())
+    latency["timings"][3]["note"] = "timed after the others"
+    report.write_part(tmp_path, report.LATENCY, latency)
+    by_name = {row["scenario"]: row for row in report.write_report(tmp_path)}
+    row = by_name[latency["timings"][3]["scenario"]]
+    assert row["note"] == "timed after the others" and row["seconds_per_image"] > 0
+    assert row["speedup_vs_sd"] is None and row["unet_agent_speedup"] is None and row["speedup_vs_naive"] is None
+
+
 def sentences(folder, **options):
     make_results(folder, **options)
     report.write_report(folder)
