@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f'agentsd: {error.name} is missing: pip install -e ".[app]"', file=sys.stderr)
         return 2
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends like Ctrl+C, and tidies up
     try:
         choose_dtype(options.dtype, choose_device(options.device))
         start(
@@ -32,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"agentsd: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -141,6 +141,8 @@ class SweepTab:
         message = f"{pictures.sweep_verdict(field, rows, ordered)} {unread_note(unread)}".strip()
         yield {
             self.status: captions.message_html(message, "done"),
+            # Once more: a plot may miss an update that comes right after another.
+            **self._results(field, values, drawings, paths),
             self.sheet_file: gr.update(value=sheet, interactive=True),
             self.table_file: gr.update(value=table, interactive=True),
             **self.history.with_run(past, PastRun(sheet, label(f"{field} swept", settings), message, about)),
