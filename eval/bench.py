@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -110,17 +111,25 @@ class _Bench:
         found = scorer.found if scorer else {}
         print("\n".join([report.table(rows, found.get("label", "")), "", *report.verdict(rows, found)]))
         print(f"report: {self.folder / 'results.md'}")
+        if options.speed_only and not any(row["seconds_per_image"] for row in rows):
+            print("fid_bench: nothing could be timed; the table's notes say why", file=sys.stderr)
+            return 1
         return 0
 
     def _note_run(self, pipe: Any, side: int) -> None:
         options, plan = self.options, self.job.plan
-        what = "" if options.speed_only else f"{len(plan.classes)} classes × {plan.copies}, prompt “{PROMPT}”, "
+        what, sizes, batches = "", [side], [plan.batch_size]
+        if options.speed_only:
+            sizes = list(dict.fromkeys(workload.size or side for workload in self.workloads))
+            batches = list(dict.fromkeys(workload.batch_size for workload in self.workloads))
+        else:
+            what = f"{len(plan.classes)} classes × {plan.copies}, prompt “{PROMPT}”, "
         found = report.environment(pipe.unet.device, pipe.unet.dtype)
         run = {
             "title": f"fid_bench: {self.spec.name}" + (", speed only" if options.speed_only else ""),
             "command": self.command,
-            "protocol": f"{what}{plan.steps} {plan.scheduler} steps, guidance {plan.guidance:g}, {side} px, batch "
-            f"{plan.batch_size}, seed {plan.seed}.",
+            "protocol": f"{what}{plan.steps} {plan.scheduler} steps, guidance {plan.guidance:g}, "
+            f"{', '.join(map(str, sizes))} px, batch {', '.join(map(str, batches))}, seed {plan.seed}.",
             "model": self.spec.name,
             "size": side,
             "scenarios": [report.scenario_row(scenario) for scenario in self.timed],

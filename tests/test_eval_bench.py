@@ -118,7 +118,21 @@ def test_speed_only_needs_nothing_but_an_architecture(tmp_path, capsys, monkeypa
     ) == 16
     assert all(row["unet_agent_ms"] > 0 and row["unet_merge_ms"] > 0 and not row["note"] for row in rows)
     assert (tmp_path / "speedup.png").is_file() and not (tmp_path / "images").exists()
-    assert "sd15 with random weights" in (tmp_path / "results.md").read_text()
+    text = (tmp_path / "results.md").read_text()
+    assert "sd15 with random weights" in text and "64, 128 px, batch 1, 2, seed 0" in text
+
+
+def test_a_run_that_timed_nothing_says_so(model, tmp_path, capsys, monkeypatch):
+    from eval import latency
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(latency, "use_scenario", fail)
+    arguments = "--speed-only --steps 4 --rounds 1 --device cpu --methods sd,agentsd".split()
+    assert main([*arguments, "--model", model, "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "nothing could be timed" in printed.err and "CUDA out of memory" in printed.out
 
 
 @pytest.mark.parametrize("name, millions", [("sd15", 860), ("sd21", 866), ("sdxl", 2567)])
