@@ -171,6 +171,8 @@ def test_ctrl_c_writes_nothing(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "agentsd.cli", "generate", "a zebra", "-o", "a.png", "--steps", "999"],
         cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # A test run in the background of a script is started with SIGINT ignored, which its children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     # Wait for the progress bar: the picture is being drawn.
     seen = ""
