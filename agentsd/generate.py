@@ -37,7 +37,8 @@ METADATA_KEY = "agentsd"
 """Text chunk of a saved PNG that holds its settings, as JSON."""
 
 _USUAL_ROUNDS, _SECONDS_ENOUGH = 3, 300.0
-_STEADY = 1.15  # rounds of one method that differ by more than this factor make rough figures
+STEADY = 1.15
+"""Rounds of one method that differ by more than this factor make rough figures, which cannot tell smaller ones."""
 _WARM_UP_STEPS = 4  # the fewest that take PLMS through both phases
 
 
@@ -266,7 +267,7 @@ def unread_part(pipe: Any, prompt: str) -> str:
 def are_steady(drawings: list[Drawing]) -> bool:
     """Whether the times can be trusted: every method ran more than once, and its rounds agree."""
     return all(
-        len(drawing.all_seconds) > 1 and max(drawing.all_seconds) <= _STEADY * min(drawing.all_seconds)
+        len(drawing.all_seconds) > 1 and max(drawing.all_seconds) <= STEADY * min(drawing.all_seconds)
         for drawing in drawings
     )
 

@@ -52,8 +52,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--share", action="store_true", help="make a public address, through Gradio's servers")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 elsewhere")
-    parser.add_argument("--max-size", type=_multiple_of_8, default=1024, metavar="PX", help="default: %(default)s")
-    parser.add_argument("--max-steps", type=_positive, default=150, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--max-size",
+        type=_multiple_of_8,
+        default=1024,
+        metavar="PX",
+        help="largest height and width that may be asked for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-steps",
+        type=_positive,
+        default=150,
+        metavar="N",
+        help="most steps that may be asked for (default: %(default)s)",
+    )
     return parser
 
 

@@ -262,7 +262,8 @@ def test_distances():
         ((2.0, 2.0), (1.0, 1.0), ["AgentSD was 2.00× as fast", "which agree"]),
         ((2.0, 2.0), (2.5, 2.5), ["AgentSD was slower than Stable Diffusion here (0.80×)", "little to save"]),
         ((2.0, 2.0), (2.0, 2.0), ["took as long", "nothing is gained"]),
-        ((2.0,), (1.0,), ["Rough times: one run each after a warm-up; more timed rounds"]),
+        ((2.0,), (1.9,), ["took about as long as Stable Diffusion (1.05×), as far as rough times can tell"]),
+        ((2.0,), (1.0,), ["AgentSD was 2.00× as fast", "Rough times: one run each after a warm-up; more timed rounds"]),
         ((2.0, 3.0), (1.0, 1.0), ["Rough times: the 2 rounds of a method disagree"]),
     ],
 )
@@ -277,6 +278,8 @@ def test_captions():
     assert (figures.speed_up, figures.peak_gb, figures.on_gpu, figures.rough) == (0.5, 1.5, True, True)
     html = captions.figures_html(figures)
     assert "0.50× as fast: slower" in html and "(rough)" in html and "1.50 GB on the GPU" in html
+    close = pictures.Figures.of(drawing("agentsd", (1.9,), 30), drawing("sd", (2.0,)))
+    assert "class='quiet'>1.05× as fast: about the same" in captions.figures_html(close)
     assert "compared with" in captions.figures_html(pictures.Figures.of(first, first))
     assert "<script>" not in captions.message_html("<script>alert(1)</script>", "error")
 

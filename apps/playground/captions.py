@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from .pictures import CLEARLY, Figures
+from .pictures import Figures, least_told_apart
 
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto; }
@@ -37,8 +37,13 @@ def figures_html(figures: Figures) -> str:
     if figures.speed_up is None:
         lines.append("<span class='quiet'>what the others are compared with</span>")
     else:
-        kind = "faster" if figures.speed_up >= CLEARLY else "slower" if figures.speed_up <= 1 / CLEARLY else "quiet"
-        words = {"faster": "as fast", "slower": "as fast: slower", "quiet": "as fast: the same"}[kind]
+        clearly = least_told_apart(figures.rough)
+        kind = "faster" if figures.speed_up >= clearly else "slower" if figures.speed_up <= 1 / clearly else "quiet"
+        words = {
+            "faster": "as fast",
+            "slower": "as fast: slower",
+            "quiet": "as fast: about the same" if figures.rough else "as fast: the same",
+        }[kind]
         lines.append(
             f"<span class='{kind}'>{figures.speed_up:.2f}× {words}</span>"
             + (" <span class='quiet'>(rough)</span>" if figures.rough else "")

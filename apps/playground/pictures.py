@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from agentsd import AgentConfig
-from agentsd.generate import METHODS, Drawing, are_steady
+from agentsd.generate import METHODS, STEADY, Drawing, are_steady
 
 CLEARLY = 1.02
 """Below this factor two times are called equal."""
@@ -47,6 +47,11 @@ def difference_map(first: Image.Image, second: Image.Image, gain: float = 4.0) -
 
 def _levels(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.convert("RGB"), dtype=np.float64)
+
+
+def least_told_apart(rough: bool) -> float:
+    """The smallest factor between two times that is called a difference."""
+    return STEADY if rough else CLEARLY
 
 
 # --- figures under the pictures ---------------------------------------------------------------------------------------
@@ -92,17 +97,21 @@ def verdict(drawings: Sequence[Drawing]) -> str:
     """What the times say of the last method against the first, in one or two plain sentences."""
     first, last = drawings[0], drawings[-1]
     factor = first.seconds / last.seconds
+    steady = are_steady(list(drawings))
+    clearly = least_told_apart(rough=not steady)
     names = METHODS[last.method], METHODS[first.method]
-    if factor >= CLEARLY:
+    if factor >= clearly:
         text = f"{names[0]} was {factor:.2f}× as fast as {names[1]}."
-    elif factor > 1 / CLEARLY:
+    elif factor > 1 / clearly and not steady:
+        text = f"{names[0]} took about as long as {names[1]} ({factor:.2f}×), as far as rough times can tell."
+    elif factor > 1 / clearly:
         text = f"{names[0]} took as long as {names[1]} ({factor:.2f}×): nothing is gained at this size."
     else:
         text = f"{names[0]} was slower than {names[1]} here ({factor:.2f}×)."
     width, height = last.image.size
-    if factor < CLEARLY and max(width, height) <= 512:
+    if factor < clearly and max(width, height) <= 512:
         text += f" At {width} × {height} px these layers have little to save."
-    if not are_steady(list(drawings)):
+    if not steady:
         runs = len(first.all_seconds)
         how = "one run each after a warm-up" if runs == 1 else f"the {runs} rounds of a method disagree"
         text += f" Rough times: {how}" + ("; more timed rounds tell how steady they are." if runs == 1 else ".")

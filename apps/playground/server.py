@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +105,9 @@ def start(
         try:
             models.get(name)
         except Exception as error:  # the page says so, and goes on with the others
-            print(f"agentsd: {error}")
+            print(f"agentsd: {error}", file=sys.stderr)
+    if not any(map(models.loaded, models.names)):
+        print("agentsd: no model could be loaded; the page says so, and tries again when asked", file=sys.stderr)
     studio = Studio(models)
     page = Page(studio, Outputs(Path(_FOLDER) / "outputs"), limits or Limits()).build()
     page.queue(max_size=_QUEUE, default_concurrency_limit=4)
