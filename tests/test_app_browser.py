@@ -84,6 +84,8 @@ def value(window, name):
 def compare(window, prompt="a castle", steps=4):
     fill(window, "prompt", prompt)
     fill(window, "steps", steps)
+    # What an earlier comparison left there must not be taken for this one's end.
+    window.evaluate("document.querySelector('#status .message')?.classList.remove('done')")
     window.locator("#draw").click()
     window.wait_for_selector("#status .message.done", timeout=DRAWN)
 
@@ -93,8 +95,17 @@ def tab(window, name):
 
 
 def download(window, button, folder):
-    with window.expect_download() as info:
-        button.click()
+    """Click a download button until it gives its file: on a busy machine it may be in sight before it has one."""
+    from playwright.sync_api import TimeoutError as NothingCame
+
+    for attempts_left in (2, 1, 0):
+        try:
+            with window.expect_download(timeout=10_000) as info:
+                button.click()
+            break
+        except NothingCame:
+            if not attempts_left:
+                raise
     path = folder / info.value.suggested_filename
     info.value.save_as(path)
     return path
