@@ -7,17 +7,15 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from . import metrics, report
-from .generation import Job, check_space, draw_in_processes, draw_share, missing_pictures, open_folders
+from .generation import Job, check_space, draw_all, draw_share, lock_folder, open_folders
 from .latency import Workload, measure
 from .models import ModelSpec, load_model, pick_device
 from .protocol import (
@@ -25,7 +23,6 @@ from .protocol import (
     PROMPT,
     BenchError,
     Plan,
-    Scenario,
     choose_classes,
     demo_classes,
     imagenet_classes,
@@ -87,7 +84,7 @@ class _Bench:
 
     def run(self) -> int:
         options, plan, first = self.options, self.job.plan, self.processes.rank == 0
-        with _lock(self.folder) if first else contextlib.nullcontext():
+        with lock_folder(self.folder) if first else contextlib.nullcontext():
             scorer = _Scorer(options, plan, self.spec) if first and not options.speed_only else None
             pipe = load_model(self.spec)
             side = plan.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -146,11 +143,7 @@ class _Bench:
         if workers.count > 1:
             draw_share(pipe, self.job, workers.rank, workers.count)
         else:
-            count = self.options.processes or _processes_that_fit(pipe)
-            if count > 1 and pipe.unet.device.type == "cpu" and missing_pictures(self.job):
-                draw_in_processes(self.job, count)
-            else:
-                draw_share(pipe, self.job)
+            draw_all(pipe, self.job, self.options.processes)
         workers.wait()
 
     def _time(self, pipe: Any) -> None:
@@ -180,7 +173,6 @@ class _Scorer:
         weights = Path(options.inception_weights) if options.inception_weights else None
         self.network = metrics.load_features(options.features, device, weights)
         self.reference, self.named = _load_reference(options, plan, self.network)
-        self.device = device
         self.found: dict[str, Any] = {}
 
     def score(self, job: Job, folder: Path) -> None:
@@ -188,26 +180,12 @@ class _Scorer:
         features = {}
         for scenario in tqdm(job.scenarios, desc="features", unit="scenario"):
             features[scenario.name] = self.network.of_files(job.paths(scenario))
-        distance = metrics.FrechetDistance(self.reference, self.device)
-        distances, differences = metrics.bootstrap_distances(
-            distance, features, "sd", self.resamples,
-            progress=lambda steps: tqdm(steps, desc="bootstrap", unit="resample"),
-        )  # fmt: skip
-        key = "fid" if self.network.name == "inception" else "fd"
-        rows = {}
-        for scenario in tqdm(job.scenarios, desc="pairs", unit="scenario"):
-            name, row = scenario.name, {"images": len(self.plan.pictures)}
-            row |= _with_interval(key, distances[name])
-            if name in differences:
-                row |= _with_interval(f"{key}_difference", differences[name])
-                row["psnr"], row["ssim"] = metrics.paired_similarity(job.paths(scenario), job.paths(Scenario("sd")))
-                row["feature_distance"] = metrics.feature_distance(features[name], features["sd"])
-            if self.reference.features is not None:
-                row["kid"], row["kid_deviation"] = metrics.kernel_distance(features[name], self.reference.features)
-            if self.clip is not None:
-                prompts = [picture.prompt for picture in self.plan.pictures]
-                row["clip_score"] = self.clip.of(job.paths(scenario), prompts)
-            rows[name] = row
+        files = {scenario.name: job.paths(scenario) for scenario in job.scenarios}
+        rows = metrics.score_sets(features, files, self.network, self.reference, self.resamples, tqdm)
+        if self.clip is not None:
+            prompts = [picture.prompt for picture in self.plan.pictures]
+            for name, row in rows.items():
+                row["clip_score"] = self.clip.of(files[name], prompts)
         self.found = {
             "features": self.network.name,
             "label": self.network.label,
@@ -238,7 +216,7 @@ def score_two(options: argparse.Namespace) -> str:
     if a.features is not None and len(a.features) == a.count:
         distance = metrics.FrechetDistance(b, device)
         intervals, _ = metrics.bootstrap_distances(distance, {"a": a.features}, "a", options.resamples)
-        row |= _with_interval(key, intervals["a"])
+        row |= intervals["a"].as_row(key)
     else:
         row[key] = metrics.frechet_distance(a, b)
     if a.features is not None and b.features is not None:
@@ -321,8 +299,8 @@ def _load_reference(
                 "the demo model's own reference holds EfficientNet-Lite0 features: take --features efficientnet-lite0, "
                 "or give the training pictures with --reference (eval/make_demo_reference.py --pictures writes them)"
             )
-        every = metrics.load_statistics(DEMO_REFERENCE, network).features
-        chosen = metrics.statistics_of(every[[index for index, _ in plan.classes]])
+        every = metrics.load_named_features(DEMO_REFERENCE, network)
+        chosen = metrics.statistics_of(every.of([name for _, name in plan.classes]))
         return chosen, "the demo model's training pictures of the same names"
     path = Path(options.reference)
     if path.suffix == ".npz":
@@ -331,10 +309,6 @@ def _load_reference(
     features = network.of_files(files, lambda steps: tqdm(steps, desc="reference", unit="batch"))
     which = f", the first {options.reference_per_class} of each class" if options.reference_per_class else ""
     return metrics.statistics_of(features), f"{path}{which}"
-
-
-def _with_interval(key: str, interval: metrics.Interval) -> dict[str, Any]:
-    return {key: interval.value, f"{key}_ci": [interval.low, interval.high]}
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -361,36 +335,3 @@ class _Processes:
         """For all of them to get here."""
         if self.state is not None:
             self.state.wait_for_everyone()
-
-
-def _processes_that_fit(pipe: Any) -> int:
-    """How many processes may draw on this CPU: one per core, as long as each can hold model and pictures."""
-    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    weights = sum(weight.numel() * weight.element_size() for part in networks for weight in part.parameters())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 1
-    return int(np.clip(free // (3 * weights + 10**9), 1, cores))
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keep a second run out of the folder; the system lets go of the lock of a process that was killed."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise BenchError(f"{folder} cannot be written to ({error.strerror or error}): give another --out") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BenchError(f"{folder}: another run is at work there; wait for it, or give another --out") from None
-        yield

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import warnings
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # from eval/ to the repository, where `eval` is a package
+
+from eval.command import run_command  # noqa: E402
 
 _ALL = "sd,sd-naive,tomesd,agentsd,mean-value,no-attention"
 PRESETS = {
@@ -29,30 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 stopped or failed on the way, 2 wrong input."""
     command = sys.argv[1:] if arguments is None else arguments
     options = _options(command)
-    for category in (FutureWarning, DeprecationWarning):  # between libraries; not the user's business
-        warnings.filterwarnings("ignore", category=category)
-    from eval import bench  # heavy imports, so that --help and wrong arguments answer at once
-    from eval.protocol import BenchError
 
-    try:
+    def work() -> int:
+        from eval import bench  # heavy imports, so that --help and wrong arguments answer at once
+
         return bench.run(options, " ".join(["python eval/fid_bench.py", *command]))
-    except BenchError as error:
-        print(f"fid_bench: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fid_bench: stopped; the same command goes on from here", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # of `fid_bench.py … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        print(f"fid_bench: {error}; once that is put right, the same command goes on from here", file=sys.stderr)
-        return 2
-    except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        print("fid_bench: out of memory: try a smaller --size or --batch-size, or --dtype float16", file=sys.stderr)
-        return 1
+
+    return run_command("fid_bench", work)
 
 
 def _options(command: list[str]) -> argparse.Namespace:

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -119,6 +120,31 @@ def _threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def draw_all(pipe: Any, job: Job, processes: int | None = None) -> None:
+    """Draw what is missing, on a CPU in several processes; None takes as many as it has cores and memory for.
+
+    Raises:
+        BenchError: as draw_share and draw_in_processes.
+    """
+    count = processes or _processes_that_fit(pipe)
+    if count > 1 and pipe.unet.device.type == "cpu" and missing_pictures(job):
+        draw_in_processes(job, count)
+    else:
+        draw_share(pipe, job)
+
+
+def _processes_that_fit(pipe: Any) -> int:
+    """How many processes may draw on this CPU: one per core, as long as each can hold model and pictures."""
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    weights = sum(weight.numel() * weight.element_size() for part in networks for weight in part.parameters())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 1
+    return int(np.clip(free // (3 * weights + 10**9), 1, cores))
+
+
 def draw_in_processes(job: Job, processes: int) -> None:
     """draw_share in so many processes of this machine, for CPUs: one thread each is faster than one process with many.
 
@@ -147,7 +173,7 @@ def _work(job: Job, rank: int, processes: int, parent: int) -> None:
     try:
         draw_share(load_model(job.spec), job, rank, processes, parent)
     except BenchError as error:
-        print(f"fid_bench: {error}", file=sys.stderr)
+        print(f"drawing: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(1) from None
@@ -236,6 +262,31 @@ def open_folder(folder: Path, manifest: dict[str, Any]) -> None:
         raise BenchError(f"{path} is damaged ({error}): remove the folder, or give another --out") from error
     except OSError as error:
         raise _unwritable(folder, error) from error
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder; the system lets go of the lock of a process that was killed.
+
+    Raises:
+        BenchError: another run is at work there, or it cannot be written to.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise BenchError(f"{folder} cannot be written to ({error.strerror or error}): give another --out") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BenchError(f"{folder}: another run is at work there; wait for it, or give another --out") from None
+        yield
 
 
 def check_space(folder: Path, pictures: int, pixels: int) -> None:

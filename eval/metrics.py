@@ -263,6 +263,50 @@ def load_statistics(path: Path, network: FeatureNetwork) -> Statistics:
     return found
 
 
+@dataclass(frozen=True)
+class NamedFeatures:
+    """Features of pictures with a name each, several pictures to a name or one.
+
+    Attributes:
+        names: of each row.
+        features: [R, D].
+    """
+
+    names: tuple[str, ...]
+    features: np.ndarray
+
+    def of(self, names: Iterable[str]) -> np.ndarray:
+        """The rows of these names, name by name. Raises BenchError for a name that has none."""
+        rows = []
+        for name in names:
+            own = [i for i, other in enumerate(self.names) if other == name]
+            if not own:
+                known = list(dict.fromkeys(self.names))
+                raise BenchError(
+                    f"{name!r}: the reference has no picture of that name, only of {len(known)} others: "
+                    f"{', '.join(known[:8])}{' …' if len(known) > 8 else ''}"
+                )
+            rows += own
+        return self.features[rows]
+
+
+def load_named_features(path: Path, network: FeatureNetwork) -> NamedFeatures:
+    """A .npz with names and features, as eval/make_demo_reference.py writes.
+
+    Raises:
+        BenchError: as load_statistics, or it has no names, or not as many as features.
+    """
+    features = load_statistics(path, network).features
+    with np.load(path, allow_pickle=False) as file:
+        names = tuple(str(name) for name in file["names"]) if "names" in file else ()
+    if features is None or len(names) != len(features):
+        raise BenchError(
+            f"{path}: has {len(names)} names for {0 if features is None else len(features)} pictures' features: give a "
+            "file such as eval/make_demo_reference.py writes"
+        )
+    return NamedFeatures(names, features)
+
+
 def save_statistics(path: Path, statistics: Statistics, network: FeatureNetwork) -> None:
     """Write a .npz that pytorch-fid reads too; with up to 10,000 of the features, in half precision, for KID."""
     step = max(1, -(-len(statistics.features) // _KEPT_FEATURES))
@@ -407,6 +451,10 @@ class Interval:
     low: float
     high: float
 
+    def as_row(self, key: str) -> dict[str, Any]:
+        """As a report's columns: the value under the key, the interval under key_ci."""
+        return {key: self.value, f"{key}_ci": [self.low, self.high]}
+
 
 def bootstrap_distances(
     distance: FrechetDistance,
@@ -460,6 +508,43 @@ def _float64_device(device: Any) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device  # which has no float64
 
 
+# --- features -> names ------------------------------------------------------------------------------------------------
+
+
+def nearest_names(features: np.ndarray, reference: NamedFeatures) -> list[str]:
+    """For each picture the name of the reference picture most like it.
+
+    Likeness is the cosine of the features less their mean over the reference, in which every name counts once: all
+    drawings on white have much in common, and what they have in common says nothing about the name.
+
+    Args:
+        features: [N, D].
+
+    Returns:
+        N names; "a or b" where pictures of several names are exactly as near, as for one that is like none.
+    """
+    names = list(dict.fromkeys(reference.names))
+    owner = np.array([names.index(name) for name in reference.names])
+    centre = np.mean([reference.features[owner == i].mean(0) for i in range(len(names))], axis=0)
+
+    def directions(rows: np.ndarray) -> np.ndarray:
+        rows = rows - centre
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
+
+    cosines = directions(features) @ directions(reference.features).T
+    by_name = np.stack([cosines[:, owner == i].max(axis=1) for i in range(len(names))], axis=1)
+    nearest = by_name >= by_name.max(axis=1, keepdims=True) - 1e-9  # equal rows may differ in the last bits
+    return [" or ".join(name for name, near in zip(names, row) if near) for row in nearest]
+
+
+def wilson_interval(successes: int, trials: int) -> Interval:
+    """A share with its 95 % score interval (Wilson, J. Am. Stat. Assoc. 22, 1927), sound also at 0 and 1."""
+    z, share = 1.959963984540054, successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
 # --- pairs of pictures, and prompts -----------------------------------------------------------------------------------
 
 
@@ -491,6 +576,43 @@ def feature_distance(features: np.ndarray, baseline: np.ndarray) -> float:
     """Mean over pairs of 1 − cosine similarity of their features: 0 where all pairs are equal."""
     norms = np.linalg.norm(features, axis=1) * np.linalg.norm(baseline, axis=1)
     return float((1 - (features * baseline).sum(1) / norms.clip(min=1e-12)).mean())
+
+
+def score_sets(
+    features: dict[str, np.ndarray],
+    files: dict[str, Sequence[Path]],
+    network: FeatureNetwork,
+    reference: Statistics,
+    resamples: int = 200,
+    progress: Callable[..., Iterable] = lambda steps, **_: steps,
+) -> dict[str, dict[str, Any]]:
+    """Every score of sets of pictures against a reference and, paired, against the set named "sd".
+
+    Args:
+        features: set to [N, D], rows of the same prompt and seed in the same place.
+        files: set to the same pictures' files.
+        network: that made the features.
+        progress: called with the steps, desc and unit, as tqdm.
+
+    Returns:
+        Set to its row of a report: images, fid or fd with interval and difference, psnr, ssim, feature_distance, kid.
+    """
+    distance = FrechetDistance(reference, network.device)
+    distances, differences = bootstrap_distances(
+        distance, features, "sd", resamples, progress=lambda steps: progress(steps, desc="bootstrap", unit="resample")
+    )
+    key = "fid" if network.name == "inception" else "fd"
+    rows = {}
+    for name in progress(list(features), desc="pairs", unit="scenario"):
+        row = {"images": len(features[name])} | distances[name].as_row(key)
+        if name in differences:
+            row |= differences[name].as_row(f"{key}_difference")
+            row["psnr"], row["ssim"] = paired_similarity(files[name], files["sd"])
+            row["feature_distance"] = feature_distance(features[name], features["sd"])
+        if reference.features is not None:
+            row["kid"], row["kid_deviation"] = kernel_distance(features[name], reference.features)
+        rows[name] = row
+    return rows
 
 
 class ClipScore:

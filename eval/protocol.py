@@ -207,7 +207,7 @@ def imagenet_classes() -> list[str]:
 def demo_classes() -> list[str]:
     """The names that the demo model was trained to draw, all of them ImageNet classes, in the reference's order."""
     with np.load(DEMO_REFERENCE) as file:
-        return [str(name) for name in file["names"]]
+        return list(dict.fromkeys(str(name) for name in file["names"]))  # a name may have several pictures
 
 
 def choose_classes(names: Sequence[str], count: int) -> tuple[tuple[int, str], ...]:

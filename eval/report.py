@@ -228,12 +228,23 @@ def as_csv(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def table(rows: Sequence[dict[str, Any]], label: str = "") -> str:
-    """The rows as a Markdown table; columns without any value are left out."""
-    columns = [column for column in COLUMNS if any(row.get(column[0]) not in (None, "") for row in rows)]
+def table(
+    rows: Sequence[dict[str, Any]],
+    label: str = "",
+    columns: Sequence[tuple[str, str, str]] = COLUMNS,
+    texts: Sequence[str] = ("scenario", "note"),
+) -> str:
+    """The rows as a Markdown table; columns without any value are left out.
+
+    Args:
+        label: of the Fréchet distance.
+        columns: as COLUMNS.
+        texts: keys of the columns that hold words, which stand to the left.
+    """
+    columns = [column for column in columns if any(row.get(column[0]) not in (None, "") for row in rows)]
     lines = [
         "| " + " | ".join(heading.format(label=label) for _, heading, _ in columns) + " |",
-        "|" + "|".join(" --- " if key in ("scenario", "note") else " ---: " for key, _, _ in columns) + "|",
+        "|" + "|".join(" --- " if key in texts else " ---: " for key, _, _ in columns) + "|",
     ]
     for row in rows:
         lines.append("| " + " | ".join(_cell(row.get(key), form) for key, _, form in columns) + " |")

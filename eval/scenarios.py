@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,38 +82,51 @@ def _naive_attention(pipe: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _control(pipe: Any, scenario: Scenario) -> Iterator[None]:
     """agentsd's patch, with another processor on its layers for the length of each UNet call in the agent phase."""
-    unet = pipe.unet
     stand_in = _STAND_INS[scenario.method]()
-    num_train_timesteps = pipe.scheduler.config.num_train_timesteps
     with agentsd.patched(pipe, scenario.config):
-        layers = {module: module.processor for module in _patched_layers(unet)}
+        layers = _patched_layers(pipe.unet)
+        # Its hook runs after the patch's own pre-hook, which looks whether its processors are still there.
+        with in_agent_phase(pipe, scenario.config, {layer: stand_in for layer in layers.values()}):
+            yield
 
-        # Runs after the patch's own pre-hook, which looks whether its processors are still there.
-        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            timestep = float(kwargs["timestep"] if "timestep" in kwargs else args[1])
-            if scenario.config.phase_at(timestep, num_train_timesteps) is agentsd.Phase.AGENT:
-                for layer in layers:
-                    layer.processor = stand_in
 
-        def leave(*_: Any) -> None:
-            for layer, processor in layers.items():
+@contextlib.contextmanager
+def in_agent_phase(pipe: Any, config: agentsd.AgentConfig, stand_ins: Mapping[Attention, Any]) -> Iterator[None]:
+    """Other processors on these layers for the length of each UNet call in the agent phase; afterwards those before.
+
+    Args:
+        pipe: a pipeline, patched or not.
+        config: says which timesteps the agent phase is.
+        stand_ins: layer of the pipeline's UNet to the processor that stands in.
+    """
+    unet = pipe.unet
+    num_train_timesteps = pipe.scheduler.config.num_train_timesteps
+    before = {layer: layer.processor for layer in stand_ins}
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        timestep = float(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        if config.phase_at(timestep, num_train_timesteps) is agentsd.Phase.AGENT:
+            for layer, processor in stand_ins.items():
                 layer.processor = processor
 
-        handles = [
-            unet.register_forward_pre_hook(enter, with_kwargs=True),
-            unet.register_forward_hook(leave, always_call=True),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def leave(*_: Any) -> None:
+        for layer, processor in before.items():
+            layer.processor = processor
+
+    handles = [
+        unet.register_forward_pre_hook(enter, with_kwargs=True),
+        unet.register_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
 def _limit(pipe: Any) -> Iterator[None]:
-    with agentsd.patched(pipe):
-        layers = _patched_layers(pipe.unet)
+    layers = full_resolution_layers(pipe).values()
     before = [layer.processor for layer in layers]
     for layer in layers:
         layer.processor = NoMixingProcessor()
@@ -124,12 +137,18 @@ def _limit(pipe: Any) -> Iterator[None]:
             layer.processor = processor
 
 
-def _patched_layers(unet: nn.Module) -> list[Attention]:
-    return [
-        module
-        for module in unet.modules()
+def full_resolution_layers(pipe: Any) -> dict[str, Attention]:
+    """The self-attention layers of an unpatched pipeline's UNet that agentsd patches by default, by module name."""
+    with agentsd.patched(pipe):
+        return _patched_layers(pipe.unet)
+
+
+def _patched_layers(unet: nn.Module) -> dict[str, Attention]:
+    return {
+        name: module
+        for name, module in unet.named_modules()
         if isinstance(module, Attention) and type(module.processor).__name__ == "AgentAttnProcessor"
-    ]
+    }
 
 
 @contextlib.contextmanager

@@ -210,6 +210,7 @@ def _wrong(*arguments: str) -> list[str]:
 def test_wrong_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "draw_share", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(bench, "draw_all", lambda *_: pytest.fail("work began"))
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("work began"))
     assert main(_wrong(*arguments)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -224,7 +225,7 @@ def test_the_demo_models_reference_is_not_for_inception(tmp_path, capsys, monkey
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
-    with bench._lock(tmp_path):
+    with bench.lock_folder(tmp_path):
         assert main(_wrong("--speed-only", "--out", str(tmp_path))) == 2
     assert "another run is at work there" in capsys.readouterr().err
 

@@ -135,7 +135,7 @@ def test_two_processes_draw_the_same_files(undisturbed, pipe, model, tmp_path):
 def test_a_failed_process_says_why_and_is_reported(model, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         generation._work(make_job(model, tmp_path / "not made"), 0, 1, os.getppid())
-    assert stopped.value.code == 2 and "fid_bench: " in capsys.readouterr().err
+    assert stopped.value.code == 2 and "drawing: " in capsys.readouterr().err
     monkeypatch.setattr(generation, "_work", sys.exit)
     with pytest.raises(BenchError, match=r"1 of 1 drawing processes failed \(exit code"):
         draw_in_processes("no job", 1)
