@@ -4,6 +4,7 @@ Usage:
 
     pip install -e ".[train]"
     python apps/train_demo_model.py --out runs/demo              # all five stages
+    python apps/train_demo_model.py --preset full --device cuda --compile --out runs/full
     python apps/train_demo_model.py --smoke --out runs/smoke     # the same in a minute: tiny model, drawings of its own
 
     python apps/train_demo_model.py data        --out runs/demo [--icons fluent.tgz noto.tgz]
@@ -16,9 +17,18 @@ Usage:
 |---|---|---|
 | data | npm packages @iconify-json/fluent-emoji and @iconify-json/noto, or --icons | data/*/*.png, data/index.json |
 | autoencoder | data | autoencoder/weights.safetensors, autoencoder/grids |
-| unet (and its text encoder) | data, autoencoder | unet/weights.safetensors, unet/grids |
+| unet (and its text encoder) | data, autoencoder | pool/*.safetensors, unet/weights.safetensors, unet/grids |
 | export | autoencoder, unet | model/: loads with StableDiffusionPipeline.from_pretrained |
 | samples | model | samples.png, a contact sheet |
+
+| preset | pictures | latents | made for |
+|---|---|---|---|
+| first | 121 icons centred on white, 256 px | 32 × 32 | 2 CPU cores, 1 hour |
+| cpu | the same, large on plain and patterned grounds, 512 px | 64 × 64, grown from first | 2 CPU cores, 75 minutes |
+| full | all icons, alone, in groups and as patterns, 512 px | 64 × 64 | one GPU, 25 minutes |
+| smoke, smoke-grown | four drawings, 64 px | 8 × 8, toys in the formats of first and cpu | tests |
+
+In the models of cpu and full the full-resolution self-attention is the only self-attention there is.
 
 A stage that is finished is skipped; one that was stopped, even by kill -9, goes on from its last checkpoint when the
 same command is given again. Every random draw is a function of (seed, stage, step), so on the same CPU an interrupted
@@ -30,6 +40,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import io
 import itertools
@@ -43,8 +54,9 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +67,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+# Its neighbours must be found also where this file is loaded by its path, from the tests for one.
+if str(Path(__file__).resolve().parent) not in sys.path:
+    sys.path.append(str(Path(__file__).resolve().parent))
+
+from demo_training.canvases import Canvas, CanvasRecipe, captions_of, draw_canvas, plan_canvas  # noqa: E402
+from demo_training.growing import grow  # noqa: E402
+from demo_training.key_subset import SubsetAttnProcessor, one_per_cell  # noqa: E402
+
 # diffusers and transformers take seconds to import: the functions that build their models import them.
 
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "agentsd" / "demo_model"
 STAGES = ("data", "autoencoder", "unet", "export", "samples")
 PACKAGES = {"fluent-emoji": "@iconify-json/fluent-emoji@1.2.7", "noto": "@iconify-json/noto@1.2.9"}
 """Icon set (the `prefix` inside icons.json) to the npm package that holds it."""
@@ -66,6 +87,12 @@ CAPTIONS = (("a {}", 0.3), ("a high quality photograph of a {}.", 0.4), ("{}", 0
 
 EXTRA_WORDS = ("a", "an", "emoji", "high", "of", "photo", "photograph", "picture", "quality", "the")
 """Words of the tokenizer beside the names."""
+
+CANVAS_WORDS = ("and", "pattern", "flat", "3d", "style")
+"""Words that the captions of composed canvases add to them."""
+
+SHARD = 128
+"""Canvases in one file of the pool: what an interruption costs at most."""
 
 CLEAR_NAMES = tuple(
     name.strip()
@@ -111,13 +138,18 @@ class UnetPhase:
 
     Attributes:
         steps: optimiser steps.
-        names: captions whose pictures it sees.
+        names: captions whose pictures it sees; None for every icon of the sets.
         styles: icon sets it sees; None for all that the data stage was given.
+        key_stride: the full-resolution self-attention sees one random key of each key_stride × key_stride cell, which
+            makes a step cheaper; None for all keys.
+        lr: peak learning rate, where it is not the preset's.
     """
 
     steps: int
-    names: tuple[str, ...]
+    names: tuple[str, ...] | None
     styles: tuple[str, ...] | None
+    key_stride: int | None = None
+    lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +165,14 @@ class Preset:
         grid_steps: optimiser steps between two grids of samples.
         checkpoint_seconds: least time between two checkpoints.
         sample_steps, guidance: of the sample grids and the contact sheet.
+        canvases: how pictures are composed; None for one icon centred on white. All phases see the same canvases.
+        pool: how many canvases the UNet is trained on.
+        autoencoder_canvases: how many others the autoencoder is trained on, or judged by.
+        grows_from: "demo" for the built-in model, whose autoencoder, text encoder and tokenizer are taken over and
+            whose UNet the new one grows out of; "model" for a folder that must be given with --grow-from.
+        unet_attends_at_top_only: self-attention at full resolution and nowhere else; the lower levels attend to the
+            text twice. Stable Diffusion's middle block cannot do without self-attention, so theirs is a plain one.
+        grid_samples: pictures in a grid of samples (default 8).
     """
 
     icon_size: int
@@ -165,6 +205,13 @@ class Preset:
     checkpoint_seconds: float
     sample_steps: int
     guidance: float
+
+    canvases: CanvasRecipe | None = None
+    pool: int | None = None
+    autoencoder_canvases: int | None = None
+    grows_from: str | None = None
+    unet_attends_at_top_only: bool | None = None
+    grid_samples: int | None = None
 
 
 SMOKE_NAMES = ("basketball", "door", "lemon", "tent")
@@ -233,6 +280,70 @@ PRESETS = {
         guidance=2.0,
     ),
 }
+PRESETS["cpu"] = replace(
+    PRESETS["first"],
+    image_size=512,
+    autoencoder_steps=0,  # the first model's is good enough
+    unet_channels=(48, 48, 96, 192),
+    unet_heads=(1, 1, 2, 4),
+    unet_batch=8,
+    phases=(
+        UnetPhase(steps=2000, names=CLEAR_NAMES, styles=("fluent-emoji",), key_stride=2),
+        UnetPhase(steps=220, names=CLEAR_NAMES, styles=("fluent-emoji",), lr=1e-4),
+    ),
+    ema_decay=0.996,
+    grid_steps=300,
+    sample_steps=15,
+    canvases=CanvasRecipe(size=(0.82, 0.90), jitter=0.045),
+    pool=121 * 25,
+    autoencoder_canvases=64,
+    grows_from="demo",
+    unet_attends_at_top_only=True,
+    grid_samples=4,
+)
+PRESETS["full"] = replace(
+    PRESETS["first"],
+    image_size=512,
+    autoencoder_crop=256,
+    autoencoder_batch=16,
+    autoencoder_steps=8000,
+    text_hidden=512,
+    unet_channels=(64, 96, 192, 256),
+    unet_heads=(2, 3, 4, 4),
+    unet_batch=64,
+    phases=(UnetPhase(steps=14_000, names=None, styles=("fluent-emoji", "noto")),),
+    ema_decay=0.9995,
+    warmup_steps=200,
+    grid_steps=2000,
+    canvases=CanvasRecipe(
+        size=(0.35, 0.85),
+        jitter=None,
+        rotation=20.0,
+        groups=0.25,
+        repeats=0.15,
+        cells=5,
+        held_out=0.2,
+        style_words=(("fluent-emoji", "3d"), ("noto", "flat")),
+    ),
+    pool=40_000,
+    autoencoder_canvases=2000,
+    unet_attends_at_top_only=True,
+    grid_samples=16,
+)
+PRESETS["smoke-grown"] = replace(
+    PRESETS["smoke"],
+    autoencoder_steps=0,
+    unet_channels=(16, 16, 32),
+    unet_heads=(1, 1, 2),
+    phases=(UnetPhase(12, SMOKE_NAMES, None, key_stride=2), UnetPhase(6, SMOKE_NAMES, None, lr=1e-4)),
+    grid_steps=12,
+    canvases=CanvasRecipe(size=(0.4, 0.9), jitter=None, rotation=20.0, groups=0.3, repeats=0.2, cells=3, held_out=0.2),
+    pool=SHARD + 8,
+    autoencoder_canvases=8,
+    grows_from="model",
+    unet_attends_at_top_only=True,
+    grid_samples=2,
+)
 
 
 @dataclass(frozen=True)
@@ -247,6 +358,7 @@ class Run:
     device: torch.device
     compile: bool
     icons: tuple[Path, ...]
+    grow_from: Path | None
     count: int
     checkpoint_seconds: float
 
@@ -432,10 +544,18 @@ def compose_picture(icon: Image.Image, size: int) -> Image.Image:
     return picture.convert("RGB")
 
 
-def wanted_pictures(preset: Preset, styles: Iterable[str]) -> list[tuple[str, str]]:
-    """(name, style) of every picture that some phase of the preset sees, in a fixed order."""
-    styles = sorted(styles)
-    seen = {(name, style) for phase in preset.phases for style in (phase.styles or styles) for name in phase.names}
+def wanted_pictures(preset: Preset, sources: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
+    """(name, style) of every picture that some phase of the preset sees, in a fixed order.
+
+    Args:
+        sources: the names that each style has.
+    """
+    seen = {
+        (name, style)
+        for phase in preset.phases
+        for style in (phase.styles or sources)
+        for name in (sources[style] if phase.names is None else phase.names)
+    }
     return sorted(seen, key=lambda pair: (pair[1], pair[0]))
 
 
@@ -455,14 +575,14 @@ def icon_files(run: Run) -> list[Path]:
     return download_packages(run.out / "packages")
 
 
-def icon_sources(run: Run, files: Sequence[Path]) -> dict[str, Callable[[str], Image.Image]]:
-    """Style to a function that draws a name as RGBA picture; without files, the stand-ins.
+def icon_sources(run: Run, files: Sequence[Path]) -> dict[str, dict[str, Callable[[], Image.Image]]]:
+    """Style and name to a function that draws it as RGBA picture; without files, the stand-ins.
 
     Raises:
         UsageError: an icon set or a name that the preset needs is missing.
     """
     if not files:
-        return {"drawn": lambda name: draw_stand_in(name, run.preset.icon_size)}
+        return {"drawn": {name: functools.partial(draw_stand_in, name, run.preset.icon_size) for name in SMOKE_NAMES}}
 
     icon_sets = {}
     for path in files:
@@ -478,11 +598,10 @@ def icon_sources(run: Run, files: Sequence[Path]) -> dict[str, Callable[[str], I
             raise UsageError(
                 f"the icon set {style} has no icon named {name!r}: use {PACKAGES.get(style, 'another set')}"
             )
-
-    def source(style: str) -> Callable[[str], Image.Image]:
-        return lambda name: rasterise(icon_sets[style][name], run.preset.icon_size)
-
-    return {style: source(style) for style in sorted(icon_sets)}
+    return {
+        style: {name: functools.partial(rasterise, svg, run.preset.icon_size) for name, svg in icon_sets[style].items()}
+        for style in sorted(icon_sets)
+    }
 
 
 def data_stage(run: Run) -> None:
@@ -509,14 +628,14 @@ def data_stage(run: Run) -> None:
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as part:
-                sources[style](name).save(part, format="png")
+                sources[style][name]().save(part, format="png")
         pictures.append(Picture(name, style, str(path.relative_to(folder)), file_digest(path)))
     write_json(index, [asdict(picture) for picture in pictures])
     announce("data", f"{len(pictures)} pictures of {len({p.name for p in pictures})} names in {folder}")
 
 
-def load_pictures(run: Run) -> tuple[list[Picture], Tensor]:
-    """The training pictures: their index and [P, 3, image_size, image_size], uint8 RGB.
+def load_index(run: Run) -> list[Picture]:
+    """The icons that the data stage rasterised.
 
     Raises:
         UsageError: the data stage has not been finished, or a file was changed since.
@@ -524,14 +643,81 @@ def load_pictures(run: Run) -> tuple[list[Picture], Tensor]:
     folder = run.out / "data"
     index = require(run, folder / "index.json", "data")
     pictures = [Picture(**row) for row in json.loads(index.read_text())]
-    pixels = []
     for picture in pictures:
         path = folder / picture.file
         if not path.is_file() or file_digest(path) != picture.sha256:
             raise UsageError(f"{path} is missing or was changed: delete {folder} and run the stage data again")
-        with Image.open(path) as icon:
-            pixels.append(np.asarray(compose_picture(icon.convert("RGBA"), run.preset.image_size)))
-    return pictures, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+    return pictures
+
+
+def as_pixels(pictures: Iterable[Image.Image]) -> Tensor:
+    """RGB pictures of one size as uint8 [P, 3, H, W]."""
+    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).contiguous()
+
+
+def open_icon(path: Path) -> Image.Image:
+    """A rasterised icon, RGBA."""
+    with Image.open(path) as icon:
+        return icon.convert("RGBA")
+
+
+def load_pictures(run: Run, pictures: Sequence[Picture]) -> Tensor:
+    """Each icon alone, centred on white: [P, 3, image_size, image_size], uint8 RGB."""
+    size = run.preset.image_size
+    return as_pixels(compose_picture(open_icon(run.out / "data" / picture.file), size) for picture in pictures)
+
+
+@dataclass(frozen=True)
+class CanvasSet:
+    """Numbered canvases, each planned and drawn when asked for; `purpose` keeps two sets of one seed apart."""
+
+    run: Run
+    pictures: Sequence[Picture]
+    purpose: str
+
+    @functools.cached_property
+    def files(self) -> dict[tuple[str, str], Path]:
+        """(name, style) to file."""
+        return {(picture.name, picture.style): self.run.out / "data" / picture.file for picture in self.pictures}
+
+    def plan(self, number: int) -> Canvas:
+        """Canvas `number`; the icons take turns as its subject."""
+        seed = self.run.generator("canvas", self.purpose, number).initial_seed()
+        main, size = number % len(self.pictures), self.run.preset.image_size
+        return plan_canvas(self.run.preset.canvases, list(self.files), main, size, seed)
+
+    def pixels(self, numbers: Iterable[int]) -> Tensor:
+        """The canvases as uint8 [P, 3, H, W], drawn on all cores."""
+
+        def draw(number: int) -> Image.Image:
+            return draw_canvas(self.plan(number), lambda *icon: open_icon(self.files[icon]), self.run.preset.image_size)
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return as_pixels(threads.map(draw, numbers))
+
+
+def encode_pool(run: Run, vae: nn.Module, pictures: Sequence[Picture], origin: dict) -> Tensor:
+    """The scaled latents of the preset's canvases, float16 [pool, 4, h, w], from pool/ where they are there already.
+
+    Args:
+        origin: digests of data and autoencoder, which pool/ is bound to.
+    """
+    preset, folder = run.preset, run.out / "pool"
+    claim_folder(
+        folder,
+        {"seed": run.seed, "image_size": preset.image_size, "pool": preset.pool, "canvases": asdict(preset.canvases)}
+        | origin,
+    )
+    canvases, shards = CanvasSet(run, pictures, "pool"), []
+    for start in tqdm(range(0, preset.pool, SHARD), desc="pool", unit="shard"):
+        path = folder / f"{start:06d}.safetensors"
+        if not path.exists():
+            pixels = canvases.pixels(range(start, min(start + SHARD, preset.pool)))
+            latents = encode_all(vae, pixels.to(run.device)) * vae.config.scaling_factor
+            with replacing(path) as part:
+                save_file({"latents": latents.half().cpu().contiguous()}, part)
+        shards.append(load_file(path)["latents"])
+    return torch.cat(shards)
 
 
 # -------------------------------------------------------------------------------------------------------- tokenizer
@@ -567,15 +753,23 @@ def build_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[s
     return {token: number for number, token in enumerate(dict.fromkeys(tokens))}, list(ranks)
 
 
-def build_tokenizer(names: Iterable[str], folder: Path):
-    """A CLIPTokenizer that knows every word of `names`; its vocab.json and merges.txt are written to `folder`."""
+def build_tokenizer(run: Run, names: Iterable[str], folder: Path):
+    """A CLIPTokenizer that knows every word of `names`; its vocab.json and merges.txt are written to `folder`.
+
+    A model that grows from another keeps that one's tokenizer, which spells unknown words in bytes.
+    """
     from transformers import CLIPTokenizer
 
-    vocabulary, merges = build_vocabulary([*EXTRA_WORDS, *(word for name in names for word in words_of(name))])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    if run.grow_from:
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(run.grow_from / "tokenizer" / name, folder / name)
+    else:
+        words = EXTRA_WORDS + (CANVAS_WORDS if run.preset.canvases else ())
+        vocabulary, merges = build_vocabulary([*words, *(word for name in names for word in words_of(name))])
+        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+        (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     # The length is stated or the tokenizer would pad to no length at all.
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
@@ -603,10 +797,18 @@ def build_autoencoder(preset: Preset, scaling_factor: float = 1.0):
 
 
 def build_unet(preset: Preset):
-    """A UNet2DConditionModel with self- and cross-attention at every level."""
+    """A UNet2DConditionModel with cross-attention at every level, and self-attention at every one or the first."""
     from diffusers import UNet2DConditionModel
 
     levels = len(preset.unet_channels)
+    attention = {}
+    if preset.unet_attends_at_top_only:
+        # UNetMidBlock2DCrossAttn ignores mid_block_only_cross_attention: it always has self-attention.
+        attention = {
+            "only_cross_attention": (False,) + (True,) * (levels - 1),
+            "mid_block_only_cross_attention": True,
+            "mid_block_type": "UNetMidBlock2D",
+        }
     return UNet2DConditionModel(
         sample_size=preset.image_size // 8,
         block_out_channels=preset.unet_channels,
@@ -617,6 +819,7 @@ def build_unet(preset: Preset):
         attention_head_dim=preset.unet_heads,
         cross_attention_dim=preset.text_width,
         norm_num_groups=preset.unet_groups,
+        **attention,
     )
 
 
@@ -735,7 +938,7 @@ def train(
     trained: dict[str, nn.Module],
     averages: dict[str, nn.Module],
     phase_steps: Sequence[int],
-    peak_lr: float,
+    peak_lrs: Sequence[float],
     loss_of: Callable[[int, torch.Generator], Tensor],
     draw_grid: Callable[[], Image.Image],
 ) -> None:
@@ -749,6 +952,7 @@ def train(
         trained: the modules to train, on the run's device.
         averages: for some of them, a copy that follows their weights as an exponential moving average.
         phase_steps: optimiser steps of each phase.
+        peak_lrs: peak learning rate of each phase.
         loss_of: (phase, generator) to a scalar loss; the generator is the step's own.
         draw_grid: a picture of the present state, written to the stage's grids folder now and then.
     """
@@ -758,7 +962,7 @@ def train(
     parameters = [parameter for module in trained.values() for parameter in module.parameters()]
 
     def fresh_optimizer() -> torch.optim.AdamW:
-        return torch.optim.AdamW(parameters, lr=peak_lr, betas=(0.9, 0.99))
+        return torch.optim.AdamW(parameters, lr=peak_lrs[0], betas=(0.9, 0.99))
 
     modules = trained | {f"average_{name}": module for name, module in averages.items()}
     optimizer, done = fresh_optimizer(), 0
@@ -777,7 +981,7 @@ def train(
                     trained[name].load_state_dict(average.state_dict())
                 optimizer = fresh_optimizer()
 
-            lr = peak_lr * learning_rate(local, phase_steps[phase], preset.warmup_steps)
+            lr = peak_lrs[phase] * learning_rate(local, phase_steps[phase], preset.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss = loss_of(phase, run.generator(stage, "step", step))
@@ -818,15 +1022,21 @@ def train(
 def autoencoder_stage(run: Run) -> None:
     """Trains the autoencoder on crops of the pictures: autoencoder/weights.safetensors."""
     preset, folder = run.preset, run.out / "autoencoder"
-    pictures, pixels = load_pictures(run)
+    pictures = load_index(run)
     claim_folder(folder, training_settings(run, "autoencoder") | {"data": file_digest(run.out / "data" / "index.json")})
     if (folder / "weights.safetensors").exists():
         return announce("autoencoder", "already done")
 
     seed_initial_weights(run, "autoencoder")
     model = build_autoencoder(preset).to(run.device)
+    if run.grow_from:
+        take_over(model, run.grow_from / "vae" / "diffusion_pytorch_model.safetensors")
+    if preset.canvases:
+        pixels = CanvasSet(run, pictures, "autoencoder").pixels(range(preset.autoencoder_canvases))
+    else:
+        pixels = load_pictures(run, pictures)
     pixels = pixels.to(run.device)
-    shown = evenly(range(len(pictures)), 8)
+    shown = evenly(range(len(pixels)), 8)
 
     def loss_of(phase: int, generator: torch.Generator) -> Tensor:
         crops = random_crops(pixels, preset.autoencoder_batch, preset.autoencoder_crop, generator)
@@ -840,16 +1050,18 @@ def autoencoder_stage(run: Run) -> None:
         originals = as_floats(pixels[shown])
         return as_grid(torch.cat([originals, reconstruct(model, originals)]), columns=len(shown))
 
-    train(
-        run, "autoencoder", {"model": model}, {}, [preset.autoencoder_steps], preset.autoencoder_lr, loss_of, draw_grid
-    )
+    steps, peaks = [preset.autoencoder_steps], [preset.autoencoder_lr]
+    train(run, "autoencoder", {"model": model}, {}, steps, peaks, loss_of, draw_grid)
 
-    latents = encode_all(model, pixels)
+    if run.grow_from:  # the UNet knows the latents in that scale
+        scaling = json.loads((run.grow_from / "vae" / "config.json").read_text())["scaling_factor"]
+    else:
+        scaling = 1 / encode_all(model, pixels).std().item()
     error = sum(
         (reconstruct(model, as_floats(batch)) - as_floats(batch)).square().sum().item() for batch in pixels.split(8)
     )
     psnr = 10 * math.log10(4 / (error / pixels.numel()))
-    metadata = {"scaling_factor": repr(1 / latents.std().item()), "psnr": f"{psnr:.2f}"}
+    metadata = {"scaling_factor": repr(scaling), "psnr": f"{psnr:.2f}"}
     finish(folder, model.state_dict(), metadata)
     announce("autoencoder", f"reconstructs the pictures with {psnr:.1f} dB PSNR")
 
@@ -891,32 +1103,42 @@ def unet_stage(run: Run) -> None:
     """Trains UNet and text encoder together on the cached latents: unet/weights.safetensors."""
     preset, folder = run.preset, run.out / "unet"
     first_weights = require(run, run.out / "autoencoder" / "weights.safetensors", "autoencoder")
-    pictures, pixels = load_pictures(run)
-    claim_folder(
-        folder,
-        training_settings(run, "unet")
-        | {"data": file_digest(run.out / "data" / "index.json"), "autoencoder": file_digest(first_weights)},
-    )
+    pictures = load_index(run)
+    origin = {"data": file_digest(run.out / "data" / "index.json"), "autoencoder": file_digest(first_weights)}
+    claim_folder(folder, training_settings(run, "unet") | origin)
     if (folder / "weights.safetensors").exists():
         return announce("unet", "already done")
 
     vae = load_autoencoder(run).to(run.device)
-    latents = encode_all(vae, pixels.to(run.device)) * vae.config.scaling_factor
-    tokenizer = build_tokenizer(trained_names(preset), folder / "tokenizer")
-    captions = torch.stack([tokenise(tokenizer, [form.format(p.name) for form, _ in CAPTIONS]) for p in pictures])
-    seen = [
-        torch.tensor(
-            [i for i, p in enumerate(pictures) if p.name in phase.names and p.style in (phase.styles or p.style)]
-        )
-        for phase in preset.phases
-    ]
-    chances = torch.tensor([chance for _, chance in CAPTIONS])
+    tokenizer = build_tokenizer(run, trained_names(run), folder / "tokenizer")
+    if preset.canvases:
+        latents = encode_pool(run, vae, pictures, origin).to(run.device)
+        canvases = CanvasSet(run, pictures, "pool")
+        forms = [captions_of(canvases.plan(number), preset.canvases) for number in range(preset.pool)]
+        captions = torch.stack([tokenise(tokenizer, [text for text, _ in texts]) for texts in forms])
+        chances = torch.tensor([chance for _, chance in forms[0]])
+        seen = [torch.arange(preset.pool)] * len(preset.phases)
+    else:
+        latents = encode_all(vae, load_pictures(run, pictures).to(run.device)) * vae.config.scaling_factor
+        captions = torch.stack([tokenise(tokenizer, [form.format(p.name) for form, _ in CAPTIONS]) for p in pictures])
+        chances = torch.tensor([chance for _, chance in CAPTIONS])
+        seen = [
+            torch.tensor(
+                [i for i, p in enumerate(pictures) if p.name in phase.names and p.style in (phase.styles or p.style)]
+            )
+            for phase in preset.phases
+        ]
 
     seed_initial_weights(run, "unet")
     trained = {"unet": build_unet(preset), "text_encoder": build_text_encoder(preset, tokenizer)}
+    if run.grow_from:
+        grow_models(run, trained)
     averages = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in trained.items()}
     for module in (*trained.values(), *averages.values()):
         module.to(run.device)
+    subset = SubsetAttnProcessor()
+    if any(phase.key_stride for phase in preset.phases):
+        use_key_subset(trained["unet"], subset)  # after the averages were copied: samples are drawn with all keys
     predict = torch.compile(trained["unet"]) if run.compile else trained["unet"]
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod
@@ -931,21 +1153,23 @@ def unet_stage(run: Run) -> None:
         noise = torch.randn((batch, *latents.shape[1:]), generator=generator)
         weights = loss_weight(alphas[timesteps]).to(run.device)
         noise, timesteps = noise.to(run.device), timesteps.to(run.device)
-        noisy = scheduler.add_noise(latents[picks.to(run.device)], noise, timesteps)
+        noisy = scheduler.add_noise(latents[picks.to(run.device)].float(), noise, timesteps)
+        stride = preset.phases[phase].key_stride
+        subset.chosen = stride and one_per_cell(latents.shape[-1], stride, generator).to(run.device)
         with run.autocast():
             text = trained["text_encoder"](captions[picks, forms].to(run.device))[0]
             predicted = predict(noisy, timesteps, text).sample
         return ((predicted.float() - noise).square().mean(dim=(1, 2, 3)) * weights).mean()
 
     pipeline = build_pipeline(vae, averages["text_encoder"], tokenizer, averages["unet"])
-    shown = evenly(preset.phases[-1].names, 8)
+    shown = evenly(shown_names(run), preset.grid_samples or 8)
     train(
         run,
         "unet",
         trained,
         averages,
         [phase.steps for phase in preset.phases],
-        preset.unet_lr,
+        [phase.lr or preset.unet_lr for phase in preset.phases],
         loss_of,
         lambda: contact_sheet(run, pipeline, shown, columns=4),
     )
@@ -971,25 +1195,89 @@ def tokenise(tokenizer, captions: Sequence[str]) -> Tensor:
     ).input_ids
 
 
-def trained_names(preset: Preset) -> list[str]:
+def trained_names(run: Run) -> list[str]:
     """Every name that some phase shows, sorted."""
-    return sorted({name for phase in preset.phases for name in phase.names})
+    return sorted({picture.name for picture in load_index(run)})
+
+
+def shown_names(run: Run) -> Sequence[str]:
+    """The names that samples are drawn from: those of the last phase, or the clear ones of a phase that sees all."""
+    return run.preset.phases[-1].names or CLEAR_NAMES
 
 
 def training_settings(run: Run, stage: str) -> dict:
     """What must stay the same for `stage` to be continued; the device may change."""
     at_leisure = ("grid_steps", "checkpoint_seconds", "sample_steps", "guidance", "precision", "icon_size")
-    other = {"autoencoder": ("unet_", "text_", "ema_", "phases"), "unet": ("autoencoder_", "latent_noise")}[stage]
+    at_leisure += ("grid_samples", "grows_from")
+    other = {"autoencoder": ("unet_", "text_", "ema_", "phases", "pool"), "unet": ("autoencoder_", "latent_noise")}[
+        stage
+    ]
+    settings = {key: value for key, value in recorded(run.preset).items() if key not in at_leisure}
+    if run.grow_from:
+        files = sorted(path for path in run.grow_from.rglob("*") if path.suffix in (".safetensors", ".json"))
+        settings["grown_from"] = [file_digest(path) for path in files]
     return {
         "preset": run.preset_name,
         "seed": run.seed,
         "precision": run.precision,
-        **{
-            key: value
-            for key, value in asdict(run.preset).items()
-            if key not in at_leisure and not key.startswith(other)
-        },
+        **{key: value for key, value in settings.items() if not key.startswith(other)},
     }
+
+
+def recorded(settings: Preset | UnetPhase) -> dict:
+    """The fields of a dataclass without those left at a default of None: a folder from before them can be continued."""
+    values = {
+        field.name: getattr(settings, field.name)
+        for field in fields(settings)
+        if not (field.default is None and getattr(settings, field.name) is None)
+    }
+    if "phases" in values:
+        values["phases"] = [recorded(phase) for phase in values["phases"]]
+    if "canvases" in values:
+        values["canvases"] = asdict(values["canvases"])
+    return values
+
+
+def grow_models(run: Run, models: dict[str, nn.Module]) -> None:
+    """Fills UNet and text encoder from the model folder that this one grows from.
+
+    Raises:
+        UsageError: that model's format does not fit.
+    """
+    folder = run.grow_from
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    try:
+        fresh = grow(models["unet"], weights, len(config["block_out_channels"]))
+    except ValueError as error:
+        raise UsageError(f"{folder} does not fit preset {run.preset_name}: {error}") from None
+    take_over(models["text_encoder"], folder / "text_encoder" / "model.safetensors")
+    total = len(models["unet"].state_dict())
+    announce("unet", f"{total - len(fresh)} of {total} tensors taken from {folder}")
+
+
+def take_over(model: nn.Module, path: Path) -> None:
+    """Fills a whole model from a safetensors file.
+
+    Raises:
+        UsageError: the file is of a model of another format.
+    """
+    # The text encoder's names begin with "text_model." in files and, in newer transformers, not in the model.
+    found = {key.removeprefix("text_model."): value for key, value in load_file(path).items()}
+    own = model.state_dict()
+    if {key.removeprefix("text_model."): value.shape for key, value in own.items()} != {
+        key: value.shape for key, value in found.items()
+    }:
+        raise UsageError(f"{path} is of a model of another format than the preset's")
+    model.load_state_dict({key: found[key.removeprefix("text_model.")] for key in own})
+
+
+def use_key_subset(unet: nn.Module, subset: SubsetAttnProcessor) -> None:
+    """Gives the full-resolution self-attention layers that processor."""
+    tops = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
+    for name, module in unet.named_modules():
+        if name.startswith(tops) and name.endswith(".attn1"):
+            module.set_processor(subset)
 
 
 def seed_initial_weights(run: Run, stage: str) -> None:
@@ -1028,7 +1316,7 @@ def export_stage(run: Run) -> None:
     """Writes the finished parts as a StableDiffusionPipeline folder, model/, in float16 safetensors."""
     weights = require(run, run.out / "unet" / "weights.safetensors", "unet")
     tensors = load_file(weights)
-    tokenizer = build_tokenizer(trained_names(run.preset), run.out / "unet" / "tokenizer")
+    tokenizer = build_tokenizer(run, trained_names(run), run.out / "unet" / "tokenizer")
     unet, text_encoder = build_unet(run.preset), build_text_encoder(run.preset, tokenizer)
     unet.load_state_dict(part_of(tensors, "unet"))
     text_encoder.load_state_dict(part_of(tensors, "text_encoder"))
@@ -1056,7 +1344,7 @@ def samples_stage(run: Run) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.to(run.device).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    names = evenly(run.preset.phases[-1].names, run.count)
+    names = evenly(shown_names(run), run.count)
     sheet = contact_sheet(run, pipeline, names, columns=min(8, len(names)), progress=True)
     with replacing(run.out / "samples.png") as part:
         sheet.save(part, format="png")
@@ -1161,6 +1449,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help=".tgz packages or icons.json files, instead of npm",
     )
+    parser.add_argument(
+        "--grow-from", type=Path, metavar="FOLDER", help="the model folder that presets cpu and smoke-grown grow from"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument(
@@ -1192,6 +1483,14 @@ def make_run(options: argparse.Namespace) -> Run:
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {options.device} is not available here: use cpu, or leave it out") from None
     preset = PRESETS[options.preset]
+    grow_from = options.grow_from
+    if preset.grows_from is None and grow_from:
+        raise UsageError(f"--grow-from is given, but preset {options.preset} starts from random weights")
+    if preset.grows_from == "demo" and grow_from is None:
+        grow_from = DEMO_MODEL
+    if preset.grows_from and (grow_from is None or not (grow_from / "model_index.json").is_file()):
+        found = f" ({grow_from} is none)" if grow_from else ""
+        raise UsageError(f"preset {options.preset} grows from a model: give its folder with --grow-from{found}")
     return Run(
         out=writable_folder(options.out),
         preset_name=options.preset,
@@ -1201,6 +1500,7 @@ def make_run(options: argparse.Namespace) -> Run:
         device=device,
         compile=options.compile,
         icons=tuple(options.icons),
+        grow_from=grow_from,
         count=options.count,
         checkpoint_seconds=preset.checkpoint_seconds
         if options.checkpoint_seconds is None
