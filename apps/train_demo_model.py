@@ -171,7 +171,7 @@ class Preset:
         grows_from: "demo" for the built-in model, whose autoencoder, text encoder and tokenizer are taken over and
             whose UNet the new one grows out of; "model" for a folder that must be given with --grow-from.
         unet_attends_at_top_only: self-attention at full resolution and nowhere else; the lower levels attend to the
-            text twice. Stable Diffusion's middle block cannot do without self-attention, so theirs is a plain one.
+            text twice. Stable Diffusion's kind of middle block always has self-attention, so it is a plain one here.
         grid_samples: pictures in a grid of samples (default 8).
     """
 
@@ -308,7 +308,7 @@ PRESETS["full"] = replace(
     autoencoder_batch=16,
     autoencoder_steps=8000,
     text_hidden=512,
-    unet_channels=(64, 96, 192, 256),
+    unet_channels=(64, 96, 160, 192),
     unet_heads=(2, 3, 4, 4),
     unet_batch=64,
     phases=(UnetPhase(steps=14_000, names=None, styles=("fluent-emoji", "noto")),),

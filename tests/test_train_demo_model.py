@@ -635,3 +635,35 @@ def test_the_full_preset_sees_every_icon_of_both_sets(script, tmp_path):
         ("one way", "noto"),
         ("zebra", "noto"),
     ]
+
+
+def test_the_full_preset_runs_at_toy_size(script, monkeypatch, tmp_path):
+    pytest.importorskip("resvg_py")
+    from transformers import CLIPTokenizer
+
+    files = []
+    for prefix in ("fluent-emoji", "noto"):
+        icons = {name: {"body": '<path fill="#c00" d="M0 0h4v8H0z"/>'} for name in ("zebra", "hot-dog", "tent")}
+        files.append(tmp_path / f"{prefix}.json")
+        files[-1].write_text(json.dumps(icon_set(**icons) | {"prefix": prefix}))
+    full = script.PRESETS["full"]
+    toy = script.replace(
+        script.PRESETS["smoke"],
+        phases=tuple(script.replace(phase, steps=4) for phase in full.phases),
+        canvases=full.canvases,
+        unet_attends_at_top_only=True,
+        autoencoder_steps=4,
+        autoencoder_canvases=8,
+        pool=12,
+        grid_steps=4,
+        grid_samples=1,
+        sample_steps=1,
+    )
+    monkeypatch.setitem(script.PRESETS, "full", toy)
+    out = tmp_path / "out"
+    arguments = ["--preset", "full", "--out", out, "--device", "cpu", "--count", 1, "--icons", *files]
+    assert script.main([*map(str, arguments)]) == 0
+    assert len(json.loads((out / "data" / "index.json").read_text())) == 6
+    tokenizer = CLIPTokenizer.from_pretrained(out / "model" / "tokenizer")
+    words = tokenizer.convert_ids_to_tokens(tokenizer("a pattern of hot dog, flat style").input_ids)[1:-1]
+    assert [word.removesuffix("</w>") for word in words] == "a pattern of hot dog , flat style".split()
