@@ -288,8 +288,8 @@ PRESETS["cpu"] = replace(
     unet_heads=(1, 1, 2, 4),
     unet_batch=8,
     phases=(
-        UnetPhase(steps=2000, names=CLEAR_NAMES, styles=("fluent-emoji",), key_stride=2),
-        UnetPhase(steps=220, names=CLEAR_NAMES, styles=("fluent-emoji",), lr=1e-4),
+        UnetPhase(steps=1800, names=CLEAR_NAMES, styles=("fluent-emoji",), key_stride=2),
+        UnetPhase(steps=200, names=CLEAR_NAMES, styles=("fluent-emoji",), lr=1e-4),
     ),
     ema_decay=0.996,
     grid_steps=300,
