@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a model to offer, also several times; only these are ever loaded (default: demo, the built-in one)",
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--port", type=_port, help="default: the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="make a public address, through Gradio's servers")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 elsewhere")
@@ -67,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         help="most steps that may be asked for (default: %(default)s)",
     )
     return parser
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value}: must be an integer in 1 … 65535")
+    return value
 
 
 def _positive(text: str) -> int:

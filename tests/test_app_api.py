@@ -271,7 +271,11 @@ def test_a_port_that_is_taken_is_told(app, capsys):
     import demo
 
     assert demo.main(["--port", app[0].rstrip("/").rsplit(":", 1)[1], "--model", MISSING]) == 2
-    assert "port" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "is taken: give another --port" in told
+    assert MISSING not in told  # before any model is loaded
+    assert demo.main(["--port", "7860", "--host", "192.0.2.1"]) == 2  # an address of no machine (RFC 5737)
+    assert "cannot listen on 192.0.2.1" in capsys.readouterr().err
     with pytest.raises(SystemExit) as raised:
         demo.main(["--max-size", "100"])
     assert raised.value.code == 2 and "multiple of 8" in capsys.readouterr().err

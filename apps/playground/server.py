@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -97,8 +99,10 @@ def start(
         (the Blocks, whose `close()` ends the server; its address; what draws).
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is taken, or the host is not an address of this machine.
     """
+    if port is not None:
+        _check_address(host, port)
     if not isinstance(models, Models):
         models = Models(models, device, dtype)
     for name in models.names:
@@ -130,6 +134,20 @@ def start(
         print(f"agentsd: open {page.share_url or address} (Ctrl+C ends it)")
         page.block_thread()
     return page, address, studio
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be had before the models are loaded, which takes minutes for large ones."""
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as attempt:
+            if os.name == "posix":  # on Windows the option would allow a port that is in use
+                attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            attempt.bind(where)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"port {port} is taken: give another --port, or none for the first free one") from error
+        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
 
 
 def stop(page: gr.Blocks, studio: Studio) -> None:
