@@ -22,7 +22,10 @@ CSS = """
 .message.error { border-left-color: #dc2626; }
 .message.done { border-left-color: #16a34a; }
 footer { opacity: .8; }
-@media (max-width: 640px) { button[role=tab] { padding-inline: 7px; font-size: .85rem; } }
+@media (max-width: 640px) {
+  button[role=tab] { padding-inline: 7px; font-size: .85rem; }
+  #grid .grid-container, #past .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+}
 .picture { min-height: 160px; }
 .picture .image-frame, .picture .image-frame img { width: 100%; height: auto; max-height: none; object-fit: contain; }
 #grid .grid-wrap, #past .grid-wrap { max-height: none; min-height: 0; }

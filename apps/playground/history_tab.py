@@ -27,15 +27,18 @@ class HistoryTab:
         self.form = form
         self.compare = compare
         self.dropped = gr.File(
-            label="Drop a saved picture (PNG) here to get its settings back", file_types=[".png"], type="filepath",
+            label="Drop a saved picture (PNG) here", file_types=[".png"], type="filepath",
             elem_id="dropped", height=140,
         )  # fmt: skip
         self.status = gr.HTML(
-            captions.message_html("Every picture saved here carries its settings inside the PNG."),
+            captions.message_html(
+                "Every picture saved here carries its settings inside the PNG; dropped in, it puts them back. A click on "
+                "a run below does so too, and shows its pictures under Compare."
+            ),
             elem_id="history-status",
         )
         past = gr.Gallery(
-            label="Runs of this session: click one to get its settings back, and its pictures", columns=4,
+            label="Runs of this session: click one", columns=4,
             fit_columns=False,
             height="auto", object_fit="contain", format="png", elem_id="past", allow_preview=False, interactive=False,
             buttons=[],

@@ -61,7 +61,7 @@ class SweepTab:
                 min_width=300, buttons=[],
             )  # fmt: skip
             self.distance_plot = gr.LinePlot(
-                x="value", y="distance", title="Distance to the unpatched picture (of 255)", elem_id="distance-plot",
+                x="value", y="distance", title="Distance to unpatched (of 255)", elem_id="distance-plot",
                 height=260, min_width=300, buttons=[],
             )  # fmt: skip
         with gr.Row():
