@@ -231,12 +231,17 @@ def test_look_inside(window):
     told(window, "#look-caption", "agent 40 of 64")
     window.wait_for_function("src => (document.querySelector('#agent-map img')?.src ?? src) !== src", arg=first)
     box = window.locator("#look-picture img").bounding_box()
-    window.locator("#look-picture img").click(position={"x": box["width"] - 8, "y": box["height"] - 8})
+    window.locator("#look-picture img").click(position={"x": 0.9 * box["width"], "y": 0.9 * box["height"]})
     told(window, "#look-caption", "agent 63 of 64")
     fill(window, "step", 5)
     told(window, "#look-caption", "this phase has no agents")
     expect(window.locator("#agent-map img")).to_have_count(0)
     expect(window.locator("#merge-map img")).to_have_count(1)
+    # a layer that this patch does not reach: what to do about it
+    window.locator("#layer input").click()
+    window.get_by_role("option", name="down_blocks.1").click()
+    window.locator("#look").click()
+    told(window, "#look-status", "choose max_downsample 2 or more")
 
 
 def test_sweep(window, tmp_path):
@@ -293,6 +298,7 @@ def test_history_and_a_saved_picture_give_settings_back(window, tmp_path):
     window.wait_for_selector("#history-status .message.error")
     told(window, "#history-status", "damaged")
     assert value(window, "prompt") == "a castle"
+    expect(window.locator("#history-status")).not_to_contain_text("/")  # no path of the server
 
     fill(window, "prompt", "a frog")
     window.locator("#past .grid-container button, #past button.thumbnail-item").first.click()
@@ -302,11 +308,16 @@ def test_history_and_a_saved_picture_give_settings_back(window, tmp_path):
 
 
 def test_bad_input_is_told_in_the_page(window):
+    window.get_by_role("button", name="castle", exact=True).click()  # Gradio builds the fields anew that it fills
+    holds(window, "seed", 3)
     window.get_by_text("More settings").click()
     for name, wrong, message in (
         ("prompt", "", "prompt: is empty"),
         ("prompt", "x" * 10_000, "prompt: has 10,000 characters"),
         ("steps", 5000, "steps=5000: must be an integer in 1 … 150"),
+        ("steps", 2.5, "steps=2.5: must be an integer in 1 … 150"),
+        ("seed", -1, "seed=-1: must be an integer"),
+        ("seed", "99999999999999999999999", "must be an integer in 0 …"),  # beyond what JSON for the browser can hold
         ("width", 4096, "width=4096: must be an integer in 64 … 1024"),
     ):
         right = value(window, name)
@@ -344,15 +355,26 @@ def test_the_seed_is_kept_or_drawn_anew(window):
     expect(field(window, "seed")).not_to_have_value(seed)
 
 
-def test_a_link_brings_the_page_back_as_it_was(window, app):
-    compare(window, "a castle", 2)
+def test_a_link_brings_the_settings_back(window, app):
+    window.get_by_role("button", name="zebra", exact=True).click()  # an example fills fields that are changed again
+    holds(window, "seed", 1)
+    fill(window, "prompt", "a castle, 50% & more")
+    fill(window, "seed", 77)
+    fill(window, "steps", 2)
+    told(window, "#code", "num_inference_steps=2")
     window.get_by_role("button", name="Copy a link").click()
-    window.wait_for_function("async () => (await navigator.clipboard.readText()).includes('deep_link=')")
+    window.wait_for_function("async () => (await navigator.clipboard.readText()).includes('settings=')")
     link = window.evaluate("navigator.clipboard.readText()")
     assert link.startswith(app[0])
+    window.goto("about:blank")
     window.goto(link)
-    holds(window, "prompt", "a castle")
-    holds(window, "steps", 2)
+    for name, text in {"prompt": "a castle, 50% & more", "seed": 77, "steps": 2, "ratio": 0.5, "guidance": 5}.items():
+        holds(window, name, text)
+    told(window, "#code", "manual_seed(77)")
+
+    window.goto(link.replace("77", "-77"))
+    told(window, "#status", "The settings in the link could not be used: seed=-77: must be")
+    holds(window, "seed", 0)
 
 
 @pytest.mark.parametrize("theme, background", [("light", 200), ("dark", 60)])
@@ -361,10 +383,28 @@ def test_it_fits_a_desk_and_a_phone_in_light_and_dark(window, app, theme, backgr
     window.set_viewport_size({"width": width, "height": 844})
     window.goto(f"{app[0]}?__theme={theme}")
     window.wait_for_selector("#draw")
-    for name in ("Compare", "Look inside"):
+    for name in ("Look inside", "Sweep", "History", "Compare"):
         tab(window, name)
         assert window.evaluate("document.documentElement.scrollWidth") <= width
     window.screenshot(path=tmp_path / "page.png")
     with Image.open(tmp_path / "page.png") as image:
         shade = np.asarray(image.convert("L"))[:, :6].mean()
     assert shade > background if theme == "light" else shade < background
+
+
+def test_results_fit_a_phone(window):
+    """Pictures, plots and captions are wider than what stands there before anything is drawn."""
+    window.set_viewport_size({"width": 390, "height": 844})
+    compare(window, "a castle", 1)
+    tab(window, "Sweep")
+    fill(window, "count", 2)
+    window.locator("#sweep").click()
+    window.wait_for_selector("#sweep-status .message.done", timeout=DRAWN)
+    for plot in ("seconds", "distance"):
+        window.wait_for_selector(f"#{plot}-plot canvas, #{plot}-plot svg.marks")
+    for name in ("Compare", "Sweep", "History"):
+        tab(window, name)
+        window.wait_for_function("document.documentElement.scrollWidth <= 390")
+    thumbnail = window.locator("#past button.thumbnail-item").first
+    expect(thumbnail).to_be_visible()
+    assert thumbnail.bounding_box()["width"] > 120  # two to a line

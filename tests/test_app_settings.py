@@ -172,7 +172,7 @@ def test_sweep_values():
         (("seed", 0, 1, 3), "field='seed': must be one of ratio, early, alpha"),
         (("ratio", 0, 1, 1), "count=1: must be an integer in 2 … 9"),
         (("ratio", 0, 1, 100), "count=100"),
-        (("ratio", None, 1, 3), "first=None: must be a number"),
+        (("ratio", None, 1, 3), "first: is empty; must be a number"),
         (("ratio", 0, float("inf"), 3), "last=inf"),
         (("ratio", 0.3, 0.3, 3), "must differ"),
     ]:

@@ -22,8 +22,9 @@ QUICK = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 IN_LINE = {"concurrency_limit": 1, "concurrency_id": "draw"}
 """For all that draws: it stands in one line, and Gradio tells each visitor their place in it."""
 _HISTORY = 30  # runs of a session that are kept
-DRAWS = {**PRIVATE, **IN_LINE, "show_progress": "full", "trigger_mode": "multiple"}
-"""For events of the page that draw. A second click counts: it ends the first one's run and takes its place."""
+DRAWS = {**PRIVATE, **IN_LINE, "show_progress": "full", "trigger_mode": "multiple", "preprocess": False}
+"""For events of the page that draw. A second click counts: it ends the first one's run and takes its place. Values
+come as they were typed, so that 2.5 steps are refused by name and not rounded."""
 
 
 class Recent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +12,15 @@ import gradio as gr
 from agentsd.config import FIELD_NAMES
 from agentsd.pipelines import SCHEDULERS
 
-from .context import Context
+from . import captions
+from .context import PRIVATE, QUICK, Context
 from .models import Models
 from .settings import OWN_SCHEDULER, PATCH_FIELDS, check, patch_help, request_fields, script
 
 _IN_SIGHT = ("ratio", "early")  # the other settings of the patch stand under "Advanced"
 
 _SLIDERS = {
-    # field: (low, high, step) that are useful; other values can be typed
+    # field: (low, high, step) that are useful; a saved picture or a link may bring others
     "ratio": (0.0, 0.75, 0.05),
     "early": (0.0, 1.0, 0.05),
     "alpha": (0.0, 1.0, 0.025),
@@ -38,16 +40,27 @@ _EXAMPLES = [
     ["a high quality photograph of a ferris wheel.", 2, 0.7],
 ]
 
+_LINK = "Copy a link to these settings"
+
+# In the browser, at the click itself: later it no longer lets a page write to the clipboard. The address changes too,
+# for browsers that never do (on a plain http address that is not this machine).
+_COPY_LINK = """async (...given) => {
+    const names = %s, usual = %s, values = {};
+    names.forEach((name, i) => {
+        if (given[i] !== null && (given[i] || 0) !== (usual[i] || 0)) values[name] = given[i];
+    });
+    const url = new URL(window.location.href);
+    url.searchParams.set("settings", JSON.stringify(values));
+    window.history.replaceState(null, "", url);
+    try { await navigator.clipboard.writeText(url.toString()); return "Link copied"; }
+    catch (error) { return "The link is in the address bar"; }
+}"""
+_NAME_AGAIN = f"() => new Promise(done => setTimeout(() => done({_LINK!r}), 1500))"
+_READ_LINK = """() => new URLSearchParams(window.location.search).get("settings") ?? "" """
+
 
 def _subject(prompt: str) -> str:
     return prompt.removeprefix("a high quality photograph of a ").rstrip(".")
-
-
-def _open_slider(*arguments: Any, **keywords: Any) -> gr.Slider:
-    """A slider whose ends are a suggestion: what is out of bounds is refused where all is checked, by its name."""
-    slider = gr.Slider(*arguments, **keywords)
-    slider.preprocess = lambda payload: payload
-    return slider
 
 
 class Form:
@@ -116,10 +129,9 @@ class Form:
                 for name in ("width", "height"):
                     form[name] = gr.Number(
                         label=name.capitalize(), value=None, precision=0, step=64, min_width=120, elem_id=name,
-                        placeholder=self._own_size(self.models.names[0])[name],
-                        info=f"{limits.smallest} … {limits.largest} px, or empty",
+                        info=self._size_hint(self.models.names[0], name),
                     )  # fmt: skip
-            form["rounds"] = _open_slider(
+            form["rounds"] = gr.Slider(
                 1, limits.rounds, value=1, step=1, label="Timed rounds", elem_id="rounds",
                 info="how often each method is timed, in turns; more is steadier",
             )  # fmt: skip
@@ -131,7 +143,7 @@ class Form:
             _EXAMPLES, inputs=[form["prompt"], form["seed"], form["ratio"]], label="Examples", api_name="example",
             example_labels=[_subject(prompt) for prompt, *_ in _EXAMPLES],
         )  # fmt: skip
-        gr.DeepLinkButton("Copy a link to this page as it is", size="sm")
+        self.link_button = gr.Button(_LINK, size="sm", elem_id="link")
 
     def _patch_control(self, name: str) -> None:
         """A control for a field of AgentConfig: chosen by its type, so that a new field gets one by itself."""
@@ -144,7 +156,7 @@ class Form:
         }
         if name in _SLIDERS:
             low, high, step = _SLIDERS[name]
-            control: Any = _open_slider(low, high, step=step, **common)
+            control: Any = gr.Slider(low, high, step=step, **common)
         elif field.kind is bool:
             control = gr.Checkbox(**common)
         elif field.kind in (int, float):
@@ -158,7 +170,8 @@ class Form:
     def wire_code(self, page: gr.Blocks, code: gr.Code, **event: Any) -> None:
         """Keep the script up to date with the form."""
         changes = [control.change for control in self.inputs]
-        gr.on([page.load, *changes], self._script, self.inputs, code, trigger_mode="always_last", **event)
+        event |= {"trigger_mode": "always_last"}
+        gr.on([page.load, *changes], self._script, self.inputs, code, preprocess=False, **event)
         self.random_button.click(lambda: random.randrange(2**31), None, self.controls["seed"], **event)
 
     def _script(self, *given: Any) -> str:
@@ -170,12 +183,42 @@ class Form:
         except (ValueError, TypeError) as error:
             return "# " + str(error).replace("\n", " ")
 
-    def _own_size(self, name: str) -> dict[str, str]:
-        model = self.models.loaded(name)
-        height, width = model.size if model else ("", "")
-        return {"width": str(width), "height": str(height)}
+    def wire_link(self, page: gr.Blocks, status: gr.HTML) -> None:
+        """A link carries the settings in its address, so that it also works after the app was started anew.
+
+        Gradio's own DeepLinkButton is not used: once an example or a saved picture has filled a field, its links keep
+        the field's value of that time.
+        """
+        names = [*self.controls]
+        defaults = [control.value for control in self.inputs]
+        copy = _COPY_LINK % (json.dumps(names), json.dumps(defaults))
+        self.link_button.click(None, self.inputs, self.link_button, js=copy, **PRIVATE)
+        self.link_button.click(None, None, self.link_button, js=_NAME_AGAIN, **PRIVATE)
+        self.link_status = status
+        text = gr.Textbox(visible=False)
+        page.load(self.open_link, text, [status, *self.inputs], js=_READ_LINK, **QUICK)
+
+    def open_link(self, text: str) -> Any:
+        """The settings of a link, for the form; nothing for an address without any."""
+        if not text:
+            return {self.link_status: gr.skip()}
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise ValueError("they are not in the form that this app writes")
+            prompt = values.get("prompt") or "any"  # the link of a page without a prompt is as good as others
+            check({**values, "prompt": prompt}, self.models.names, self.context.limits)
+        except (ValueError, TypeError, RecursionError) as error:
+            return {
+                self.link_status: captions.message_html(f"The settings in the link could not be used: {error}", "error")
+            }
+        return self.updates(values)
+
+    def _size_hint(self, model_name: str, side: str) -> str:
+        limits, model = self.context.limits, self.models.loaded(model_name)
+        own = f", {dict(zip(('height', 'width'), model.size))[side]}" if model else ""
+        return f"{limits.smallest} … {limits.largest} px; 0 or empty: the model's own{own}"
 
     def size_hints(self, name: str) -> list[Any]:
         """Updates of width and height for another model."""
-        own = self._own_size(name)
-        return [gr.update(placeholder=own["width"]), gr.update(placeholder=own["height"])]
+        return [gr.update(info=self._size_hint(name, side)) for side in ("width", "height")]

@@ -32,8 +32,8 @@ class HistoryTab:
         )  # fmt: skip
         self.status = gr.HTML(
             captions.message_html(
-                "Every picture saved here carries its settings inside the PNG; dropped in, it puts them back. A click on "
-                "a run below does so too, and shows its pictures under Compare."
+                "Every picture saved here carries its settings inside the PNG; dropped in, it puts them back. A click "
+                "on a run below does so too, and shows its pictures under Compare."
             ),
             elem_id="history-status",
         )

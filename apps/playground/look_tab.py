@@ -17,7 +17,7 @@ from .form import Form
 from .jobs import Case, Looked
 from .models import Model
 from .outputs import file_name
-from .settings import check
+from .settings import Settings, check
 
 _GONE = "This look has made room for others; draw again."
 
@@ -121,7 +121,7 @@ class LookTab:
                 else:
                     yield {self.status: gr.skip()}
         except Exception as error:
-            yield {self.status: failed(error, settings)}
+            yield {self.status: failed(self._with_way_out(error, settings, layer), settings)}
             return
         look = Look(looked.image, looked.views)
         path = self.context.outputs.picture(
@@ -131,7 +131,9 @@ class LookTab:
         height, width = view.grid
         text = (
             f"{view.layer}: {height} × {width} tokens, recorded in {len(look.views)} UNet calls. Tokens of one colour "
-            "were merged into one. Move the step and the agent, or click a place in the picture to see its agent."
+            "were merged into one; those without colour stayed alone. The ring is where the agent stands; the brighter "
+            "a place, the more it gathers there. Move the step and the agent, or click a place in the picture to see "
+            "its agent."
         )
         yield {
             self.status: captions.message_html(text, "done"),
@@ -141,6 +143,17 @@ class LookTab:
             **self._maps(look, view, 0),
             **self.history.with_run(past, PastRun(path, label("inside", settings), text, looked.drawing_settings)),
         }
+
+    def _with_way_out(self, error: Exception, settings: Settings, layer: str) -> Exception:
+        """The list offers all layers that some patch reaches; for one beyond this patch, what has to be changed."""
+        model = self.context.studio.models.loaded(settings.model)
+        downsample = dict(model.layers).get(layer) if model else None
+        if downsample is None or not isinstance(error, ValueError):
+            return error
+        return ValueError(
+            f"{layer} is beyond the reach of the patch as it is set: choose max_downsample {downsample} or more under "
+            "“Advanced settings of the patch”, or another layer"
+        )
 
     def show(self, look_id: str | None, step: Any, agent: Any) -> dict:
         """The maps of one agent."""

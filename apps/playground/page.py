@@ -50,7 +50,7 @@ class Page:
                 with gr.Column(scale=1, min_width=300):
                     form = Form(self.context)
                 with gr.Column(scale=2, min_width=300):
-                    with gr.Tabs():
+                    with gr.Tabs(overflow_behavior="wrap"):  # on a phone the default hides half of them in a menu
                         with gr.Tab("Compare"):
                             compare = CompareTab(self.context, form)
                         with gr.Tab("Look inside"):
@@ -69,8 +69,9 @@ class Page:
             Api(self.context.studio, self.context.outputs, self.context.limits).register(**IN_LINE)
             begin: dict[str, Any] = {
                 "fn": self.begin,
-                "inputs": [form.keep_seed, form.controls["seed"]],
+                "inputs": form.keep_seed,
                 "outputs": [run_id, form.controls["seed"]],
+                "preprocess": False,
                 **QUICK,
             }
             begun = gr.on([form.draw_button.click, form.controls["prompt"].submit], **begin)
@@ -79,6 +80,7 @@ class Page:
             sweep.wire(begin, run_id, history.history)
             history.wire()
             form.wire_code(page, code, **QUICK)
+            form.wire_link(page, compare.status)
             form.draw_button.click(None, js=_SHOW_RESULTS, **QUICK)
             form.stop_button.click(self.stop, None, None, **QUICK)
             form.controls["model"].change(
@@ -90,9 +92,9 @@ class Page:
             page.unload(self.leave)
         return page
 
-    def begin(self, keep_seed: bool, seed: Any, request: gr.Request) -> tuple[str, Any]:
+    def begin(self, keep_seed: bool, request: gr.Request) -> tuple[str, Any]:
         """A click on a button that draws: the run's number, and the seed, a new one if it is not to be kept."""
-        return self.context.begin(request.session_hash), seed if keep_seed else random.randrange(2**31)
+        return self.context.begin(request.session_hash), gr.skip() if keep_seed else random.randrange(2**31)
 
     def stop(self, request: gr.Request) -> None:
         """The Stop button; harmless where nothing is being drawn."""

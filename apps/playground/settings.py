@@ -172,6 +172,9 @@ def sweep_values(name: str, first: Any, last: Any, count: Any, limits: Limits) -
     """
     if name not in SWEEPABLE:
         raise ValueError(f"field={_short(name)}: must be one of {', '.join(SWEEPABLE)}")
+    for end, value in (("first", first), ("last", last), ("count", count)):
+        if value is None:
+            raise TypeError(f"{end}: is empty; must be a number")
     count = _whole(count)
     _check_range("count", count, 2, limits.values)
     for end, value in (("first", first), ("last", last)):
@@ -251,7 +254,11 @@ def restore(path: str | Path, models: Sequence[str], limits: Limits) -> tuple[di
     Raises:
         ValueError, TypeError, OSError: not a picture, a damaged one, or one without settings or with impossible ones.
     """
-    settings = read_settings(path)
+    try:
+        settings = read_settings(path)
+    except OSError as error:
+        # Pillow names the file by its whole path, which is the server's business.
+        raise OSError(str(error).replace(f" {str(path)!r}", "")) from error
     if settings is None:
         raise ValueError(
             f"{Path(path).name}: carries no settings. Pictures saved by this app or by the agentsd command do; a "
