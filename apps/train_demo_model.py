@@ -3,15 +3,16 @@
 Usage:
 
     pip install -e ".[train]"
-    python apps/train_demo_model.py --out runs/demo              # all five stages
+    python apps/train_demo_model.py --out runs/first             # all five stages
+    python apps/train_demo_model.py --preset cpu --grow-from runs/first/model --out runs/demo
     python apps/train_demo_model.py --preset full --device cuda --compile --out runs/full
     python apps/train_demo_model.py --smoke --out runs/smoke     # the same in a minute: tiny model, drawings of its own
 
-    python apps/train_demo_model.py data        --out runs/demo [--icons fluent.tgz noto.tgz]
-    python apps/train_demo_model.py autoencoder --out runs/demo [--device cuda]
-    python apps/train_demo_model.py unet        --out runs/demo [--device cuda] [--compile]
-    python apps/train_demo_model.py export      --out runs/demo
-    python apps/train_demo_model.py samples     --out runs/demo [--count 24]
+    python apps/train_demo_model.py data        --out runs/first [--icons fluent.tgz noto.tgz]
+    python apps/train_demo_model.py autoencoder --out runs/first [--device cuda]
+    python apps/train_demo_model.py unet        --out runs/first [--device cuda] [--compile]
+    python apps/train_demo_model.py export      --out runs/first
+    python apps/train_demo_model.py samples     --out runs/first [--count 24]
 
 | stage | reads | writes |
 |---|---|---|
@@ -24,11 +25,12 @@ Usage:
 | preset | pictures | latents | made for |
 |---|---|---|---|
 | first | 121 icons centred on white, 256 px | 32 × 32 | 2 CPU cores, 1 hour |
-| cpu | the same, large on plain and patterned grounds, 512 px | 64 × 64, grown from first | 2 CPU cores, 75 minutes |
+| cpu | the same, large on plain and patterned grounds, 512 px | 64 × 64, grown from first | 2 CPU cores, 2½ hours |
 | full | all icons, alone, in groups and as patterns, 512 px | 64 × 64 | one GPU, 25 minutes |
 | smoke, smoke-grown | four drawings, 64 px | 8 × 8, toys in the formats of first and cpu | tests |
 
-In the models of cpu and full the full-resolution self-attention is the only self-attention there is.
+In the models of cpu and full the full-resolution self-attention is the only self-attention there is, and is set once,
+early in the training, to average tokens that look alike: from there it stays of use to the model.
 
 A stage that is finished is skipped; one that was stopped, even by kill -9, goes on from its last checkpoint when the
 same command is given again. Every random draw is a function of (seed, stage, step), so on the same CPU an interrupted
@@ -74,10 +76,10 @@ if str(Path(__file__).resolve().parent) not in sys.path:
 from demo_training.canvases import Canvas, CanvasRecipe, captions_of, draw_canvas, plan_canvas  # noqa: E402
 from demo_training.growing import grow  # noqa: E402
 from demo_training.key_subset import SubsetAttnProcessor, one_per_cell  # noqa: E402
+from demo_training.sharpening import sharpen  # noqa: E402
 
 # diffusers and transformers take seconds to import: the functions that build their models import them.
 
-DEMO_MODEL = Path(__file__).resolve().parents[1] / "agentsd" / "demo_model"
 STAGES = ("data", "autoencoder", "unet", "export", "samples")
 PACKAGES = {"fluent-emoji": "@iconify-json/fluent-emoji@1.2.7", "noto": "@iconify-json/noto@1.2.9"}
 """Icon set (the `prefix` inside icons.json) to the npm package that holds it."""
@@ -143,6 +145,8 @@ class UnetPhase:
         key_stride: the full-resolution self-attention sees one random key of each key_stride × key_stride cell, which
             makes a step cheaper; None for all keys.
         lr: peak learning rate, where it is not the preset's.
+        sharpen: the phase begins with self-attention at full resolution set to average tokens that look alike, the
+            median query over this share of the keys.
     """
 
     steps: int
@@ -150,6 +154,7 @@ class UnetPhase:
     styles: tuple[str, ...] | None
     key_stride: int | None = None
     lr: float | None = None
+    sharpen: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,8 @@ class Preset:
         canvases: how pictures are composed; None for one icon centred on white. All phases see the same canvases.
         pool: how many canvases the UNet is trained on.
         autoencoder_canvases: how many others the autoencoder is trained on, or judged by.
-        grows_from: "demo" for the built-in model, whose autoencoder, text encoder and tokenizer are taken over and
-            whose UNet the new one grows out of; "model" for a folder that must be given with --grow-from.
+        grows: from a model given with --grow-from, whose autoencoder, text encoder and tokenizer are taken over and
+            whose UNet the new one grows out of.
         unet_attends_at_top_only: self-attention at full resolution and nowhere else; the lower levels attend to the
             text twice. Stable Diffusion's kind of middle block always has self-attention, so it is a plain one here.
         grid_samples: pictures in a grid of samples (default 8).
@@ -209,10 +214,12 @@ class Preset:
     canvases: CanvasRecipe | None = None
     pool: int | None = None
     autoencoder_canvases: int | None = None
-    grows_from: str | None = None
+    grows: bool | None = None
     unet_attends_at_top_only: bool | None = None
     grid_samples: int | None = None
 
+
+SHARPENING_PICTURES = 8
 
 SMOKE_NAMES = ("basketball", "door", "lemon", "tent")
 
@@ -290,6 +297,7 @@ PRESETS["cpu"] = replace(
     phases=(
         UnetPhase(steps=1800, names=CLEAR_NAMES, styles=("fluent-emoji",), key_stride=2),
         UnetPhase(steps=200, names=CLEAR_NAMES, styles=("fluent-emoji",), lr=1e-4),
+        UnetPhase(steps=2400, names=CLEAR_NAMES, styles=("fluent-emoji",), key_stride=2, sharpen=1 / 16),
     ),
     ema_decay=0.996,
     grid_steps=300,
@@ -297,7 +305,7 @@ PRESETS["cpu"] = replace(
     canvases=CanvasRecipe(size=(0.82, 0.90), jitter=0.045),
     pool=121 * 12,
     autoencoder_canvases=64,
-    grows_from="demo",
+    grows=True,
     unet_attends_at_top_only=True,
     grid_samples=4,
 )
@@ -311,7 +319,10 @@ PRESETS["full"] = replace(
     unet_channels=(64, 96, 160, 192),
     unet_heads=(2, 3, 4, 4),
     unet_batch=64,
-    phases=(UnetPhase(steps=14_000, names=None, styles=("fluent-emoji", "noto")),),
+    phases=(
+        UnetPhase(steps=2_000, names=None, styles=("fluent-emoji", "noto")),
+        UnetPhase(steps=12_000, names=None, styles=("fluent-emoji", "noto"), sharpen=1 / 16),
+    ),
     ema_decay=0.9995,
     warmup_steps=200,
     grid_steps=2000,
@@ -335,12 +346,12 @@ PRESETS["smoke-grown"] = replace(
     autoencoder_steps=0,
     unet_channels=(16, 16, 32),
     unet_heads=(1, 1, 2),
-    phases=(UnetPhase(12, SMOKE_NAMES, None, key_stride=2), UnetPhase(6, SMOKE_NAMES, None, lr=1e-4)),
+    phases=(UnetPhase(12, SMOKE_NAMES, None, key_stride=2), UnetPhase(6, SMOKE_NAMES, None, lr=1e-4, sharpen=1 / 4)),
     grid_steps=12,
     canvases=CanvasRecipe(size=(0.4, 0.9), jitter=None, rotation=20.0, groups=0.3, repeats=0.2, cells=3, held_out=0.2),
     pool=SHARD + 8,
     autoencoder_canvases=8,
-    grows_from="model",
+    grows=True,
     unet_attends_at_top_only=True,
     grid_samples=2,
 )
@@ -942,6 +953,7 @@ def train(
     peak_lrs: Sequence[float],
     loss_of: Callable[[int, torch.Generator], Tensor],
     draw_grid: Callable[[], Image.Image],
+    begin_phase: Callable[[int], None] = lambda phase: None,
 ) -> None:
     """Trains modules in place, from the stage's checkpoint if there is one.
 
@@ -956,6 +968,7 @@ def train(
         peak_lrs: peak learning rate of each phase.
         loss_of: (phase, generator) to a scalar loss; the generator is the step's own.
         draw_grid: a picture of the present state, written to the stage's grids folder now and then.
+        begin_phase: called with the number of a phase before its first step.
     """
     preset, folder = run.preset, run.out / stage
     grids, checkpoint = folder / "grids", folder / "checkpoint.safetensors"
@@ -981,6 +994,8 @@ def train(
                 for name, average in averages.items():
                     trained[name].load_state_dict(average.state_dict())
                 optimizer = fresh_optimizer()
+            if local == 0:
+                begin_phase(phase)
 
             lr = peak_lrs[phase] * learning_rate(local, phase_steps[phase], preset.warmup_steps)
             for group in optimizer.param_groups:
@@ -1162,6 +1177,21 @@ def unet_stage(run: Run) -> None:
             predicted = predict(noisy, timesteps, text).sample
         return ((predicted.float() - noise).square().mean(dim=(1, 2, 3)) * weights).mean()
 
+    def begin_phase(phase: int) -> None:
+        share = preset.phases[phase].sharpen
+        if not share:
+            return
+        generator = run.generator("unet", "sharpen", phase)
+        picks = torch.randint(len(latents), (SHARPENING_PICTURES,), generator=generator)
+        noise = torch.randn((SHARPENING_PICTURES, *latents.shape[1:]), generator=generator).to(run.device)
+        early = torch.linspace(0.65, 0.95, SHARPENING_PICTURES) * len(alphas)
+        timesteps = early.long().to(run.device)
+        noisy = scheduler.add_noise(latents[picks.to(run.device)].float(), noise, timesteps)
+        texts = captions[picks, 0].to(run.device)
+        sharpen_attention(averages, share, noisy, timesteps, texts)
+        for name, average in averages.items():
+            trained[name].load_state_dict(average.state_dict())
+
     pipeline = build_pipeline(vae, averages["text_encoder"], tokenizer, averages["unet"])
     shown = evenly(shown_names(run), preset.grid_samples or 8)
     train(
@@ -1173,6 +1203,7 @@ def unet_stage(run: Run) -> None:
         [phase.lr or preset.unet_lr for phase in preset.phases],
         loss_of,
         lambda: contact_sheet(run, pipeline, shown, columns=4),
+        begin_phase,
     )
     finish(
         folder,
@@ -1209,7 +1240,7 @@ def shown_names(run: Run) -> Sequence[str]:
 def training_settings(run: Run, stage: str) -> dict:
     """What must stay the same for `stage` to be continued; the device may change."""
     at_leisure = ("grid_steps", "checkpoint_seconds", "sample_steps", "guidance", "precision", "icon_size")
-    at_leisure += ("grid_samples", "grows_from")
+    at_leisure += ("grid_samples", "grows")
     other = {"autoencoder": ("unet_", "text_", "ema_", "phases", "pool"), "unet": ("autoencoder_", "latent_noise")}[
         stage
     ]
@@ -1255,6 +1286,33 @@ def grow_models(run: Run, models: dict[str, nn.Module]) -> None:
     take_over(models["text_encoder"], folder / "text_encoder" / "model.safetensors")
     total = len(models["unet"].state_dict())
     announce("unet", f"{total - len(fresh)} of {total} tensors taken from {folder}")
+
+
+@torch.no_grad()
+def sharpen_attention(
+    models: dict[str, nn.Module], share: float, noisy: Tensor, timesteps: Tensor, texts: Tensor
+) -> None:
+    """Sharpens the UNet's self-attention layers, from the first to the last, each on what it then is given.
+
+    Args:
+        models: "unet" and "text_encoder".
+        share: see `sharpen`.
+        noisy: latents [B, 4, h, w] of the agent phase.
+        timesteps: theirs, [B].
+        texts: token numbers of their captions, [B, 77].
+    """
+    text = models["text_encoder"](texts)[0]
+    for name, layer in models["unet"].named_modules():
+        if name.endswith("attn1") and not layer.is_cross_attention:
+            given: list[Tensor] = []
+
+            def note(_layer, args, kwargs, given=given) -> None:
+                given.append(args[0] if args else kwargs["hidden_states"])
+
+            handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+            models["unet"](noisy, timesteps, text)
+            handle.remove()
+            sharpen(layer, given[0], share)
 
 
 def take_over(model: nn.Module, path: Path) -> None:
@@ -1485,11 +1543,9 @@ def make_run(options: argparse.Namespace) -> Run:
         raise UsageError(f"--device {options.device} is not available here: use cpu, or leave it out") from None
     preset = PRESETS[options.preset]
     grow_from = options.grow_from
-    if preset.grows_from is None and grow_from:
+    if grow_from and not preset.grows:
         raise UsageError(f"--grow-from is given, but preset {options.preset} starts from random weights")
-    if preset.grows_from == "demo" and grow_from is None:
-        grow_from = DEMO_MODEL
-    if preset.grows_from and (grow_from is None or not (grow_from / "model_index.json").is_file()):
+    if preset.grows and (grow_from is None or not (grow_from / "model_index.json").is_file()):
         found = f" ({grow_from} is none)" if grow_from else ""
         raise UsageError(f"preset {options.preset} grows from a model: give its folder with --grow-from{found}")
     return Run(

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).resolve().parents[1] / "apps" / "train_demo_model.py"
+DEMO_MODEL = SCRIPT.parents[1] / "agentsd" / "demo_model"
 # One thread: the order of a sum over threads is the only thing that could tell two runs on one CPU apart.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
@@ -567,6 +568,47 @@ def test_a_subset_of_all_keys_is_plain_attention(script):
     assert not torch.equal(script.one_per_cell(8, 2, torch.Generator().manual_seed(2)), subset.chosen)
 
 
+def clustered_tokens(clusters: int, each: int, width: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two pictures of `clusters` kinds of tokens, as LayerNorm gives them, and the kinds without noise."""
+    clean = torch.randn(2, clusters, width).repeat_interleave(each, dim=1)
+    return torch.nn.functional.layer_norm(clean + noise * torch.randn_like(clean), (width,)), clean
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_sharpened_attention_averages_tokens_that_look_alike(script, heads):
+    from diffusers.models.attention_processor import Attention
+
+    torch.manual_seed(0)
+    layer = Attention(query_dim=16, heads=heads, dim_head=16 // heads)
+    tokens, clean = clustered_tokens(clusters=4, each=32, width=16, noise=0.5)
+    script.sharpen(layer, tokens, share=1 / 4)
+    means = tokens.unflatten(1, (4, 32)).mean(dim=2, keepdim=True).expand(-1, -1, 32, -1).flatten(1, 2)
+    to_own, to_mean = layer(tokens) - means, layer(tokens) - tokens.mean(dim=1, keepdim=True)
+    assert to_own.square().mean() < 0.3 * to_mean.square().mean()
+    assert to_own.square().mean() < (tokens - means).square().mean()  # the noise is averaged out
+
+
+@pytest.mark.parametrize("share", [1 / 16, 1 / 4, 3 / 4])
+def test_sharpened_attention_has_the_share_asked_for(script, share):
+    from diffusers.models.attention_processor import Attention
+
+    torch.manual_seed(0)
+    layer = Attention(query_dim=16, heads=2, dim_head=8)
+    tokens = torch.nn.functional.layer_norm(torch.randn(2, 256, 16), (16,))
+    script.sharpen(layer, tokens, share)
+    query, key = (p(tokens).unflatten(-1, (2, 8)).transpose(1, 2) for p in (layer.to_q, layer.to_k))
+    weights = (query @ key.mT * layer.scale).softmax(dim=-1)
+    effective = torch.exp(-(weights * weights.clamp_min(1e-30).log()).sum(dim=-1))
+    assert effective.median().item() / 256 == pytest.approx(share, rel=0.1)
+
+
+def test_sharpening_needs_as_many_inner_channels_as_outer(script):
+    from diffusers.models.attention_processor import Attention
+
+    with pytest.raises(ValueError, match="not .16, 16."):
+        script.sharpen(Attention(query_dim=16, heads=2, dim_head=4), torch.randn(1, 64, 16), 0.1)
+
+
 # ------------------------------------------------------------------------------------- a grown model from end to end
 
 
@@ -615,7 +657,7 @@ def test_growing_needs_a_model_that_fits(script, finished, tmp_path, capsys):
     assert "give its folder with --grow-from" in refused("data", "--preset", "smoke-grown")
     assert f"({tmp_path} is none)" in refused("data", "--preset", "smoke-grown", "--grow-from", tmp_path)
     assert "starts from random weights" in refused("data", "--smoke", "--grow-from", finished / "model")
-    grow_from_demo = ("--preset", "smoke-grown", "--grow-from", script.DEMO_MODEL)
+    grow_from_demo = ("--preset", "smoke-grown", "--grow-from", DEMO_MODEL)
     assert script.main([*map(str, ("data", *grow_from_demo)), "--out", str(tmp_path / "out")]) == 0
     assert "of another format" in refused("autoencoder", *grow_from_demo)
 

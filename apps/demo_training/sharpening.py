@@ -1,0 +1,60 @@
+"""Gives self-attention a start from which it can be of use: each query finds the tokens that look like its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
+    """Sets an Attention's projections so that it averages, for each token, those with similar features.
+
+    From random weights, attention in a small network settles near the mean over all tokens, where its gradient is
+    almost nothing, and stays there. After this it starts as a non-local mean: queries and keys are the same projection
+    on the principal components of the features within a picture, scaled so that the median query spreads its weights
+    over `share` of the keys; what is averaged, and given out, is the features themselves.
+
+    Args:
+        attn: a diffusers Attention over [B, N, C] with inner width C, without biases before the softmax.
+        tokens: what the layer is given, [B, N, C].
+        share: effective number of keys (exp of the entropy) of the median query, as a share of N; 0 … 1.
+
+    Raises:
+        ValueError: the inner width is not C.
+    """
+    width = tokens.shape[-1]
+    if attn.to_q.weight.shape != (width, width):
+        raise ValueError(f"to_q is {tuple(attn.to_q.weight.shape)}, not {(width, width)}")
+    tokens = tokens.float()
+    spread = tokens - tokens.mean(dim=1, keepdim=True)
+    components = torch.linalg.eigh(spread.flatten(0, 1).T @ spread.flatten(0, 1)).eigenvectors.flip(-1)
+    # The mean token's direction tells no token from another, and would make a few keys everyone's.
+    mean = nn.functional.normalize(tokens.mean(dim=(0, 1)), dim=0)
+    components = components - mean[:, None] * (mean @ components)
+    order = torch.arange(width).view(-1, attn.heads).T.flatten()  # strong and weak components for every head
+    projection = components.T[order]
+
+    queries = spread[:, :: max(1, spread.shape[1] // 64)]
+    low, high = 1e-3, 1e3
+    for _ in range(40):
+        scale = (low * high) ** 0.5
+        if median_share(queries, spread, projection, scale, attn) > share:
+            low = scale
+        else:
+            high = scale
+    for linear in (attn.to_q, attn.to_k):
+        linear.weight.copy_(projection * scale)
+    nn.init.eye_(attn.to_v.weight)
+    nn.init.eye_(attn.to_out[0].weight)
+    nn.init.zeros_(attn.to_out[0].bias)
+
+
+def median_share(queries: Tensor, keys: Tensor, projection: Tensor, scale: float, attn: nn.Module) -> float:
+    """Effective number of keys of the median query, as a share of all keys."""
+
+    def heads_of(tokens: Tensor) -> Tensor:
+        return (tokens @ projection.T * scale).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+    logs = (heads_of(queries) @ heads_of(keys).mT * attn.scale).log_softmax(dim=-1)
+    return (-(logs.exp() * logs).sum(dim=-1)).exp().median().item() / keys.shape[1]
