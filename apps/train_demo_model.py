@@ -29,8 +29,8 @@ Usage:
 | full | all icons, alone, in groups and as patterns, 512 px | 64 × 64 | one GPU, 25 minutes |
 | smoke, smoke-grown | four drawings, 64 px | 8 × 8, toys in the formats of first and cpu | tests |
 
-In the models of cpu and full the full-resolution self-attention is the only self-attention there is, and is set once,
-early in the training, to average tokens that look alike: from there it stays of use to the model.
+In the models of cpu and full the full-resolution self-attention is the only self-attention there is. In the last
+phase its queries and keys are fixed to find the tokens that look alike: left to themselves they spread over all tokens.
 
 A stage that is finished is skipped; one that was stopped, even by kill -9, goes on from its last checkpoint when the
 same command is given again. Every random draw is a function of (seed, stage, step), so on the same CPU an interrupted
@@ -76,7 +76,7 @@ if str(Path(__file__).resolve().parent) not in sys.path:
 from demo_training.canvases import Canvas, CanvasRecipe, captions_of, draw_canvas, plan_canvas  # noqa: E402
 from demo_training.growing import grow  # noqa: E402
 from demo_training.key_subset import SubsetAttnProcessor, one_per_cell  # noqa: E402
-from demo_training.sharpening import sharpen  # noqa: E402
+from demo_training.sharpening import keep_sharp, sharpen  # noqa: E402
 
 # diffusers and transformers take seconds to import: the functions that build their models import them.
 
@@ -146,7 +146,8 @@ class UnetPhase:
             makes a step cheaper; None for all keys.
         lr: peak learning rate, where it is not the preset's.
         sharpen: the phase begins with self-attention at full resolution set to average tokens that look alike, the
-            median query over this share of the keys.
+            median query over this share of the keys; queries and keys then stay so.
+        first_canvases: sees the first so many of the pool; None for all of them.
     """
 
     steps: int
@@ -155,6 +156,7 @@ class UnetPhase:
     key_stride: int | None = None
     lr: float | None = None
     sharpen: float | None = None
+    first_canvases: int | None = None
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,15 @@ PRESETS["cpu"] = replace(
     phases=(
         UnetPhase(steps=1800, names=CLEAR_NAMES, styles=("fluent-emoji",), key_stride=2),
         UnetPhase(steps=200, names=CLEAR_NAMES, styles=("fluent-emoji",), lr=1e-4),
-        UnetPhase(steps=2400, names=CLEAR_NAMES, styles=("fluent-emoji",), key_stride=2, sharpen=1 / 16),
+        # Fewer canvases seen more often: as before, this is where blobs become objects.
+        UnetPhase(
+            steps=2100,
+            names=CLEAR_NAMES,
+            styles=("fluent-emoji",),
+            key_stride=2,
+            sharpen=1 / 32,
+            first_canvases=121 * 2,
+        ),
     ),
     ema_decay=0.996,
     grid_steps=300,
@@ -321,7 +331,7 @@ PRESETS["full"] = replace(
     unet_batch=64,
     phases=(
         UnetPhase(steps=2_000, names=None, styles=("fluent-emoji", "noto")),
-        UnetPhase(steps=12_000, names=None, styles=("fluent-emoji", "noto"), sharpen=1 / 16),
+        UnetPhase(steps=12_000, names=None, styles=("fluent-emoji", "noto"), sharpen=1 / 32),
     ),
     ema_decay=0.9995,
     warmup_steps=200,
@@ -1133,7 +1143,7 @@ def unet_stage(run: Run) -> None:
         forms = [captions_of(canvases.plan(number), preset.canvases) for number in range(preset.pool)]
         captions = torch.stack([tokenise(tokenizer, [text for text, _ in texts]) for texts in forms])
         chances = torch.tensor([chance for _, chance in forms[0]])
-        seen = [torch.arange(preset.pool)] * len(preset.phases)
+        seen = [torch.arange(phase.first_canvases or preset.pool) for phase in preset.phases]
     else:
         latents = encode_all(vae, load_pictures(run, pictures).to(run.device)) * vae.config.scaling_factor
         captions = torch.stack([tokenise(tokenizer, [form.format(p.name) for form, _ in CAPTIONS]) for p in pictures])
@@ -1172,6 +1182,8 @@ def unet_stage(run: Run) -> None:
         noisy = scheduler.add_noise(latents[picks.to(run.device)].float(), noise, timesteps)
         stride = preset.phases[phase].key_stride
         subset.chosen = stride and one_per_cell(latents.shape[-1], stride, generator).to(run.device)
+        for layer in self_attention_layers(trained["unet"]):
+            keep_sharp(layer, preset.phases[phase].sharpen is not None)
         with run.autocast():
             text = trained["text_encoder"](captions[picks, forms].to(run.device))[0]
             predicted = predict(noisy, timesteps, text).sample
@@ -1302,17 +1314,21 @@ def sharpen_attention(
         texts: token numbers of their captions, [B, 77].
     """
     text = models["text_encoder"](texts)[0]
-    for name, layer in models["unet"].named_modules():
-        if name.endswith("attn1") and not layer.is_cross_attention:
-            given: list[Tensor] = []
+    for layer in self_attention_layers(models["unet"]):
+        given: list[Tensor] = []
 
-            def note(_layer, args, kwargs, given=given) -> None:
-                given.append(args[0] if args else kwargs["hidden_states"])
+        def note(_layer, args, kwargs, given=given) -> None:
+            given.append(args[0] if args else kwargs["hidden_states"])
 
-            handle = layer.register_forward_pre_hook(note, with_kwargs=True)
-            models["unet"](noisy, timesteps, text)
-            handle.remove()
-            sharpen(layer, given[0], share)
+        handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+        models["unet"](noisy, timesteps, text)
+        handle.remove()
+        sharpen(layer, given[0], share)
+
+
+def self_attention_layers(unet: nn.Module) -> list[nn.Module]:
+    """The UNet's self-attention layers, in the order in which they are called: down blocks, then up blocks."""
+    return [layer for name, layer in unet.named_modules() if name.endswith("attn1") and not layer.is_cross_attention]
 
 
 def take_over(model: nn.Module, path: Path) -> None:

@@ -1,10 +1,11 @@
 """Makes demo_reference.npz: names and EfficientNet-Lite0 features of the demo model's training pictures.
 
-    python apps/train_demo_model.py data --out runs/demo
-    python eval/make_demo_reference.py runs/demo/data
+    python apps/train_demo_model.py --preset cpu --grow-from runs/first/model --out runs/demo
+    python eval/make_demo_reference.py runs/demo --preset cpu --grow-from runs/first/model
 
-The pictures are the 121 clear names of Fluent Emoji (MIT, Microsoft), composed as for training: 256 px, on white. The
-file holds float16 features, from which mean and covariance for any choice of names, and KID, follow.
+The pictures are the first --per-name canvases of each name that the model was trained on: an icon of Fluent Emoji (MIT,
+Microsoft) on a ground of its own. The file holds float16 features, from which mean and covariance for any choice of
+names, and KID, follow.
 """
 
 from __future__ import annotations
@@ -25,34 +26,51 @@ from eval.protocol import DEMO_REFERENCE  # noqa: E402
 
 
 def main() -> None:
-    """Render, extract, save."""
+    """Compose, extract, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="what `train_demo_model.py data` wrote: data/fluent-emoji/*.png")
+    parser.add_argument("run", type=Path, help="the --out of train_demo_model.py, whose data stage is done")
+    parser.add_argument("--preset", default="cpu", help="it was trained with (default: %(default)s)")
+    parser.add_argument("--grow-from", type=Path, help="the model it was grown from, as it was given to that script")
+    parser.add_argument("--per-name", type=int, default=6, help="pictures of each name (default: %(default)s)")
     parser.add_argument("--pictures", type=Path, help="also write the composed pictures to this folder")
+    parser.add_argument("--out", type=Path, default=DEMO_REFERENCE, help="default: %(default)s")
     options = parser.parse_args()
-    spec = importlib.util.spec_from_file_location("train_demo_model", ROOT / "apps" / "train_demo_model.py")
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = recipe
-    spec.loader.exec_module(recipe)
+    recipe = load_recipe()
+    arguments = ["data", "--preset", options.preset, "--out", str(options.run)]
+    if options.grow_from:
+        arguments += ["--grow-from", str(options.grow_from)]
+    run = recipe.make_run(recipe.parse_arguments(arguments))
+    icons = recipe.load_index(run)
+    canvases = recipe.CanvasSet(run, icons, "pool")
 
-    names = sorted(recipe.CLEAR_NAMES)
-    pictures = []
-    for name in names:
-        with Image.open(options.data / "fluent-emoji" / f"{name.replace(' ', '-')}.png") as icon:
-            pictures.append(recipe.compose_picture(icon.convert("RGBA"), recipe.PRESETS["first"].image_size))
+    names, pictures = [], []
+    for number in range(options.per_name * len(icons)):
+        names.append(icons[number % len(icons)].name)
+        pictures.append(Image.fromarray(canvases.pixels([number])[0].permute(1, 2, 0).numpy()))
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
-        for name, picture in zip(names, pictures):
-            picture.save(options.pictures / f"{name.replace(' ', '_')}.png")
+        for number, (name, picture) in enumerate(zip(names, pictures)):
+            picture.save(options.pictures / f"{name.replace(' ', '_')}_{number // len(icons)}.png")
     network = load_features("efficientnet-lite0")
     features = network.of_pictures(pictures)
     np.savez_compressed(
-        DEMO_REFERENCE,
+        options.out,
         names=np.array(names),
         features=features.astype(np.float16),
         network=np.array(network.name),
     )
-    print(f"{DEMO_REFERENCE}: {len(names)} pictures, {features.shape[1]} features each")
+    print(f"{options.out}: {len(names)} pictures of {len(set(names))} names, {features.shape[1]} features each")
+
+
+def load_recipe():
+    """apps/train_demo_model.py as a module."""
+    path = ROOT / "apps" / "train_demo_model.py"
+    spec = importlib.util.spec_from_file_location("train_demo_model", path)
+    recipe = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = recipe
+    sys.path.insert(1, str(path.parent))
+    spec.loader.exec_module(recipe)
+    return recipe
 
 
 if __name__ == "__main__":

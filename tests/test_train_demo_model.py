@@ -583,7 +583,8 @@ def test_sharpened_attention_averages_tokens_that_look_alike(script, heads):
     tokens, clean = clustered_tokens(clusters=4, each=32, width=16, noise=0.5)
     script.sharpen(layer, tokens, share=1 / 4)
     means = tokens.unflatten(1, (4, 32)).mean(dim=2, keepdim=True).expand(-1, -1, 32, -1).flatten(1, 2)
-    to_own, to_mean = layer(tokens) - means, layer(tokens) - tokens.mean(dim=1, keepdim=True)
+    averaged = layer(tokens) / 2  # it is given out twofold
+    to_own, to_mean = averaged - means, averaged - tokens.mean(dim=1, keepdim=True)
     assert to_own.square().mean() < 0.3 * to_mean.square().mean()
     assert to_own.square().mean() < (tokens - means).square().mean()  # the noise is averaged out
 
@@ -629,6 +630,12 @@ def test_a_grown_model_draws_and_keeps_what_it_came_from(finished, grown):
     before, after = (load_file(folder / "model" / "text_encoder" / "model.safetensors") for folder in (finished, grown))
     key = "text_model.embeddings.token_embedding.weight"
     assert 0 < (after[key].float() - before[key].float()).abs().max() < 0.2
+    # Its last phase sharpens the self-attention, one projection for queries and keys, and trains only the others.
+    layers = [m for name, m in pipeline.unet.named_modules() if name.endswith("attn1") and not m.is_cross_attention]
+    assert len(layers) == 3
+    for layer in layers:
+        assert torch.equal(layer.to_q.weight, layer.to_k.weight)
+        assert 0 < (layer.to_v.weight - torch.eye(16)).abs().max() < 0.2
     assert (grown / "unet" / "grids" / "step_000018.png").exists()
     assert (grown / "samples.png").exists()
 

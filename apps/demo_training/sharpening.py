@@ -1,4 +1,4 @@
-"""Gives self-attention a start from which it can be of use: each query finds the tokens that look like its own."""
+"""Makes self-attention one that finds, for each query, the tokens that look like its own, and keeps it that."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
     """Sets an Attention's projections so that it averages, for each token, those with similar features.
 
     From random weights, attention in a small network settles near the mean over all tokens, where its gradient is
-    almost nothing, and stays there. After this it starts as a non-local mean: queries and keys are the same projection
-    on the principal components of the features within a picture, scaled so that the median query spreads its weights
-    over `share` of the keys; what is averaged, and given out, is the features themselves.
+    almost nothing, and stays there. After this it is a non-local mean: queries and keys are the same projection on the
+    principal components of the features within a picture, scaled so that the median query spreads its weights over
+    `share` of the keys; what is averaged, and given out twofold, is the features themselves.
 
     Args:
         attn: a diffusers Attention over [B, N, C] with inner width C, without biases before the softmax.
@@ -46,8 +46,14 @@ def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
     for linear in (attn.to_q, attn.to_k):
         linear.weight.copy_(projection * scale)
     nn.init.eye_(attn.to_v.weight)
-    nn.init.eye_(attn.to_out[0].weight)
+    nn.init.eye_(attn.to_out[0].weight).mul_(2)  # no less than the features it is added to
     nn.init.zeros_(attn.to_out[0].bias)
+
+
+def keep_sharp(attn: nn.Module, keep: bool) -> None:
+    """Leaves queries and keys as they are, or trains them: trained, they flatten out within some hundred steps."""
+    for linear in (attn.to_q, attn.to_k):
+        linear.requires_grad_(not keep)
 
 
 def median_share(queries: Tensor, keys: Tensor, projection: Tensor, scale: float, attn: nn.Module) -> float:
