@@ -4,7 +4,7 @@ Usage:
 
     pip install -e ".[train]"
     python apps/train_demo_model.py --out runs/first             # all five stages
-    python apps/train_demo_model.py --preset cpu --grow-from runs/first/model --out runs/demo
+    python apps/train_demo_model.py --preset cpu --grow-from agentsd/demo_model --out runs/cpu
     python apps/train_demo_model.py --preset full --device cuda --compile --out runs/full
     python apps/train_demo_model.py --smoke --out runs/smoke     # the same in a minute: tiny model, drawings of its own
 

@@ -1,11 +1,14 @@
 """Makes demo_reference.npz: names and EfficientNet-Lite0 features of the demo model's training pictures.
 
-    python apps/train_demo_model.py --preset cpu --grow-from runs/first/model --out runs/demo
-    python eval/make_demo_reference.py runs/demo --preset cpu --grow-from runs/first/model
+    python apps/train_demo_model.py data --out runs/first
+    python eval/make_demo_reference.py runs/first
 
-The pictures are the first --per-name canvases of each name that the model was trained on: an icon of Fluent Emoji (MIT,
-Microsoft) on a ground of its own. The file holds float16 features, from which mean and covariance for any choice of
-names, and KID, follow.
+The pictures are those the model was trained on: icons of Fluent Emoji (MIT, Microsoft) on white, or, where its preset
+composes them, the first --per-name canvases of each. The file holds float16 features, from which mean and covariance
+for any choice of names, and KID, follow. For a model of another preset:
+
+    python eval/make_demo_reference.py runs/cpu --preset cpu --grow-from agentsd/demo_model --out reference.npz
+    python eval/demo_gate.py --model runs/cpu/model --reference reference.npz
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ def main() -> None:
     """Compose, extract, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the --out of train_demo_model.py, whose data stage is done")
-    parser.add_argument("--preset", default="cpu", help="it was trained with (default: %(default)s)")
+    parser.add_argument("--preset", default="first", help="it was trained with (default: %(default)s)")
     parser.add_argument("--grow-from", type=Path, help="the model it was grown from, as it was given to that script")
-    parser.add_argument("--per-name", type=int, default=6, help="pictures of each name (default: %(default)s)")
+    parser.add_argument("--per-name", type=int, default=6, help="canvases of each name (default: %(default)s)")
     parser.add_argument("--pictures", type=Path, help="also write the composed pictures to this folder")
     parser.add_argument("--out", type=Path, default=DEMO_REFERENCE, help="default: %(default)s")
     options = parser.parse_args()
@@ -40,13 +43,19 @@ def main() -> None:
     if options.grow_from:
         arguments += ["--grow-from", str(options.grow_from)]
     run = recipe.make_run(recipe.parse_arguments(arguments))
-    icons = recipe.load_index(run)
-    canvases = recipe.CanvasSet(run, icons, "pool")
-
-    names, pictures = [], []
-    for number in range(options.per_name * len(icons)):
-        names.append(icons[number % len(icons)].name)
-        pictures.append(Image.fromarray(canvases.pixels([number])[0].permute(1, 2, 0).numpy()))
+    icons = [
+        icon for icon in recipe.load_index(run) if icon.style == "fluent-emoji" and icon.name in recipe.CLEAR_NAMES
+    ]
+    if run.preset.canvases:
+        canvases = recipe.CanvasSet(run, icons, "pool")
+        numbers = range(options.per_name * len(icons))
+        pictures = [Image.fromarray(canvases.pixels([i])[0].permute(1, 2, 0).numpy()) for i in numbers]
+        names = [icons[i % len(icons)].name for i in numbers]
+    else:
+        pictures, names = [], [icon.name for icon in icons]
+        for icon in icons:
+            with Image.open(run.out / "data" / icon.file) as image:
+                pictures.append(recipe.compose_picture(image.convert("RGBA"), run.preset.image_size))
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
         for number, (name, picture) in enumerate(zip(names, pictures)):
