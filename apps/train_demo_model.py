@@ -30,7 +30,8 @@ Usage:
 | smoke, smoke-grown | four drawings, 64 px | 8 × 8, toys in the formats of first and cpu | tests |
 
 In the models of cpu and full the full-resolution self-attention is the only self-attention there is. In the last
-phase its queries and keys are fixed to find the tokens that look alike: left to themselves they spread over all tokens.
+phase its queries and keys are set to find the tokens that look alike, and fixed: left to be trained they spread over
+all tokens. The models that came of it do not pass eval/demo_gate.py yet: see eval/results/demo-training.md.
 
 A stage that is finished is skipped; one that was stopped, even by kill -9, goes on from its last checkpoint when the
 same command is given again. Every random draw is a function of (seed, stage, step), so on the same CPU an interrupted
@@ -1182,7 +1183,7 @@ def unet_stage(run: Run) -> None:
         noisy = scheduler.add_noise(latents[picks.to(run.device)].float(), noise, timesteps)
         stride = preset.phases[phase].key_stride
         subset.chosen = stride and one_per_cell(latents.shape[-1], stride, generator).to(run.device)
-        for layer in self_attention_layers(trained["unet"]):
+        for layer in self_attention_layers(trained["unet"]):  # in every step: a resumed run begins within a phase
             keep_sharp(layer, preset.phases[phase].sharpen is not None)
         with run.autocast():
             text = trained["text_encoder"](captions[picks, forms].to(run.device))[0]

@@ -42,10 +42,12 @@ def main() -> None:
     arguments = ["data", "--preset", options.preset, "--out", str(options.run)]
     if options.grow_from:
         arguments += ["--grow-from", str(options.grow_from)]
-    run = recipe.make_run(recipe.parse_arguments(arguments))
-    icons = [
-        icon for icon in recipe.load_index(run) if icon.style == "fluent-emoji" and icon.name in recipe.CLEAR_NAMES
-    ]
+    try:
+        run = recipe.make_run(recipe.parse_arguments(arguments))
+        index = recipe.load_index(run)
+    except recipe.UsageError as error:
+        parser.error(str(error))
+    icons = [icon for icon in index if icon.style == "fluent-emoji" and icon.name in recipe.CLEAR_NAMES]
     if run.preset.canvases:
         canvases = recipe.CanvasSet(run, icons, "pool")
         numbers = range(options.per_name * len(icons))

@@ -568,19 +568,14 @@ def test_a_subset_of_all_keys_is_plain_attention(script):
     assert not torch.equal(script.one_per_cell(8, 2, torch.Generator().manual_seed(2)), subset.chosen)
 
 
-def clustered_tokens(clusters: int, each: int, width: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two pictures of `clusters` kinds of tokens, as LayerNorm gives them, and the kinds without noise."""
-    clean = torch.randn(2, clusters, width).repeat_interleave(each, dim=1)
-    return torch.nn.functional.layer_norm(clean + noise * torch.randn_like(clean), (width,)), clean
-
-
 @pytest.mark.parametrize("heads", [1, 2])
 def test_sharpened_attention_averages_tokens_that_look_alike(script, heads):
     from diffusers.models.attention_processor import Attention
 
     torch.manual_seed(0)
     layer = Attention(query_dim=16, heads=heads, dim_head=16 // heads)
-    tokens, clean = clustered_tokens(clusters=4, each=32, width=16, noise=0.5)
+    four_kinds = torch.randn(2, 4, 16).repeat_interleave(32, dim=1)
+    tokens = torch.nn.functional.layer_norm(four_kinds + 0.5 * torch.randn_like(four_kinds), (16,))
     script.sharpen(layer, tokens, share=1 / 4)
     means = tokens.unflatten(1, (4, 32)).mean(dim=2, keepdim=True).expand(-1, -1, 32, -1).flatten(1, 2)
     averaged = layer(tokens) / 2  # it is given out twofold

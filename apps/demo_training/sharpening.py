@@ -1,4 +1,4 @@
-"""Makes self-attention one that finds, for each query, the tokens that look like its own, and keeps it that."""
+"""Makes self-attention one that finds, for each query, the tokens that look like its own: a non-local mean."""
 
 from __future__ import annotations
 
@@ -51,13 +51,22 @@ def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
 
 
 def keep_sharp(attn: nn.Module, keep: bool) -> None:
-    """Leaves queries and keys as they are, or trains them: trained, they flatten out within some hundred steps."""
+    """Fixes the projections of queries and keys, or lets them be trained.
+
+    Trained, the weights flatten out within some hundred steps; fixed, more slowly, as the features still change.
+    """
     for linear in (attn.to_q, attn.to_k):
         linear.requires_grad_(not keep)
 
 
 def median_share(queries: Tensor, keys: Tensor, projection: Tensor, scale: float, attn: nn.Module) -> float:
-    """Effective number of keys of the median query, as a share of all keys."""
+    """Effective number of keys of the median query, as a share of all keys.
+
+    Args:
+        queries, keys: tokens before the projection, [B, M, C] and [B, N, C].
+        projection: of both, [C, C], to be multiplied by `scale`.
+        attn: for its heads and scale.
+    """
 
     def heads_of(tokens: Tensor) -> Tensor:
         return (tokens @ projection.T * scale).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
