@@ -1,1 +1,5 @@
-"""What train_demo_model.py needs beside its stages: composed pictures, and a UNet that grows out of a smaller one."""
+"""The stages of train_demo_model.py, one module each, and what they share.
+
+None imports from one that comes after it: canvases, growing, key_subset, sharpening; presets, run; icons (stage data),
+pictures, tokenizer, models, training; samples, autoencoder, unet, export (the stages of these names).
+"""

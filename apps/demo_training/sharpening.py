@@ -35,19 +35,41 @@ def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
     order = torch.arange(width).view(-1, attn.heads).T.flatten()  # strong and weak components for every head
     projection = components.T[order]
 
-    queries = spread[:, :: max(1, spread.shape[1] // 64)]
-    low, high = 1e-3, 1e3
-    for _ in range(40):
-        scale = (low * high) ** 0.5
-        if median_share(queries, spread, projection, scale, attn) > share:
-            low = scale
-        else:
-            high = scale
+    scale = scale_for(share, spread, projection, attn)
     for linear in (attn.to_q, attn.to_k):
         linear.weight.copy_(projection * scale)
     nn.init.eye_(attn.to_v.weight)
     nn.init.eye_(attn.to_out[0].weight).mul_(2)  # no less than the features it is added to
     nn.init.zeros_(attn.to_out[0].bias)
+
+
+@torch.no_grad()
+def calibrate(attn: nn.Module, tokens: Tensor, share: float) -> None:
+    """Scales queries and keys so that the median query again has `share` of the keys.
+
+    Projections that stay fixed do not keep attention sharp while the features that they compare are trained.
+
+    Args:
+        attn: an Attention after `sharpen`: queries and keys have the same weights.
+        tokens: what the layer is now given, [B, N, C].
+        share: as in `sharpen`.
+    """
+    scale = scale_for(share, tokens.float(), attn.to_q.weight.float(), attn)
+    for linear in (attn.to_q, attn.to_k):
+        linear.weight.mul_(scale)
+
+
+def scale_for(share: float, tokens: Tensor, projection: Tensor, attn: nn.Module) -> float:
+    """By bisection, what to multiply the projection by so that the median query spreads over `share` of the keys."""
+    queries = tokens[:, :: max(1, tokens.shape[1] // 64)]
+    low, high = 1e-3, 1e3
+    for _ in range(24):
+        scale = (low * high) ** 0.5
+        if median_share(queries, tokens, projection, scale, attn) > share:
+            low = scale
+        else:
+            high = scale
+    return scale
 
 
 def keep_sharp(attn: nn.Module, keep: bool) -> None:

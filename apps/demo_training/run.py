@@ -1,0 +1,162 @@
+"""One invocation: its settings and draws, what it says, and the folder that it may write to, resume or must refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from .presets import Preset, UnetPhase
+
+
+class UsageError(ValueError):
+    """Something the user can put right; its text is the one sentence that the command line prints."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one invocation works with: the preset, the seed, and where; not what has been done so far."""
+
+    out: Path
+    preset_name: str
+    preset: Preset
+    seed: int
+    precision: str
+    device: torch.device
+    compile: bool
+    icons: tuple[Path, ...]
+    grow_from: Path | None
+    count: int
+    checkpoint_seconds: float
+
+    def generator(self, *key: object) -> torch.Generator:
+        """A CPU generator that depends on the seed and `key` alone: a resumed run draws what it would have drawn."""
+        digest = hashlib.blake2b(repr((self.seed, *key)).encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """bfloat16 autocast, or nothing with precision fp32."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, which takes `path`'s place at the end: a reader never sees half a file."""
+    part = path.with_name(path.name + ".part")
+    yield part
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` as JSON, whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def claim_folder(folder: Path, settings: dict) -> None:
+    """Makes `folder` for work with `settings`, or checks that the work in it was done with the same.
+
+    Raises:
+        UsageError: the folder was made with other settings.
+    """
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as they will when read back
+    path = folder / "settings.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+        return
+    found = json.loads(path.read_text())
+    for key in [*settings, *(key for key in found if key not in settings)]:
+        if found.get(key) != settings.get(key):
+            raise UsageError(
+                f"{folder} was made with another {key} ({brief(found.get(key))}, not {brief(settings.get(key))}): "
+                "give the settings it was made with, or another --out"
+            )
+
+
+def brief(value: object) -> str:
+    """`value` as text short enough for an error message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def training_settings(run: Run, stage: str) -> dict:
+    """What must stay the same for `stage` to be continued; the device may change."""
+    at_leisure = ("grid_steps", "checkpoint_seconds", "sample_steps", "guidance", "precision", "icon_size")
+    at_leisure += ("grid_samples", "grows")
+    other = {"autoencoder": ("unet_", "text_", "ema_", "phases", "pool"), "unet": ("autoencoder_", "latent_noise")}[
+        stage
+    ]
+    settings = {key: value for key, value in recorded(run.preset).items() if key not in at_leisure}
+    if run.grow_from:
+        files = sorted(path for path in run.grow_from.rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+        settings["grown_from"] = [file_digest(path) for path in files]
+    return {
+        "preset": run.preset_name,
+        "seed": run.seed,
+        "precision": run.precision,
+        **{key: value for key, value in settings.items() if not key.startswith(other)},
+    }
+
+
+def recorded(settings: Preset | UnetPhase) -> dict:
+    """The fields of a dataclass without those left at a default of None: a folder from before them can be continued."""
+    values = {
+        field.name: getattr(settings, field.name)
+        for field in fields(settings)
+        if not (field.default is None and getattr(settings, field.name) is None)
+    }
+    if "phases" in values:
+        values["phases"] = [recorded(phase) for phase in values["phases"]]
+    if "canvases" in values:
+        values["canvases"] = asdict(values["canvases"])
+    return values
+
+
+def announce(stage: str, text: str) -> None:
+    """Says how a stage ended."""
+    print(f"{stage}: {text}", flush=True)
+
+
+def require(run: Run, path: Path, stage: str) -> Path:
+    """`path`, which an earlier stage writes last.
+
+    Raises:
+        UsageError: that stage has not been finished.
+    """
+    if not path.exists():
+        raise UsageError(
+            f"{path} is not there: run the stage {stage} with --preset {run.preset_name} --out {run.out} first"
+        )
+    return path
+
+
+def writable_folder(path: Path) -> Path:
+    """`path`, made if need be.
+
+    Raises:
+        UsageError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--out {path} cannot be written to ({error.strerror})") from None
+    return path
