@@ -39,15 +39,15 @@ def _parser() -> argparse.ArgumentParser:
 
     draw = parser.add_argument_group("pictures")
     draw.add_argument(
-        "--classes", type=int, default=24, help="how many names, spread evenly over the list (default: %(default)s)"
+        "--classes", type=int, default=60, help="how many names, spread evenly over the list (default: %(default)s)"
     )
     draw.add_argument("--names", help="these names in place of --classes, with commas between")
-    draw.add_argument("--images-per-class", type=int, default=2, help="default: %(default)s")
-    draw.add_argument("--steps", type=int, default=20, help="default: %(default)s")
+    draw.add_argument("--images-per-class", type=int, default=1, help="default: %(default)s")
+    draw.add_argument("--steps", type=int, default=12, help="default: %(default)s")
     draw.add_argument("--guidance", type=float, default=5.0, help="default: %(default)s")
     draw.add_argument("--size", type=int, help="height and width in pixels; default: the model's own")
     draw.add_argument("--seed", type=int, default=0, help="another one draws other pictures (default: %(default)s)")
-    draw.add_argument("--scheduler", default="plms", help="default: %(default)s")
+    draw.add_argument("--scheduler", default="dpm++2m", help="default: %(default)s")
     draw.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
     draw.add_argument("--processes", type=int, help="on a CPU: how many draw; default: one per core if memory allows")
     draw.add_argument("--threads", type=int, default=1, help="of each of them (default: %(default)s)")

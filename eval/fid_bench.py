@@ -13,8 +13,9 @@ from eval.command import run_command  # noqa: E402
 _ALL = "sd,sd-naive,tomesd,agentsd,mean-value,no-attention"
 PRESETS = {
     "quick": {
-        "model": "demo", "methods": _ALL, "ratios": "0.4", "classes": 48, "images_per_class": 1, "steps": 20,
-        "guidance": 5.0, "features": "efficientnet-lite0", "rounds": 3, "unscored": "sd-naive",
+        "model": "demo", "methods": _ALL, "ratios": "0.4", "classes": 24, "images_per_class": 1,
+        "scheduler": "dpm++2m", "steps": 12, "guidance": 5.0, "features": "efficientnet-lite0", "rounds": 3,
+        "unscored": "sd-naive",
     },
     "paper": {
         "model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "methods": _ALL, "ratios": "0.1,0.2,0.3,0.4,0.5",

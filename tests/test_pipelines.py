@@ -45,16 +45,15 @@ def picture(pipe, prompt, method_settings=None):
 
 
 def test_demo_model_draws_what_it_is_asked_for(demo):
-    """Colours tell: a strawberry is red, a frog is green, on white; agent attention keeps the picture."""
+    """Colours tell: a strawberry is red, a frog is green, on a light ground; agent attention keeps the picture."""
     for prompt, channel in (("a high quality photograph of a strawberry.", 0), ("a frog", 1)):
         plain = np.asarray(picture(demo, prompt), dtype=float)
-        assert plain.shape == (256, 256, 3)
-        corner = plain[:20, :20].mean()
-        thing = plain[plain.min(axis=2) < 150].mean(axis=0)
-        assert corner > 230 and thing.argmax() == channel
+        assert plain.shape == (512, 512, 3)
+        corner, thing = plain[:20, :20].mean(), plain[156:356, 156:356].mean(axis=(0, 1))
+        assert corner > 200 and thing.argmax() == channel and thing.max() > 1.2 * np.median(thing)
         patched = np.asarray(picture(demo, prompt, {}), dtype=float)
         psnr = 10 * np.log10(255**2 / ((plain - patched) ** 2).mean())
-        assert 25 < psnr < 80  # another picture, but the same thing in the same place
+        assert 25 < psnr < 60  # another picture, but the same thing in the same place
 
 
 def test_demo_text_encoder_has_the_names_every_transformers_reads():
