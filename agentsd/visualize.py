@@ -180,6 +180,8 @@ def merge_map(view: LayerView, picture: Image.Image) -> Image.Image:
 def agent_map(view: LayerView, agent: int, picture: Image.Image) -> Image.Image:
     """What one agent gathers, as heat over the grey picture; a ring marks the agent's own place.
 
+    Full heat is the weight that half a per cent of the tokens exceed.
+
     Raises:
         ValueError: the view is of the merge phase, or has no such agent.
     """
@@ -188,7 +190,9 @@ def agent_map(view: LayerView, agent: int, picture: Image.Image) -> Image.Image:
         raise ValueError(f"agent={agent}: must lie in 0 … {len(view.agent_attention) - 1}")
     height, width = view.grid
     weights = view.agent_attention[agent]
-    heat = (weights / weights.max()).view(height, width)
+    # A few tokens can hold most of the weight; on their scale all others would be dark.
+    full = weights.quantile(_HOTTEST).clamp_min(torch.finfo(weights.dtype).tiny)
+    heat = (weights / full).clamp(max=1).view(height, width)
     small = Image.frombytes("L", (width, height), bytes((heat * 255).round().to(torch.uint8).flatten().tolist()))
     level = small.resize(picture.size, Image.Resampling.BICUBIC)
     coloured = Image.merge("RGB", [level.point(channel) for channel in _HEAT])
@@ -264,6 +268,9 @@ def _heat_channel(stops: tuple[int, ...]) -> list[int]:
         round(stops[int(v)] + (stops[min(int(v) + 1, len(stops) - 1)] - stops[int(v)]) * (v - int(v))) for v in scaled
     ]
 
+
+# The share of an agent's tokens that are not shown at full heat.
+_HOTTEST = 0.995
 
 # Dark violet, red, orange, light yellow: dark to light also for the colour-blind.
 _HEAT = [

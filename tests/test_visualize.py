@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,18 @@ def test_agent_phase(pipe):
     assert heat.size == image.size and len(set(heat.getdata())) > 20
     sheet = agents_sheet(view, image, count=9)
     assert sheet.width > 3 * 190 and sheet.height > 3 * 190
+
+
+def test_one_hot_token_does_not_hide_the_others(pipe):
+    image, view = look_inside(pipe, REQUEST, AgentConfig(ratio=0.3), call=0)
+    for rest in (1e-3, 0.0):
+        weights = torch.full_like(view.agent_attention, rest)
+        weights[:, :16] = 2 * rest  # the first row, a sixteenth of the tokens
+        weights[:, 200] = 1.0
+        shown = np.asarray(agent_map(replace(view, agent_attention=weights), 0, image.convert("L"))).astype(int)
+        red, hot = shown[..., 0] - shown[..., 2], (slice(96, 104), slice(64, 72))  # token 200: row 12, column 8
+        assert red[hot].mean() > 30
+        assert red[:8, 16:-16].mean() > 30 if rest else red[:8].mean() < 0
 
 
 def test_merge_phase_has_a_merge_map_and_no_agents(pipe):
