@@ -35,6 +35,7 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "alpha": tuple({"alpha": value} for value in (0.0, 0.025, 0.075, 0.15)),
     "scale": tuple({"broadcast_exponent": value} for value in (-0.5, -0.25, -0.15, -0.05)),
     "early": tuple({"early": value} for value in (0.2, 0.4, 0.6, 0.8)),
+    "alpha-early": tuple({"alpha": a, "early": e} for a in (0.0, 0.075, 0.15) for e in (0.2, 0.4, 0.8)),
     # Not the paper's: what is given up for speed as pictures grow.
     "late": ({"late": "merge"}, {"late": "downsample"}, {"late": "downsample", "merge_stride": 4}),
     "agents": tuple({"max_agents": value} for value in (None, 256, 64, 16)),
