@@ -96,6 +96,8 @@ def test_ablations_and_deepcache_as_scenarios():
         "agentsd-r0.5-scale-0.5", "agentsd-r0.5-scale-0.25", "agentsd-r0.5-scale-0.05",
         "agentsd-r0.5-early0.2", "agentsd-r0.5-early0.6", "agentsd-r0.5-early0.8",
     ]  # fmt: skip
+    crossed = [scenario.name for scenario in make_scenarios(["agentsd"], (0.5,), ablate=["alpha-early", "alpha"])]
+    assert len(crossed) == 1 + 9 + 1 and "agentsd-r0.5-early0.8-alpha0.15" in crossed  # each once
     for ablation in ABLATIONS.values():  # each holds the default, to be compared with
         assert any(AgentConfig(**settings) == AgentConfig() for settings in ablation)
     names = [scenario.name for scenario in make_scenarios(["sd"], (0.4,), ablate=["late", "agents", "tile", "fast"])]
