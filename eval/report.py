@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -293,6 +294,8 @@ def as_markdown(
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
+_SHADES = ("Greys", "Oranges", "Blues", "Greens", "Purples", "Reds")  # of the methods, by ratio from light to dark
+
 
 def draw_plots(rows: Sequence[dict[str, Any]], label: str, folder: Path, environment: dict[str, Any]) -> list[str]:
     """quality.png, memory.png, speedup.png, as far as there is something to show. Returns their names."""
@@ -349,11 +352,14 @@ def draw_plots(rows: Sequence[dict[str, Any]], label: str, folder: Path, environ
     timed = [row for row in timed if row["batch_size"] == batch]
     if len({row["size"] for row in timed}) > 1:
         figure, axes = pyplot.subplots(figsize=(6, 4))
-        for name in dict.fromkeys(row["scenario"] for row in timed):
-            group = [row for row in timed if row["scenario"] == name]
-            axes.plot([row["size"] for row in group], [row["speedup_vs_sd"] for row in group], marker="o", label=name)
+        for (_, group), shades in zip(_by_method(timed), itertools.cycle(_SHADES)):
+            names = list(dict.fromkeys(row["scenario"] for row in group))
+            for number, name in enumerate(names):
+                points = [(row["size"], row["speedup_vs_sd"]) for row in group if row["scenario"] == name]
+                colour = pyplot.get_cmap(shades)(0.4 + 0.5 * (number + 1) / len(names))
+                axes.plot(*zip(*points), marker="o", label=name, color=colour)
         axes.set(xlabel="height and width in pixels", ylabel=f"speed-up over sd (SDPA), batch {batch}")
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         save("speedup.png", figure)
     return drawn
 
