@@ -54,7 +54,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def app(browser):
-    models = Models(["demo", MISSING], load=CountingLoader())
+    models = Models(["demo", "tiny", MISSING], load=CountingLoader())
     with serving(models) as (address, studio):
         yield address, studio
 
@@ -237,9 +237,14 @@ def test_look_inside(window):
     told(window, "#look-caption", "this phase has no agents")
     expect(window.locator("#agent-map img")).to_have_count(0)
     expect(window.locator("#merge-map img")).to_have_count(1)
-    # a layer that this patch does not reach: what to do about it
+    # a layer that this patch does not reach, in a model with self-attention at more than one level: what to do about it
+    window.get_by_text("More settings").click()
+    window.locator("#model input").click()
+    window.get_by_role("option", name="tiny").click()
+    window.locator("#look").click()
+    told(window, "#look-status", "16 × 16 tokens")
     window.locator("#layer input").click()
-    window.get_by_role("option", name="down_blocks.1").click()
+    window.get_by_role("option", name="mid_block").click()
     window.locator("#look").click()
     told(window, "#look-status", "choose max_downsample 2 or more")
 

@@ -217,8 +217,8 @@ def test_the_preview_shows_the_picture():
         on_step=lambda step: latents.append(step.latents),
     )  # fmt: skip
     preview = np.asarray(model.preview(latents[-1]), dtype=float)
-    picture = np.asarray(drawing.image.resize((32, 32), Image.Resampling.BOX), dtype=float)
-    assert preview.shape == (32, 32, 3)
+    picture = np.asarray(drawing.image.resize((64, 64), Image.Resampling.BOX), dtype=float)
+    assert preview.shape == (64, 64, 3)
     assert np.corrcoef(preview.ravel(), picture.ravel())[0, 1] > 0.6
 
 

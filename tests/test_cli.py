@@ -70,7 +70,7 @@ def test_visualize(capsys, tmp_path):
     assert code == 0 and "agent phase" in out
     assert sorted(os.listdir(folder)) == ["agents.png", "merge_map.png", "picture.png"]
     view = read_settings(folder / "merge_map.png")["view"]
-    assert view["layer"].startswith("up_blocks.2.attentions.1") and view["call"] == 0
+    assert view["layer"].startswith("up_blocks.3.attentions.1") and view["call"] == 0
     code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--call", "4")
     assert code == 0 and sorted(os.listdir(folder)) == ["merge_map.png", "picture.png"]  # no agents, none left over
 

@@ -127,7 +127,7 @@ def test_efficientnet_sees_what_is_in_a_picture(tmp_path):
     from eval.protocol import DEMO_REFERENCE, demo_classes
 
     reference = metrics.load_statistics(DEMO_REFERENCE, network)
-    assert reference.features.shape == (len(demo_classes()), 1280)
+    assert reference.features.shape == (3 * len(demo_classes()), 1280)  # three grounds of each
 
 
 @pytest.mark.parametrize("count, size", [(30, 8), (8, 30), (40, 40)])
