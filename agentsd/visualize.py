@@ -269,7 +269,7 @@ def _heat_channel(stops: tuple[int, ...]) -> list[int]:
     ]
 
 
-# The share of an agent's tokens that are not shown at full heat.
+# The quantile of an agent's weights that is shown at full heat, with all above it.
 _HOTTEST = 0.995
 
 # Dark violet, red, orange, light yellow: dark to light also for the colour-blind.

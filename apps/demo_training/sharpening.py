@@ -60,7 +60,17 @@ def calibrate(attn: nn.Module, tokens: Tensor, share: float) -> None:
 
 
 def scale_for(share: float, tokens: Tensor, projection: Tensor, attn: nn.Module) -> float:
-    """By bisection, what to multiply the projection by so that the median query spreads over `share` of the keys."""
+    """By bisection, what to multiply the projection by so that the median query spreads over `share` of the keys.
+
+    Args:
+        share: 0 … 1.
+        tokens: before the projection, [B, N, C]; about 64 of the N are the queries, all are keys.
+        projection: of queries and keys, [C, C].
+        attn: for its heads and scale.
+
+    Returns:
+        A factor in 0.001 … 1000.
+    """
     queries = tokens[:, :: max(1, tokens.shape[1] // 64)]
     low, high = 1e-3, 1e3
     for _ in range(24):
