@@ -29,26 +29,40 @@ class GridSplit:
     """Which tokens of a height × width grid are dsts and which are srcs; with leading dimensions, of several grids.
 
     Attributes:
-        dst_index: [..., num_dst] token numbers of the dsts, one per whole cell, row by row within each tile.
-        src_index: [..., num_src] token numbers of all others, rising within each tile.
+        tokens: [..., height · width] all token numbers: the srcs, rising within each tile, then the dsts, one per whole
+            cell, row by row within each tile.
+        num_dst: how many of them are dsts.
         height, width: size of the grid.
         tiles: into how many equal tiles the grid is cut, row by row; a src is matched to a dst of its own tile.
     """
 
-    dst_index: Tensor
-    src_index: Tensor
+    tokens: Tensor
+    num_dst: int
     height: int
     width: int
     tiles: int = 1
 
+    @property
+    def num_src(self) -> int:
+        return self.height * self.width - self.num_dst
+
+    @property
+    def src_index(self) -> Tensor:
+        """[..., num_src] token numbers of the srcs."""
+        return self.tokens[..., : self.num_src]
+
+    @property
+    def dst_index(self) -> Tensor:
+        """[..., num_dst] token numbers of the dsts."""
+        return self.tokens[..., self.num_src :]
+
     def to(self, device: torch.device) -> GridSplit:
         """The same on another device."""
-        return replace(self, dst_index=self.dst_index.to(device), src_index=self.src_index.to(device))
+        return replace(self, tokens=self.tokens.to(device))
 
     def unbind(self) -> list[GridSplit]:
         """The splits along the first dimension."""
-        pairs = zip(self.dst_index.unbind(), self.src_index.unbind())
-        return [replace(self, dst_index=dst, src_index=src) for dst, src in pairs]
+        return [replace(self, tokens=tokens) for tokens in self.tokens.unbind()]
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,8 @@ def split_grid(
     is_dst = is_dst.scatter(-1, dst_index, 1)
     num_src = height * width - cells
     if tile is None or tile == (height, width):
-        return GridSplit(dst_index, is_dst.argsort(dim=-1, stable=True)[..., :num_src], height, width)
+        src_index = is_dst.argsort(dim=-1, stable=True)[..., :num_src]
+        return GridSplit(torch.cat([src_index, dst_index], dim=-1), cells, height, width)
 
     for length, cell, side in ((height, rows, tile[0]), (width, columns, tile[1])):
         if side != length and (length % side or side % cell):
@@ -152,7 +167,7 @@ def split_grid(
     by_tile = _tile_order(height, width, down, across, offsets.device)
     dst_index = dst_index[..., _tile_order(height // rows, cells_across, down, across, offsets.device)]
     src_index = by_tile[is_dst[..., by_tile].argsort(dim=-1, stable=True)[..., :num_src]]
-    return GridSplit(dst_index, src_index, height, width, down * across)
+    return GridSplit(torch.cat([src_index, dst_index], dim=-1), cells, height, width, down * across)
 
 
 def _tile_order(height: int, width: int, down: int, across: int, device: torch.device) -> Tensor:
@@ -181,26 +196,41 @@ def match_tokens(metric: Tensor, split: GridSplit) -> TokenMatching:
         raise ValueError(f"metric has {num_tokens} tokens, but the split is of a {split.height}×{split.width} grid")
 
     with torch.no_grad():
-        # The squares of a half-precision token can exceed the range of float16.
-        norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True, dtype=_accumulate_dtype(metric))
-        unit = (metric / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(metric.dtype)
-        src, dst = unit.index_select(1, split.src_index), unit.index_select(1, split.dst_index)
-        num_dst = dst.shape[1]
-        if split.tiles > 1:  # as if each tile were a sample of its own
-            src, dst = (x.reshape(batch * split.tiles, -1, x.shape[-1]) for x in (src, dst))
-        dst = dst.transpose(1, 2)
-
-        rows_per_block = max(1, _SIMILARITIES_PER_BLOCK // (batch * num_dst))
-        best = [(block @ dst).max(dim=-1) for block in src.split(rows_per_block, dim=1)]
-        similarity, best_dst = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best))
-        if split.tiles > 1:
-            first_dst = torch.arange(0, num_dst, num_dst // split.tiles, device=metric.device)
-            best_dst = (best_dst.view(batch, split.tiles, -1) + first_dst[:, None]).flatten(1)
-            similarity = similarity.view(batch, -1)
-
+        similarity, best_dst = _most_similar(metric, split)
         ranking = similarity.argsort(dim=-1, descending=True, stable=True)
         tokens = torch.cat([split.src_index[ranking], split.dst_index.expand(batch, -1)], dim=1)
         return TokenMatching(tokens, best_dst.gather(1, ranking))
+
+
+def _most_similar(metric: Tensor, split: GridSplit) -> tuple[Tensor, Tensor]:
+    """Which dst each src is most similar to: the srcs' similarities, and positions among the dsts; both [B, num_src].
+
+    The similarities are cosines times a constant: all that ranking needs.
+    """
+    batch, _, channels = metric.shape
+    num_src, num_dst, tiles = split.num_src, split.num_dst, split.tiles
+    tokens = metric.index_select(1, split.tokens)
+    norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=_accumulate_dtype(tokens))
+    norm = norm.clamp_min(torch.finfo(torch.float32).tiny)
+    src, dst = tokens[:, :num_src], tokens[:, num_src:]
+    src_norm, dst_norm = norm[:, :num_src, 0], norm[:, num_src:]
+
+    # A src's length does not change which dst it chooses. Only its best product is divided by it, for the ranking: that
+    # walks through far less memory than dividing its features.
+    if metric.dtype is torch.float16:
+        dst_norm = dst_norm * 64  # lest a product with a long src exceed the range
+    dst = (dst / dst_norm).to(metric.dtype)
+    if tiles > 1:  # as if each tile were a sample of its own
+        src, dst = (x.reshape(batch * tiles, -1, channels) for x in (src, dst))
+    dst = dst.transpose(1, 2)
+
+    rows_per_block = max(1, _SIMILARITIES_PER_BLOCK // (batch * num_dst))
+    best = [(block @ dst).max(dim=-1) for block in src.split(rows_per_block, dim=1)]
+    product, best_dst = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best))
+    if tiles > 1:
+        first_dst = torch.arange(0, num_dst, num_dst // tiles, device=metric.device)
+        best_dst = best_dst.view(batch, tiles, -1) + first_dst[:, None]
+    return product.view(batch, -1) / src_norm, best_dst.view(batch, -1)
 
 
 def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
@@ -229,8 +259,8 @@ def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
     position, token_rows = _flat_position(matching, r).sort(stable=True)
     bag_starts = torch.searchsorted(position, torch.arange(batch * num_merged, device=x.device))
     rows = x.reshape(batch * num_tokens, channels)
-    if x.device.type == "cpu":
-        rows = rows.to(_accumulate_dtype(x))  # the CUDA kernel accumulates in float32, the CPU's for float16 does not
+    if x.device.type == "cpu" and x.dtype is torch.float16:
+        rows = rows.float()  # it sums in float32, but rounds to float16 before it divides: too large a sum is infinite
     means = F.embedding_bag(token_rows, rows, bag_starts, mode="mean")
     return means.view(batch, num_merged, channels).to(x.dtype)
 

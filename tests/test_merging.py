@@ -177,6 +177,23 @@ def test_large_half_precision_tokens_still_match():
     assert large.best_dst.unique().numel() > 8  # with infinite norms every src would take dst 0
 
 
+def test_products_beyond_float16_still_match():
+    """Tokens of 16 features of up to 60,000, so that a src's product with its unit dst would be 170,000."""
+    angle = torch.arange(16).view(4, 4).mul(torch.pi / 8).repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
+    src = torch.ones(8, 8, dtype=torch.bool)
+    src[::2, ::2] = False
+    angle = angle + torch.linspace(-0.1, 0.1, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(0))] * (
+        src.flatten()
+    )
+    length = torch.linspace(10_000, 60_000, 64)
+    metric = (length[:, None] * torch.stack([angle.cos(), angle.sin()], 1)).repeat(1, 8)[None].half()
+    matching = match_tokens(metric, split_grid(8, 8, (2, 2)))
+    rows, columns = matching.tokens[0, :48] // 8, matching.tokens[0, :48] % 8
+    assert torch.equal(matching.best_dst[0], rows // 2 * 4 + columns // 2)  # each src the dst of its own cell
+    apart = (angle[matching.tokens[0, :48]] - matching.best_dst[0] * torch.pi / 8).abs()
+    assert apart[:12].max() < apart[-12:].min()  # and the most similar ones first
+
+
 def test_zero_tokens_are_no_nan():
     matching = match_tokens(torch.zeros(1, 16, 4), split_grid(4, 4, (2, 2)))
     assert torch.isfinite(merge_tokens(torch.randn(1, 16, 4), matching, 6)).all()
