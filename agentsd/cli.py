@@ -134,7 +134,7 @@ def _add_patch(parser: argparse.ArgumentParser) -> None:
 
     add("ratio", float, "fraction of the tokens merged away")
     add("early", float, "noisiest fraction of the run that uses agent attention")
-    add("late", str, "what the later steps do: merge (as ToMeSD) or downsample (keys and values, as ToDo)")
+    add("late", str, "later steps: merge (as ToMeSD), downsample (keys and values, as ToDo) or full (unpatched)")
     add("alpha", float, "weight of the mixing term")
     add("broadcast_exponent", float, "scale of the second softmax is head_dim ** this")
     add("agent_ratio", float, "fraction of the tokens merged away to make agents")

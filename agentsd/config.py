@@ -16,10 +16,10 @@ class Phase(enum.Enum):
     AGENT = "agent"
     """Agent attention on merged tokens: the early, noisy steps."""
     MERGE = "merge"
-    """The later steps: softmax attention on merged tokens, as ToMeSD does, or what AgentConfig.late says."""
+    """The later steps: softmax attention on merged tokens, as ToMeSD does, or what else AgentConfig.late says."""
 
 
-LATE = ("merge", "downsample")
+LATE = ("merge", "downsample", "full")
 """What AgentConfig.late can be."""
 
 
@@ -32,7 +32,8 @@ class AgentConfig:
             0 … 1 − 1/(rows · columns) of the smallest stride in use.
         early: the noisiest fraction of the diffusion run that uses agent attention; the rest does what `late` says.
         late: "merge" is token merging alone, as in ToMeSD and the paper; "downsample" takes keys and values from one
-            token of each merge_stride cell and keeps every query (ToDo), whatever the ratio.
+            token of each merge_stride cell and keeps every query (ToDo), whatever the ratio; "full" leaves these steps
+            to the model's own attention.
         alpha: α of the mixing term (agent_attention).
         broadcast_exponent: the second softmax has the scale head_dim ** broadcast_exponent.
         agent_ratio: fraction of the tokens merged away to make the agents, capped by the number of srcs.
@@ -84,8 +85,8 @@ class AgentConfig:
         if not isinstance(self.late, str) or self.late not in LATE:
             error = ValueError if isinstance(self.late, str) else TypeError
             raise error(
-                f'late={self.late!r}: must be "merge" (token merging) or "downsample" (one key and value per '
-                "merge_stride cell)"
+                f'late={self.late!r}: must be "merge" (token merging), "downsample" (one key and value per '
+                'merge_stride cell) or "full" (the model\'s own attention)'
             )
         for name, low, meaning in (
             ("max_agents", 1, "None for no limit; 256 is what 512 px have by default"),
@@ -148,6 +149,10 @@ class AgentConfig:
         if self.early > 0 and timestep >= (1 - self.early) * num_train_timesteps:
             return Phase.AGENT
         return Phase.MERGE
+
+    def acts_in(self, phase: Phase) -> bool:
+        """Whether patched layers do anything else in that phase than unpatched ones."""
+        return phase is Phase.AGENT or self.late == "downsample" or (self.late == "merge" and self.ratio > 0)
 
     def num_merged(self, num_tokens: int) -> int:
         """r = int(N · ratio), the number of tokens merged away before attention."""

@@ -344,7 +344,8 @@ class _UNetHook:
         by_grid: dict[tuple[int, int], list[LayerState]] = {}
         for layer in patch.layers:
             layer.state.split = layer.state.block_input = layer.state.plan = None
-            by_grid.setdefault(layer.state.grid(), []).append(layer.state)
+            if config.acts_in(run.phase):
+                by_grid.setdefault(layer.state.grid(), []).append(layer.state)
         for grid, states in by_grid.items():
             stride = config.stride(run.phase, grid)
             cells = grid_cells(*grid, stride)

@@ -74,7 +74,7 @@ class LayerState:
         config: settings, shared by all layers.
         run: the UNet call in progress, shared by all layers.
         fallback: the processor that stood here; it serves what this method does not apply to.
-        split: dsts and srcs of this call, or None where the grid is smaller than a cell.
+        split: dsts and srcs of this call; None where there is nothing to merge or the grid is smaller than a cell.
         block_input: [B, N, C] un-normalised input of the block, between the block's pre-hook and the attention.
         plan: how the current block input is merged, for the cross-attention and feed-forward that follow.
     """
@@ -125,10 +125,12 @@ def merge_plan(layer: LayerState, block_input: Tensor) -> MergePlan | None:
         layer: the layer, its run state set for this call.
         block_input: [B, N, C] un-normalised input of the transformer block.
     """
+    if layer.split is None or layer.downsamples():
+        return None
     config, phase = layer.config, layer.run.phase
     num_tokens = block_input.shape[1]
     r = config.num_merged(num_tokens)
-    if (phase is Phase.MERGE and r == 0) or layer.split is None or layer.downsamples():
+    if phase is Phase.MERGE and r == 0:
         return None
     # Offloading may bring the block's input to another device than the UNet was called with.
     matching = match_tokens(block_input, layer.split.to(block_input.device))

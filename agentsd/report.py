@@ -18,6 +18,8 @@ from .merging import grid_cells, tile_size
 from .patch import find_unet, get_patch
 from .processor import AgentAttnProcessor, token_grid
 
+_LATER = {"merge": "token merging", "downsample": "downsampled keys and values", "full": "unpatched"}
+
 
 @dataclass(frozen=True)
 class PhaseCost:
@@ -122,11 +124,11 @@ class Report:
     def _headline(self) -> str:
         if self.config is None:
             return f"not patched; it has {len(self.layers)} self-attention layers"
-        downsamples = self.config.late == "downsample"
-        later = "downsampled keys and values" if downsamples else "token merging"
+        later = _LATER[self.config.late]
         if self.early_timestep is None:
-            changes = self.config.ratio > 0 or downsamples
-            when = f"{later} in every step" if changes else "but ratio=0 and early=0 change nothing"
+            nothing = "ratio=0" if self.config.late == "merge" else f"late={self.config.late!r}"
+            changes = self.config.acts_in(Phase.MERGE)
+            when = f"{later} in every step" if changes else f"but {nothing} and early=0 change nothing"
         else:
             when = f"agent attention at timesteps ≥ {self.early_timestep:g}, {later} below"
         return f"agentsd is active on {len(self.active)} of {len(self.layers)} self-attention layers, {when}"
@@ -257,7 +259,7 @@ def _phase_cost(
     tokens = grid[0] * grid[1]
     stride = config.stride(phase, grid)
     num_dst = grid_cells(*grid, stride)
-    if num_dst == 0:
+    if num_dst == 0 or not config.acts_in(phase):
         return PhaseCost(tokens, tokens, 0, unpatched)
     if phase is Phase.MERGE and config.late == "downsample":
         multiply_adds = 2 * (tokens + num_dst) * channels * inner + 2 * tokens * num_dst * inner

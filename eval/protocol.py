@@ -37,7 +37,12 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "early": tuple({"early": value} for value in (0.2, 0.4, 0.6, 0.8)),
     "alpha-early": tuple({"alpha": a, "early": e} for a in (0.0, 0.075, 0.15) for e in (0.2, 0.4, 0.8)),
     # Not the paper's: what is given up for speed as pictures grow.
-    "late": ({"late": "merge"}, {"late": "downsample"}, {"late": "downsample", "merge_stride": 4}),
+    "late": (
+        {"late": "merge"},
+        {"late": "downsample"},
+        {"late": "downsample", "merge_stride": 4},
+        {"late": "full"},
+    ),
     "agents": tuple({"max_agents": value} for value in (None, 256, 64, 16)),
     "tile": tuple({"match_tile": value} for value in (None, 16, 8)),
     "fast": ({}, {"late": "downsample", "max_agents": 256, "match_tile": 16}),

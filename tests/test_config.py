@@ -60,7 +60,8 @@ def test_ratio_limit_follows_the_stride_in_use():
     with pytest.raises(ValueError, match="0.5 of the tokens.*merge_stride=\\(1, 2\\)"):
         AgentConfig(ratio=0.6, merge_stride=(1, 2))
 
-    assert AgentConfig(ratio=0.9, late="downsample").ratio == 0.9  # the later steps merge nothing
+    for late in ("downsample", "full"):
+        assert AgentConfig(ratio=0.9, late=late).ratio == 0.9  # the later steps merge nothing
 
 
 @pytest.mark.parametrize("grid", [(64, 64), (96, 96), (128, 128), (256, 256), (64, 96), (19, 13), (4, 400), (3, 64)])
@@ -104,6 +105,15 @@ def test_is_a_plain_hashable_value():
 )
 def test_phase(early, timestep, phase):
     assert AgentConfig(early=early).phase_at(timestep) is phase
+
+
+@pytest.mark.parametrize(
+    "settings, acts",
+    [({}, True), ({"ratio": 0.0}, False), ({"late": "full"}, False), ({"late": "downsample", "ratio": 0.0}, True)],
+)
+def test_what_acts_in_the_later_steps(settings, acts):
+    config = AgentConfig(**settings)
+    assert config.acts_in(Phase.MERGE) is acts and config.acts_in(Phase.AGENT)
 
 
 def test_phase_scales_with_the_training_length():

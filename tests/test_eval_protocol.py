@@ -102,7 +102,7 @@ def test_ablations_and_deepcache_as_scenarios():
         assert any(AgentConfig(**settings) == AgentConfig() for settings in ablation)
     names = [scenario.name for scenario in make_scenarios(["sd"], (0.4,), ablate=["late", "agents", "tile", "fast"])]
     assert names == [
-        "sd", "agentsd-r0.4", "agentsd-r0.4-downsample", "agentsd-r0.4-downsample-stride4",
+        "sd", "agentsd-r0.4", "agentsd-r0.4-downsample", "agentsd-r0.4-downsample-stride4", "agentsd-r0.4-full",
         "agentsd-r0.4-agents256", "agentsd-r0.4-agents64", "agentsd-r0.4-agents16",
         "agentsd-r0.4-tile16", "agentsd-r0.4-tile8", "agentsd-r0.4-downsample-agents256-tile16",
     ]  # fmt: skip

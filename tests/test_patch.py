@@ -71,6 +71,17 @@ def test_nothing_asked_for_changes_nothing(kind):
     assert torch.equal(call_unet(unet), before)
 
 
+def test_full_attention_in_the_later_steps():
+    """late="full": agents early, and after that what the unpatched model computes, bit for bit."""
+    unet = make_unet()
+    early, later = call_unet(unet, timestep=900), call_unet(unet, timestep=100)
+    agentsd.apply_patch(unet, ratio=0.9, late="full", merge_crossattn=True, merge_mlp=True)
+    full = call_unet(unet, timestep=900)
+    assert torch.equal(call_unet(unet, timestep=100), later)
+    agentsd.apply_patch(unet, ratio=0.9, early=1.0, merge_crossattn=True, merge_mlp=True)
+    assert torch.equal(call_unet(unet, timestep=900), full) and not torch.equal(full, early)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"early": 1.0, "merge_crossattn": True, "merge_mlp": True}])
 def test_removal_is_bit_identical_and_leaves_no_trace(kind, settings):

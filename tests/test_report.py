@@ -70,7 +70,8 @@ def test_sd15_at_1024_with_what_keeps_the_cost_of_a_token_constant():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"merge_stride": (2, 3)}, {"late": "downsample", "max_agents": 5, "match_tile": 8}]
+    "settings",
+    [{"merge_stride": (2, 3)}, {"late": "downsample", "max_agents": 5, "match_tile": 8}, {"late": "full"}],
 )
 @pytest.mark.parametrize("size", [(128, 128), (136, 120), (160, 200)])
 def test_token_counts_are_the_ones_that_run(size, settings):
@@ -136,8 +137,17 @@ def test_readable_and_usable_as_data():
     assert max(map(len, text.splitlines())) < 200
     data = json.loads(json.dumps(report.to_dict()))
     assert data["layers"][0]["tokens"] == 384 and set(data["unet_fraction"]) == {"agent", "merge"}
-    only_merge = str(agentsd.describe(agentsd.apply_patch(pipe, early=0.0)))
-    assert "agent phase" not in only_merge and "token merging in every step" in only_merge
+    for settings, says in (
+        ({}, "token merging in every step"),
+        ({"late": "downsample"}, "downsampled keys and values in every step"),
+        ({"ratio": 0.0}, "but ratio=0 and early=0 change nothing"),
+        ({"late": "full"}, "but late='full' and early=0 change nothing"),
+    ):
+        only_later = str(agentsd.describe(agentsd.apply_patch(pipe, early=0.0, **settings)))
+        assert "agent phase" not in only_later and says in only_later
+    half = agentsd.describe(agentsd.apply_patch(pipe, late="full"))
+    assert "agent attention at timesteps ≥ 600, unpatched below" in str(half)
+    assert half.unet_fraction(Phase.AGENT) < half.unet_fraction(Phase.MERGE) == 1
 
 
 @pytest.mark.parametrize(

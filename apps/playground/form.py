@@ -28,7 +28,7 @@ _SLIDERS = {
     "agent_ratio": (0.0, 1.0, 0.05),
 }
 _CHOICES = {
-    "late": ["merge", "downsample"],
+    "late": ["merge", "downsample", "full"],
     "max_downsample": ["auto", "1", "2", "4", "8"],
     "upcast": ["None", "True", "False"],
 }
