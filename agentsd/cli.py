@@ -141,6 +141,7 @@ def _add_patch(parser: argparse.ArgumentParser) -> None:
     add("agent_stride", _stride, "cell of the agents' grid: N or ROWSxCOLUMNS")
     add("merge_stride", _stride, "cell of the merge phase's grid: N or ROWSxCOLUMNS")
     add("max_agents", _none_or_int, "the most agents there may be, at any size")
+    add("max_keys", _none_or_int, "with --late downsample, the most keys there may be, at any size")
     add("match_tile", _none_or_int, "compare tokens only within tiles of so many tokens a side")
     add("max_downsample", _auto_or_int, "patch levels down to this downsampling: auto, 1, 2, 4 or 8")
     group.add_argument("--no-rand", dest="use_rand", action="store_false", help="fixed destinations, not random ones")

@@ -40,6 +40,8 @@ class AgentConfig:
         agent_stride, merge_stride: cell of the destination grid in each phase, in tokens; an int or (rows, columns).
         max_agents: the most agents there may be; cells of agent_stride grow with the picture until it holds, so that
             the agent phase costs the same for each token at any size. None: their number grows with the picture.
+        max_keys: with late="downsample", the most keys there may be; cells of merge_stride grow with the picture until
+            it holds, so that these steps too cost the same for each token at any size. None: a key per cell.
         match_tile: compare tokens only within tiles of at most so many tokens a side, so that matching costs the same
             for each token at any size. None compares all with all.
         max_downsample: patch the levels of the UNet down to this downsampling of the latent (1, 2, 4 or 8);
@@ -63,6 +65,7 @@ class AgentConfig:
     agent_stride: int | tuple[int, int] = 4
     merge_stride: int | tuple[int, int] = 2
     max_agents: int | None = None
+    max_keys: int | None = None
     match_tile: int | None = None
     max_downsample: int | str = "auto"
     use_rand: bool = True
@@ -90,6 +93,7 @@ class AgentConfig:
             )
         for name, low, meaning in (
             ("max_agents", 1, "None for no limit; 256 is what 512 px have by default"),
+            ("max_keys", 1, "None for no limit; 1024 is what 512 px have by default"),
             ("match_tile", 2, "None to compare all tokens with all; 16 is a good size"),
         ):
             self._set(name, _optional_int(name, getattr(self, name), low, meaning))
@@ -131,16 +135,22 @@ class AgentConfig:
                 )
 
     def stride(self, phase: Phase, grid: tuple[int, int] | None = None) -> tuple[int, int]:
-        """(rows, columns) of one cell of the destination grid, on a (height, width) grid if max_agents is to hold."""
-        stride = self.agent_stride if phase is Phase.AGENT else self.merge_stride
+        """(rows, columns) of one cell of the destination grid.
+
+        On a given (height, width) grid it is as large as max_agents, or max_keys where keys are downsampled, asks for.
+        """
+        if phase is Phase.AGENT:
+            stride, most = self.agent_stride, self.max_agents
+        else:
+            stride, most = self.merge_stride, self.max_keys if self.late == "downsample" else None
         rows, columns = (stride, stride) if _is_int(stride) else stride
-        if grid is None or phase is not Phase.AGENT or self.max_agents is None:
+        if grid is None or most is None:
             return rows, columns
         height, width = grid
         if rows > height or columns > width:
             return rows, columns  # no cell at all: nothing to make fewer
         factor = 1
-        while (height // min(factor * rows, height)) * (width // min(factor * columns, width)) > self.max_agents:
+        while (height // min(factor * rows, height)) * (width // min(factor * columns, width)) > most:
             factor += 1
         return min(factor * rows, height), min(factor * columns, width)
 

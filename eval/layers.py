@@ -121,6 +121,7 @@ def variants(ratio: float) -> list[Variant]:
         patch("merge, match_tile=16", Phase.MERGE, match_tile=16),
         patch("downsample", Phase.MERGE, late="downsample"),
         patch("downsample, merge_stride=4", Phase.MERGE, late="downsample", merge_stride=4),
+        patch("downsample, max_keys=1024", Phase.MERGE, late="downsample", max_keys=1024),
     ]
 
 

@@ -45,7 +45,7 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "agents": tuple({"max_agents": value} for value in (None, 256, 64, 16)),
     "tile": tuple({"match_tile": value} for value in (None, 16, 8)),
-    "fast": ({}, {"late": "downsample", "max_agents": 256, "match_tile": 16}),
+    "fast": ({}, {"late": "downsample", "max_agents": 256, "max_keys": 1024, "match_tile": 16}),
 }
 """Name on the command line: the fields of AgentConfig that each of its scenarios sets."""
 
@@ -56,6 +56,7 @@ _LABELS = {
     "late": "{}",
     "merge_stride": "stride{}",
     "max_agents": "agents{}",
+    "max_keys": "keys{}",
     "match_tile": "tile{}",
 }
 """How a setting of agentsd shows in a scenario's name, where it is not the default."""

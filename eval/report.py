@@ -129,6 +129,7 @@ def scenario_row(scenario: Scenario) -> dict[str, Any]:
         "late": mixing and mixing.late,
         "merge_stride": mixing and mixing.merge_stride,
         "max_agents": mixing and mixing.max_agents,
+        "max_keys": mixing and mixing.max_keys,
         "match_tile": mixing and mixing.match_tile,
         "deepcache_interval": scenario.cache_interval,
     }

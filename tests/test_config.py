@@ -40,6 +40,8 @@ from agentsd import AgentConfig, Phase
         ("late", None, TypeError),
         ("max_agents", 0, ValueError),
         ("max_agents", 256.0, TypeError),
+        ("max_keys", 0, ValueError),
+        ("max_keys", True, TypeError),
         ("match_tile", 1, ValueError),
         ("match_tile", True, TypeError),
         ("seed", 1.5, TypeError),
@@ -81,6 +83,17 @@ def test_cells_grow_until_no_more_than_max_agents_are_left(grid, max_agents):
     if min(smaller) >= 4 and rows < grid[0] and columns < grid[1]:  # no larger than needed
         assert (grid[0] // smaller[0]) * (grid[1] // smaller[1]) > max_agents
     assert config.stride(Phase.MERGE, grid) == (2, 2)
+
+
+@pytest.mark.parametrize("grid", [(64, 64), (96, 96), (128, 128), (256, 256), (64, 96), (19, 13), (4, 400)])
+@pytest.mark.parametrize("max_keys", [1, 100, 1024])
+def test_cells_grow_until_no_more_than_max_keys_are_left(grid, max_keys):
+    rows, columns = AgentConfig(late="downsample", max_keys=max_keys).stride(Phase.MERGE, grid)
+    assert 1 <= (grid[0] // rows) * (grid[1] // columns) <= max_keys
+    if (rows, columns) != (2, 2) and rows < grid[0] and columns < grid[1]:  # no larger than needed
+        assert (grid[0] // (rows - 2)) * (grid[1] // (columns - 2)) > max_keys
+    assert AgentConfig(late="downsample", max_keys=max_keys).stride(Phase.AGENT, grid) == (4, 4)
+    assert AgentConfig(max_keys=max_keys).stride(Phase.MERGE, grid) == (2, 2)  # merging has no keys to limit
 
 
 def test_is_a_plain_hashable_value():

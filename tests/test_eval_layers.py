@@ -38,6 +38,7 @@ def test_each_variant_runs_as_what_it_is_called(monkeypatch):
         "merge": [(left, left)],
         "downsample": [(256, 64)],
         "downsample, merge_stride=4": [(256, 16)],
+        "downsample, max_keys=1024": [(256, 64)],
     }
     for row in variants(0.4):
         calls.clear()

@@ -104,7 +104,7 @@ def test_ablations_and_deepcache_as_scenarios():
     assert names == [
         "sd", "agentsd-r0.4", "agentsd-r0.4-downsample", "agentsd-r0.4-downsample-stride4", "agentsd-r0.4-full",
         "agentsd-r0.4-agents256", "agentsd-r0.4-agents64", "agentsd-r0.4-agents16",
-        "agentsd-r0.4-tile16", "agentsd-r0.4-tile8", "agentsd-r0.4-downsample-agents256-tile16",
+        "agentsd-r0.4-tile16", "agentsd-r0.4-tile8", "agentsd-r0.4-downsample-agents256-keys1024-tile16",
     ]  # fmt: skip
     cached = make_scenarios(["tomesd", "agentsd", "no-attention"], (0.4,), cache_interval=3)
     assert [scenario.name for scenario in cached[-3:]] == [

@@ -462,7 +462,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-FOR_LARGE_PICTURES = {"late": "downsample", "max_agents": 4, "match_tile": 8, "merge_mlp": True}
+FOR_LARGE_PICTURES = {"late": "downsample", "max_agents": 4, "max_keys": 9, "match_tile": 8, "merge_mlp": True}
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ class Recorder:
         ("sd15", (8, 8), {"agent_ratio": 0.6, "alpha": 0.3, "broadcast_exponent": -0.4}),
         ("sd15", (12, 8), {"late": "downsample"}),
         ("sd15", (9, 7), {"late": "downsample", "merge_stride": (3, 2), "ratio": 0.9, "agent_stride": 4}),
+        ("sd15", (13, 8), {"late": "downsample", "max_keys": 5}),
         ("sd15", (16, 8), {"max_agents": 2}),
         ("sd15", (9, 11), {"max_agents": 3, "agent_ratio": 0.7}),
         ("sd15", (16, 8), {"match_tile": 4}),

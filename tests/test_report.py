@@ -71,7 +71,11 @@ def test_sd15_at_1024_with_what_keeps_the_cost_of_a_token_constant():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"merge_stride": (2, 3)}, {"late": "downsample", "max_agents": 5, "match_tile": 8}, {"late": "full"}],
+    [
+        {"merge_stride": (2, 3)},
+        {"late": "downsample", "max_agents": 5, "max_keys": 40, "match_tile": 8},
+        {"late": "full"},
+    ],
 )
 @pytest.mark.parametrize("size", [(128, 128), (136, 120), (160, 200)])
 def test_token_counts_are_the_ones_that_run(size, settings):
