@@ -1,4 +1,4 @@
-"""Times one self-attention layer by grid size and setting: `python eval/layer_bench.py --help`."""
+"""Times, and profiles, one self-attention layer by grid size and setting: `python eval/layer_bench.py --help`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=2, help="default: %(default)s, one picture with guidance")
     add("--ratio", type=float, default=0.4, help="default: %(default)s")
     add("--rounds", type=int, default=3, help="interleaved, after a warm-up (default: %(default)s)")
+    add("--profile", action="store_true", help="also say which of PyTorch's operators take the time")
     add("--device", help="cuda, mps or cpu; default: the best there is")
     add("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 elsewhere")
     add("--out", metavar="FILE.md", help="also write the table there")

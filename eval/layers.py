@@ -1,4 +1,4 @@
-"""Times one self-attention layer under each setting, on grids of any size, and makes a table of it.
+"""Times and profiles one self-attention layer under each setting, on grids of any size, and makes tables of it.
 
 The layer runs inside a real transformer block of a patched UNet; only its own time counts, between the hooks before and
 after it. Rounds are interleaved after a warm-up, times are medians.
@@ -56,11 +56,13 @@ def run(options: argparse.Namespace, command: str) -> None:
         raise BenchError(str(error)) from error
     diffusers.utils.logging.set_verbosity_error()  # of casts that make no difference to the time
     shape = Shape(options.channels, options.heads, options.batch)
-    found = []
+    found, profiles = [], []
     for side in sides:
         print(f"{side}×{side} …", file=sys.stderr)
         with torch.inference_mode():
             found.append(measure(side, rows, shape, options.rounds, device, dtype))
+            if options.profile:
+                profiles.append(profile(side, rows, shape, options.rounds, device, dtype))
     text = as_markdown(
         sides, found, "layer_bench: one self-attention layer",
         [
@@ -70,6 +72,8 @@ def run(options: argparse.Namespace, command: str) -> None:
             f"{options.rounds} interleaved rounds after a warm-up. Peak: what the layer took above what was in use.",
         ],
     )  # fmt: skip
+    for side, operators in zip(sides, profiles):
+        text += "\n" + profile_as_markdown(side, operators)
     if target:
         try:
             write_whole(target, text)
@@ -153,26 +157,24 @@ class Measured:
     peak_mb: float | None
 
 
+@dataclass(frozen=True)
+class Operator:
+    """What one of PyTorch's operators took in one call of the layer.
+
+    Attributes:
+        seconds: of its own, without the operators it calls; on a GPU, of its kernels.
+        calls: how often it was called.
+    """
+
+    seconds: float
+    calls: int
+
+
 def measure(
     side: int, rows: list[Variant], shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Measured]:
     """Time the layer on a side × side grid; returns what was measured by variant name."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=side,
-        block_out_channels=(shape.channels,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        mid_block_type=None,
-        layers_per_block=1,
-        attention_head_dim=shape.heads,  # the number of heads, by diffusers' own misnomer
-        cross_attention_dim=_TEXT_WIDTH,
-    )
-    unet = unet.to(device).to(dtype).eval().requires_grad_(False)
-    block = next(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
-    text = torch.randn(shape.batch, _TEXT_TOKENS, _TEXT_WIDTH).to(device, dtype)
-    x = _picture_like(shape.batch, shape.channels, side).to(device, dtype)
-
+    unet, block, x, text = _make_layer(side, shape, device, dtype)
     laps: dict[str, list[tuple[float, float | None]]] = {row.name: [] for row in rows}
     for number in range(rounds + 1):
         for row in rows:
@@ -187,6 +189,45 @@ def measure(
         )
         for name, found in laps.items()
     }
+
+
+def profile(
+    side: int, rows: list[Variant], shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, dict[str, Operator]]:
+    """Where the layer's time goes: its operators by variant name and operator name."""
+    unet, block, x, text = _make_layer(side, shape, device, dtype)
+    found = {}
+    for row in rows:
+        with _computed_as(row, unet, block, side):
+            block(x, encoder_hidden_states=text)
+            with _profiler(block.attn1, device) as totals:
+                for _ in range(rounds):
+                    block(x, encoder_hidden_states=text)
+        found[row.name] = {
+            name: Operator(seconds / rounds, calls // rounds) for name, (seconds, calls) in totals.items()
+        }
+    return found
+
+
+def _make_layer(
+    side: int, shape: Shape, device: torch.device, dtype: torch.dtype
+) -> tuple[UNet2DConditionModel, BasicTransformerBlock, Tensor, Tensor]:
+    """A UNet of one level, the transformer block that holds the layer, the block's input and its text."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=side,
+        block_out_channels=(shape.channels,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
+        layers_per_block=1,
+        attention_head_dim=shape.heads,  # the number of heads, by diffusers' own misnomer
+        cross_attention_dim=_TEXT_WIDTH,
+    )
+    unet = unet.to(device).to(dtype).eval().requires_grad_(False)
+    block = next(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
+    text = torch.randn(shape.batch, _TEXT_TOKENS, _TEXT_WIDTH).to(device, dtype)
+    return unet, block, _picture_like(shape.batch, shape.channels, side).to(device, dtype), text
 
 
 def _picture_like(batch: int, channels: int, side: int) -> Tensor:
@@ -256,6 +297,36 @@ def _stopwatch(module: torch.nn.Module, device: torch.device) -> Iterator[list[t
             handle.remove()
 
 
+@contextlib.contextmanager
+def _profiler(module: torch.nn.Module, device: torch.device) -> Iterator[dict[str, tuple[float, int]]]:
+    """Add up (seconds, calls) of PyTorch's operators over the calls of a module."""
+    totals: dict[str, tuple[float, int]] = {}
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    running: list[torch.profiler.profile] = []
+
+    def before(*_: Any) -> None:
+        running.append(torch.profiler.profile(activities=activities))
+        running[-1].start()
+
+    def after(*_: Any) -> None:
+        _now()  # waits for the device
+        running[-1].stop()
+        for event in running.pop().key_averages():
+            if event.key.startswith("aten::"):
+                own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+                seconds, calls = totals.get(event.key, (0.0, 0))
+                totals[event.key] = (seconds + own / 1e6, calls + event.count)
+
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield totals
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _now() -> float:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
@@ -292,3 +363,22 @@ def as_markdown(sides: list[int], found: list[dict[str, Measured]], title: str, 
         rows.append(cells)
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return "\n\n".join([f"# {title}", *lines, table]) + "\n"
+
+
+def profile_as_markdown(side: int, found: dict[str, dict[str, Operator]], most: int = 12) -> str:
+    """The table of the operators that take longest under some variant: milliseconds of their own, and calls."""
+    names = {name for operators in found.values() for name in operators}
+    longest = sorted(names, key=lambda name: -max(own[name].seconds if name in own else 0.0 for own in found.values()))[
+        :most
+    ]
+    rows = [["operator", *found], ["---", *["---:"] * len(found)]]
+    for name in longest:
+        own = [operators.get(name) for operators in found.values()]
+        rows.append([name, *("" if one is None else f"{one.seconds * 1000:.1f} ({one.calls})" for one in own)])
+    others = [[one for name, one in operators.items() if name not in longest] for operators in found.values()]
+    rows.append(
+        ["others", *(f"{sum(o.seconds for o in own) * 1000:.1f} ({sum(o.calls for o in own)})" for own in others)]
+    )
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    title = f"{side}×{side}: milliseconds of each operator's own in one call of the layer, and how often it is called"
+    return f"{title}.\n\n{table}\n"

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from agentsd.processor import AgentAttnProcessor
 from eval import layers
 from eval.layer_bench import main
-from eval.layers import Measured, Shape, as_markdown, growth, measure, variants
+from eval.layers import Measured, Shape, as_markdown, growth, measure, profile, profile_as_markdown, variants
 
 SHAPE = Shape(channels=32, heads=4, batch=2)
 
@@ -94,7 +94,26 @@ def test_bad_input(arguments, message, capsys):
 
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "table.md"
-    arguments = "--sides 8,16 --channels 32 --heads 4 --rounds 1 --device cpu".split()
+    arguments = "--sides 8,16 --channels 32 --heads 4 --rounds 1 --device cpu --profile".split()
     assert main([*arguments, "--out", str(out)]) == 0
     assert out.read_text() in capsys.readouterr().out
     assert "python eval/layer_bench.py --sides 8,16" in out.read_text() and "torch" in out.read_text()
+    assert "8×8: milliseconds" in out.read_text() and "16×16: milliseconds" in out.read_text()
+
+
+def test_the_profile_counts_the_layer_alone():
+    rows = [row for row in variants(0.4) if row.name in ("sdpa", "limit", "merge")]
+    found = profile(16, rows, SHAPE, 3, torch.device("cpu"), torch.float32)
+    calls = {name: {key: one.calls for key, one in operators.items()} for name, operators in found.items()}
+    assert all(own["aten::linear"] == 4 for own in calls.values())  # the layer's projections, not its block's
+    assert {name: own.get("aten::sort", 0) for name, own in calls.items()} == {"sdpa": 0, "limit": 0, "merge": 2}
+    assert {name: own.get("aten::scaled_dot_product_attention") for name, own in calls.items()} == {
+        "sdpa": 1, "limit": None, "merge": 1,
+    }  # fmt: skip
+    assert all(one.seconds >= 0 for operators in found.values() for one in operators.values())
+    text = profile_as_markdown(16, found, most=3)
+    assert text.startswith("16×16: ") and len(text.splitlines()) == 2 + 2 + 3 + 1
+    lines = [line.split(" | ") for line in text.splitlines()[4:]]
+    for column, operators in enumerate(found.values(), start=1):  # nothing is lost between the rows
+        counted = sum(int(line[column].split("(")[1].split(")")[0]) for line in lines if line[column].strip(" |"))
+        assert counted == sum(one.calls for one in operators.values())
