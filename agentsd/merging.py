@@ -203,9 +203,14 @@ def match_tokens(metric: Tensor, split: GridSplit) -> TokenMatching:
 
 
 def _most_similar(metric: Tensor, split: GridSplit) -> tuple[Tensor, Tensor]:
-    """Which dst each src is most similar to: the srcs' similarities, and positions among the dsts; both [B, num_src].
+    """Which dst each src is most similar to.
 
-    The similarities are cosines times a constant: all that ranking needs.
+    Args:
+        metric, split: as match_tokens takes them; [B, N, C] and the N tokens' srcs and dsts.
+
+    Returns:
+        [B, num_src] each src's best similarity, the cosine times a constant, which is all that ranking needs; and
+        [B, num_src] its dst, as a position among the dsts.
     """
     batch, _, channels = metric.shape
     num_src, num_dst, tiles = split.num_src, split.num_dst, split.tiles
@@ -260,7 +265,7 @@ def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
     bag_starts = torch.searchsorted(position, torch.arange(batch * num_merged, device=x.device))
     rows = x.reshape(batch * num_tokens, channels)
     if x.device.type == "cpu" and x.dtype is torch.float16:
-        rows = rows.float()  # it sums in float32, but rounds to float16 before it divides: too large a sum is infinite
+        rows = rows.float()  # this kernel rounds the sum to float16 before it divides: too large a sum is infinite
     means = F.embedding_bag(token_rows, rows, bag_starts, mode="mean")
     return means.view(batch, num_merged, channels).to(x.dtype)
 

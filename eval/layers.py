@@ -194,7 +194,11 @@ def measure(
 def profile(
     side: int, rows: list[Variant], shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, dict[str, Operator]]:
-    """Where the layer's time goes: its operators by variant name and operator name."""
+    """Where the layer's time goes, as means over the rounds, in one variant after the other.
+
+    Returns:
+        By variant name, the operators that one call of the layer takes, by PyTorch's name.
+    """
     unet, block, x, text = _make_layer(side, shape, device, dtype)
     found = {}
     for row in rows:
@@ -368,9 +372,9 @@ def as_markdown(sides: list[int], found: list[dict[str, Measured]], title: str, 
 def profile_as_markdown(side: int, found: dict[str, dict[str, Operator]], most: int = 12) -> str:
     """The table of the operators that take longest under some variant: milliseconds of their own, and calls."""
     names = {name for operators in found.values() for name in operators}
-    longest = sorted(names, key=lambda name: -max(own[name].seconds if name in own else 0.0 for own in found.values()))[
-        :most
-    ]
+    none = Operator(0.0, 0)
+    by_time = sorted(names, key=lambda name: -max(operators.get(name, none).seconds for operators in found.values()))
+    longest = by_time[:most]
     rows = [["operator", *found], ["---", *["---:"] * len(found)]]
     for name in longest:
         own = [operators.get(name) for operators in found.values()]

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from agentsd.config import FIELD_NAMES
+from agentsd.config import FIELD_NAMES, LATE
 from agentsd.pipelines import SCHEDULERS
 
 from . import captions
@@ -28,7 +28,7 @@ _SLIDERS = {
     "agent_ratio": (0.0, 1.0, 0.05),
 }
 _CHOICES = {
-    "late": ["merge", "downsample", "full"],
+    "late": list(LATE),
     "max_downsample": ["auto", "1", "2", "4", "8"],
     "upcast": ["None", "True", "False"],
 }
