@@ -6,6 +6,7 @@ equations 4–6 for the two softmaxes and appendix B for its use without trainin
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,9 +55,11 @@ def softmax_attention(
 ) -> Tensor:
     """Standard attention by PyTorch's fused kernels: softmax(scale · Q Kᵀ) V, scale = head_dim ** −0.5 unless given.
 
-    Args and returns as `agent_attention`; `upcast` computes logits, softmax and sums in float32.
+    Args and returns as `agent_attention`; `upcast` computes logits, softmax and sums in float32, under
+    autocast too.
     """
     if upcast:
-        out = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=scale)
+        with torch.autocast(query.device.type, enabled=False):  # it would cast them right back
+            out = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=scale)
         return out.to(value.dtype)
     return F.scaled_dot_product_attention(query, key, value, scale=scale)

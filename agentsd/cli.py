@@ -248,7 +248,8 @@ def _visualize(options: argparse.Namespace) -> int:
     made_by_us = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        generate.check_output(folder / "picture.png")
+        for name in ("picture", "merge_map", "agents"):
+            generate.check_output(folder / f"{name}.png")
         pipe = _load(options)
         pipe.set_progress_bar_config(desc="AgentSD", leave=False)
         layer = int(options.layer) if options.layer.isdigit() else options.layer

@@ -156,9 +156,14 @@ class AgentConfig:
 
     def phase_at(self, timestep: float, num_train_timesteps: int = DEFAULT_NUM_TRAIN_TIMESTEPS) -> Phase:
         """The phase at a timestep: agent attention where timestep ≥ (1 − early) · num_train_timesteps."""
-        if self.early > 0 and timestep >= (1 - self.early) * num_train_timesteps:
+        if self.early > 0 and timestep >= self.first_agent_timestep(num_train_timesteps):
             return Phase.AGENT
         return Phase.MERGE
+
+    def first_agent_timestep(self, num_train_timesteps: int = DEFAULT_NUM_TRAIN_TIMESTEPS) -> float:
+        """The least noisy timestep of the agent phase, (1 − early) · num_train_timesteps."""
+        # Rounded, as (1 − 0.7) · 1000 is a little more than 300 in floating point and would leave timestep 300 out.
+        return round((1 - self.early) * num_train_timesteps, 6)
 
     def acts_in(self, phase: Phase) -> bool:
         """Whether patched layers do anything else in that phase than unpatched ones."""

@@ -331,7 +331,7 @@ def save_picture(image: Image.Image, path: str | Path, settings: dict[str, Any] 
     info = PngInfo()
     if settings is not None:
         info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".agentsd-", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             image.save(file, format="PNG", pnginfo=info)

@@ -251,7 +251,7 @@ def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
         (accumulated in float32 for half-precision types). r = 0 returns x itself.
 
     Raises:
-        ValueError: r is out of range, or x has other tokens than the matching.
+        ValueError: r is out of range, or x has other tokens or another batch than the matching.
     """
     if r == 0:
         return x
@@ -264,10 +264,24 @@ def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
     position, token_rows = _flat_position(matching, r).sort(stable=True)
     bag_starts = torch.searchsorted(position, torch.arange(batch * num_merged, device=x.device))
     rows = x.reshape(batch * num_tokens, channels)
-    if x.device.type == "cpu" and x.dtype is torch.float16:
-        rows = rows.float()  # this kernel rounds the sum to float16 before it divides: too large a sum is infinite
-    means = F.embedding_bag(token_rows, rows, bag_starts, mode="mean")
+    if x.device.type not in ("cpu", "cuda"):
+        means = _means_by_adding(rows, position, token_rows, batch * num_merged)
+    else:
+        if x.device.type == "cpu" and x.dtype is torch.float16:
+            rows = rows.float()  # this kernel rounds the sum to float16 before it divides: too large a sum is infinite
+        means = F.embedding_bag(token_rows, rows, bag_starts, mode="mean")
     return means.view(batch, num_merged, channels).to(x.dtype)
+
+
+def _means_by_adding(rows: Tensor, position: Tensor, token_rows: Tensor, num_bags: int) -> Tensor:
+    """The bags' means [num_bags, C] in float32 or float64, where torch's oldest supported release has no bags (MPS).
+
+    Which addition comes first is up to the device, so that its sums may differ in the last bits from run to run.
+    """
+    sums = torch.zeros(num_bags, rows.shape[1], dtype=_accumulate_dtype(rows), device=rows.device)
+    sums = sums.index_add(0, position, rows.index_select(0, token_rows).to(sums.dtype))
+    ones = torch.ones(len(position), 1, dtype=sums.dtype, device=rows.device)
+    return sums / torch.zeros_like(sums[:, :1]).index_add(0, position, ones)
 
 
 def unmerge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
@@ -281,7 +295,7 @@ def unmerge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
         [B, N, C] in the grid's order. r = 0 returns x itself.
 
     Raises:
-        ValueError: r is out of range, or x has not N − r tokens.
+        ValueError: r is out of range, or x has not N − r tokens or another batch.
     """
     if r == 0:
         return x
@@ -344,3 +358,5 @@ def _check(x: Tensor, matching: TokenMatching, r: int, expected_tokens: int) -> 
         raise ValueError(f"r must lie in 0 … {matching.num_src} (the number of srcs), not {r}")
     if x.shape[1] != expected_tokens:
         raise ValueError(f"x has {x.shape[1]} tokens, expected {expected_tokens} for r = {r}")
+    if x.shape[0] != matching.tokens.shape[0]:
+        raise ValueError(f"x is a batch of {x.shape[0]}, the matching of {matching.tokens.shape[0]}")

@@ -5,6 +5,7 @@ The only file that changes a model. What it adds, all of it removed by `remove_p
 - a pre-hook on each of those blocks, which hands the un-normalised block input to the processor;
 - a pre-hook on the UNet, which notes latent size and phase of each call, and a hook that marks its end;
 - with merge_crossattn / merge_mlp, hooks around `attn2` / `ff`;
+- in training with gradient checkpointing, a wrapper that has a block computed again as it was;
 - where the UNet is or gets compiled as a whole, a wrapper that chooses the phase before the graph is entered.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 
 from .config import DEFAULT_NUM_TRAIN_TIMESTEPS, FIELD_NAMES, AgentConfig
 from .merging import draw_offsets, grid_cells, merge_tokens, split_grid, tile_size, unmerge_tokens
-from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerState, RunState
+from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerState, MergePlan, RunState
 
 PATCH_ATTRIBUTE = "_agentsd_patch"
 
@@ -139,9 +141,9 @@ def apply_patch(model: Any, config: AgentConfig | None = None, **settings: Any) 
         attn.set_processor(processor)
         patch.handles.append(block.register_forward_pre_hook(_hand_over_block_input, with_kwargs=True))
         if config.merge_crossattn and block.attn2 is not None:
-            patch.handles += _merge_around(block.attn2, attn)
+            patch.handles += _merge_around(block.attn2, block)
         if config.merge_mlp:
-            patch.handles += _merge_around(block.ff, attn)
+            patch.handles += _merge_around(block.ff, block)
 
     hook = _UNetHook(patch)
     patch.handles.append(unet.register_forward_pre_hook(hook, with_kwargs=True))
@@ -174,6 +176,7 @@ def remove_patch(model: Any) -> Any:
         return model
     for handle in patch.handles:
         handle.remove()
+    _unwatch_checkpoints(unet)
     for layer in patch.layers:
         if isinstance(layer.attn.processor, AgentAttnProcessor):
             layer.attn.set_processor(layer.original)
@@ -308,8 +311,11 @@ class _UNetHook:
         self.patch = patch
 
     def __call__(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not self.patch.run.prepared:
+        # Outside a graph it is never too much, and after an interrupted call of a compiled one it is needed.
+        if not (self.patch.run.prepared and torch.compiler.is_compiling()):
             self.prepare(*_sample_and_timestep(args, kwargs))
+            if torch.is_grad_enabled():
+                _watch_checkpoints(unet, self.patch)
 
     def after_call(self, unet: nn.Module, args: tuple, output: Any) -> None:
         if not self.patch.run.prepared:
@@ -317,6 +323,8 @@ class _UNetHook:
 
     @torch.compiler.disable(reason=_COMPILED_UNSEEN)
     def finish(self) -> None:
+        for layer in self.patch.layers:
+            layer.state.block_input = None  # left over where another processor stood
         self.patch.run.leave()
 
     # Choosing the phase reads the timestep on the host, which no graph can do. With unet.compile() and
@@ -392,13 +400,14 @@ def _sample_and_timestep(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | fl
 
 
 def _hand_over_block_input(block: BasicTransformerBlock, args: tuple, kwargs: dict) -> None:
-    state = getattr(block.attn1, LAYER_ATTRIBUTE)
-    state.block_input = args[0] if args else kwargs["hidden_states"]
+    if isinstance(block.attn1.processor, AgentAttnProcessor):  # no other would take it and let it go
+        state = getattr(block.attn1, LAYER_ATTRIBUTE)
+        state.block_input = args[0] if args else kwargs["hidden_states"]
 
 
-def _merge_around(module: nn.Module, attn1: Attention) -> list[Any]:
-    """Merge a module's input tokens and unmerge its output tokens, with the plan of the block's self-attention."""
-    around = _MergeAround(attn1)
+def _merge_around(module: nn.Module, block: BasicTransformerBlock) -> list[Any]:
+    """Merge a module's input tokens and unmerge its output tokens, with the plan of its block's self-attention."""
+    around = _MergeAround(block)
     return [
         module.register_forward_pre_hook(around.merge, with_kwargs=True),
         module.register_forward_hook(around.unmerge),
@@ -406,11 +415,11 @@ def _merge_around(module: nn.Module, attn1: Attention) -> list[Any]:
 
 
 class _MergeAround:
-    def __init__(self, attn1: Attention):
-        self.attn1 = attn1
+    def __init__(self, block: BasicTransformerBlock):
+        self.block = block
 
     def merge(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        plan = self._plan()
+        plan = self._plan(module)
         if plan is None:
             return None
         if args:
@@ -418,11 +427,72 @@ class _MergeAround:
         return args, {**kwargs, "hidden_states": merge_tokens(kwargs["hidden_states"], plan.matching, plan.r)}
 
     def unmerge(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        plan = self._plan()
+        plan = self._plan(module)
         return None if plan is None else unmerge_tokens(output, plan.matching, plan.r)
 
-    def _plan(self):
-        return getattr(self.attn1, LAYER_ATTRIBUTE).plan
+    def _plan(self, module: nn.Module) -> MergePlan | None:
+        if module is self.block.ff and self.block._chunk_size is not None:
+            return None  # forward chunking hands it slices of the batch or of the tokens, which the plan does not fit
+        return getattr(self.block.attn1, LAYER_ATTRIBUTE).plan
+
+
+# --- gradient checkpointing -------------------------------------------------------------------------------------------
+
+
+class _Checkpoint:
+    """Stands before a module's checkpointing function: what runs again in the backward pass sees its own UNet call.
+
+    By then there may have been later calls, of another phase and with other dsts.
+    """
+
+    def __init__(self, function: Any, patch: Patch):
+        self.function = function
+        self.patch = patch
+
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.function(_Replayed(module, self.patch), *args, **kwargs)
+
+
+class _Replayed:
+    """A part of the UNet with what the patch knew of the call in progress when this was made."""
+
+    def __init__(self, module: Any, patch: Patch):
+        self.module = module
+        self.patch = patch
+        self.call = self._call()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = self._call()
+        self._set(self.call)
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            self._set(before)
+
+    def _call(self) -> tuple:
+        run = self.patch.run
+        return run.height, run.width, run.phase, run.timestep, [layer.state.split for layer in self.patch.layers]
+
+    def _set(self, call: tuple) -> None:
+        run = self.patch.run
+        run.height, run.width, run.phase, run.timestep, splits = call
+        for layer, split in zip(self.patch.layers, splits):
+            layer.state.split = split
+
+
+@torch.compiler.disable(reason=_COMPILED_UNSEEN)
+def _watch_checkpoints(unet: nn.Module, patch: Patch) -> None:
+    for module in unet.modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, _Checkpoint):
+            module._gradient_checkpointing_func = _Checkpoint(function, patch)
+
+
+def _unwatch_checkpoints(unet: nn.Module) -> None:
+    for module in unet.modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if isinstance(function, _Checkpoint):
+            module._gradient_checkpointing_func = function.function
 
 
 # --- compiled UNets ---------------------------------------------------------------------------------------------------
@@ -450,12 +520,21 @@ class _CompileAndWatch:
     """The UNet's `compile` while it is patched: compiles as ever, then puts a _CompiledEntry before the result."""
 
     def __init__(self, unet: nn.Module, hook: _UNetHook):
-        self.unet = unet
+        # Weak, as it hangs on the UNet: a circle would keep a dropped UNet in memory until Python looks for circles.
+        self.unet = weakref.ref(unet)
         self.hook = hook
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        type(self.unet).compile(self.unet, *args, **kwargs)
-        _wrap_compiled_call(self.unet, self.hook)
+        unet = self.unet()
+        type(unet).compile(unet, *args, **kwargs)
+        _wrap_compiled_call(unet, self.hook)
+
+    # A copied or pickled UNet's own must know that UNet; a weak reference can be neither copied nor pickled.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"unet": self.unet(), "hook": self.hook}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.unet, self.hook = weakref.ref(state["unet"]), state["hook"]
 
 
 def _watch_compilation(unet: nn.Module, hook: _UNetHook) -> None:

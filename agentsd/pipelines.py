@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,16 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
 }
 """Scheduler names of the command line: diffusers class and what to change in the model's own scheduler settings."""
+
+
+# DDIM and DDPM clip predicted pictures to ±1 unless told otherwise, which latents exceed; a pipeline turns that off
+# only in the scheduler that it is built with. Karras and other sigmas of an earlier choice must not linger.
+_ALWAYS = {
+    "clip_sample": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 
 
 class ModelError(Exception):
@@ -58,7 +69,7 @@ def load_pipeline(
         The pipeline on its device, unpatched.
 
     Raises:
-        ModelError: the model is not there, cannot be fetched, or is damaged.
+        ModelError: the model is not there, cannot be fetched, is damaged, or asks for code of its own to be run.
         ValueError: unknown scheduler or dtype, or a device that this machine has not.
     """
     device = choose_device(device)
@@ -66,6 +77,7 @@ def load_pipeline(
     if scheduler is not None:
         _check_scheduler(scheduler)
     source = DEMO_MODEL if model == "demo" else model
+    _refuse_code(Path(source))
     quiet = _quiet() if model == "demo" else contextlib.nullcontext()
     try:
         with quiet:
@@ -82,8 +94,11 @@ def load_pipeline(
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """Give a pipeline another scheduler, with the noise schedule of the one it has. Raises ValueError on its name."""
     class_name, changes = _check_scheduler(name)
-    # Keys of the old class that the new one does not know are dropped by from_config; Karras sigmas must not linger.
-    config = {**pipe.scheduler.config, "use_karras_sigmas": False, **changes}
+    # Keys of the old class that the new one does not know are dropped by from_config. Those listed as left at their
+    # defaults would be dropped too, with what is set here: the list must go, and they with it.
+    old = pipe.scheduler.config
+    config = {key: old[key] for key in old if key not in old.get("_use_default_values", ())}
+    config = {key: value for key, value in config.items() if not key.startswith("_")} | _ALWAYS | changes
     with _quiet():
         pipe.scheduler = getattr(diffusers, class_name).from_config(config)
 
@@ -114,6 +129,27 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     if chosen not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype={dtype!r}: must be float32, float16 or bfloat16")
     return chosen
+
+
+def _refuse_code(folder: Path) -> None:
+    """Raise ModelError where loading a folder would run code that lies in it.
+
+    diffusers asks before it runs such code only when it comes from the hub; its older releases run a folder's unasked.
+    """
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # no folder of a pipeline, or a damaged one: from_pretrained says so
+    files = [folder / "None.py"]  # what they make of the name of no custom pipeline
+    for part, named in index.items() if isinstance(index, dict) else ():
+        if isinstance(named, list) and named:
+            files.append((folder if part == "_class_name" else folder / part) / f"{named[0]}.py")
+    for file in files:
+        if file.is_file():
+            raise ModelError(
+                f"{file} is code of the model's own, which agentsd does not run: give a model whose parts are all "
+                "classes of diffusers and transformers"
+            )
 
 
 def _check_scheduler(name: str) -> tuple[str, dict[str, Any]]:

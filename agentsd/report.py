@@ -222,7 +222,7 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
         height=latent_height * scale,
         width=latent_width * scale,
         config=config,
-        early_timestep=(1 - config.early) * patch.num_train_timesteps if config and config.early else None,
+        early_timestep=config.first_agent_timestep(patch.num_train_timesteps) if config and config.early else None,
         layers=tuple(layers),
         unet_multiply_adds=_unet_multiply_adds(unet, latent_height, latent_width),
     )

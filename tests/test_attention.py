@@ -65,6 +65,14 @@ def test_upcast_stays_finite_where_logits_overflow_float16(dtype):
     assert plain.dtype == dtype and torch.isfinite(plain).all()
 
 
+def test_upcast_holds_under_autocast():
+    query, key, value = torch.randn(3, 1, 2, 16, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = softmax_attention(query, key, value)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(softmax_attention(query, key, value, upcast=True), expected)
+        assert not torch.equal(softmax_attention(query, key, value).float(), expected)
+
+
 def test_alpha_needs_one_value_per_query():
     query, agents, key, value = random_inputs()
     with pytest.raises(ValueError, match="alpha=0"):

@@ -73,6 +73,10 @@ def test_visualize(capsys, tmp_path):
     assert view["layer"].startswith("up_blocks.3.attentions.1") and view["call"] == 0
     code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--call", "4")
     assert code == 0 and sorted(os.listdir(folder)) == ["merge_map.png", "picture.png"]  # no agents, none left over
+    (folder / "agents.png").mkdir()
+    before = (folder / "picture.png").read_bytes()
+    code, _, err = run(capsys, "visualize", "a frog", "-o", folder, *QUICK, "--call", "0")
+    assert code == 2 and "agents.png" in err and (folder / "picture.png").read_bytes() == before
 
 
 def test_models_from_folders(capsys, tmp_path):

@@ -162,6 +162,29 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(gradients[True][name], gradient, msg=name)
 
 
+@pytest.mark.parametrize("timesteps", [(900, 850), (900, 100)], ids=["two-draws", "two-phases"])
+def test_gradient_checkpointing_over_several_calls(timesteps):
+    """Blocks of the first call run again after the second one, with other dsts or in another phase: not with those."""
+    gradients = []
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 7, 32, generator=generator)
+    for checkpointing in (False, True):
+        unet = make_unet("sd15-deep").train()
+        agentsd.apply_patch(unet, max_downsample=2, merge_mlp=True)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        outputs = [unet(sample, timestep, text).sample for timestep in timesteps]
+        with torch.no_grad():
+            unet(sample, 500, text)
+        sum(output.square().mean() for output in outputs).backward()
+        gradients.append({name: parameter.grad for name, parameter in unet.named_parameters()})
+        agentsd.remove_patch(unet)
+        functions = [vars(module).get("_gradient_checkpointing_func") for module in unet.modules()]
+        assert not any("agentsd" in type(function).__module__ for function in functions)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
 # --- copied, saved, shared --------------------------------------------------------------------------------------------
 
 

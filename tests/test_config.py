@@ -129,6 +129,16 @@ def test_what_acts_in_the_later_steps(settings, acts):
     assert config.acts_in(Phase.MERGE) is acts and config.acts_in(Phase.AGENT)
 
 
+@pytest.mark.parametrize("horizon", [1000, 100])
+def test_the_first_agent_timestep_belongs_to_the_agents(horizon):
+    """Computed in floating point, (1 − 0.7) · 1000 is more than 300."""
+    for k in range(1, horizon + 1):
+        config = AgentConfig(early=k / horizon)
+        assert config.first_agent_timestep(horizon) == horizon - k
+        assert config.phase_at(horizon - k, horizon) is Phase.AGENT
+        assert config.phase_at(horizon - k - 1, horizon) is Phase.MERGE
+
+
 def test_phase_scales_with_the_training_length():
     assert AgentConfig().phase_at(60, num_train_timesteps=100) is Phase.AGENT
     assert AgentConfig().phase_at(59, num_train_timesteps=100) is Phase.MERGE

@@ -135,6 +135,12 @@ def test_text_of_any_script_survives(tmp_path):
     assert read_settings(tmp_path / "b.png") is None
 
 
+def test_a_name_as_long_as_the_system_allows(tmp_path):
+    path = tmp_path / ("x" * 251 + ".png")
+    save_picture(Image.new("RGB", (8, 8)), path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
 def test_a_failed_save_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.png"
     save_picture(Image.new("RGB", (4, 4), "red"), path)

@@ -168,6 +168,18 @@ def test_half_types_keep_their_dtype_and_accumulate_in_float32(dtype):
     torch.testing.assert_close(merged, x[:, :1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_means_of_other_devices_are_the_same(dtype):
+    """What MPS gets, whose torch may have no embedding_bag."""
+    x = torch.randn(2, 64, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    matching = match_tokens(x, split_grid(8, 8, (2, 2)))
+    expected = merge_tokens(x, matching, 30)
+    position, token_rows = merging._flat_position(matching, 30).sort(stable=True)
+    means = merging._means_by_adding(x.view(-1, 24), position, token_rows, 2 * 34)
+    assert means.dtype is merging._accumulate_dtype(x)
+    torch.testing.assert_close(means.view(2, 34, 24).to(dtype), expected)
+
+
 def test_large_half_precision_tokens_still_match():
     generator = torch.Generator().manual_seed(0)
     metric = torch.randn(1, 64, 8, generator=generator)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import diffusers
@@ -13,6 +15,8 @@ import tomesd
 import torch
 from conftest import SD_BETAS, call_unet, draw, make_pipeline, make_text_encoder, make_tokenizer, make_unet, make_vae
 from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor
 from hypothesis import HealthCheck, given, settings
 
 import agentsd
@@ -430,6 +434,53 @@ def test_replaced_processors_warn_once_and_can_be_patched_anew():
         assert torch.equal(call_unet(unet), unpatched)
     agentsd.apply_patch(unet)
     assert torch.equal(call_unet(unet), patched)
+
+
+def test_block_inputs_are_not_kept_where_processors_were_replaced():
+    unet = make_unet()
+    agentsd.apply_patch(unet)
+    unet.set_attn_processor(AttnProcessor())
+    with pytest.warns(UserWarning, match="the patch is not active"):
+        call_unet(unet)
+    assert all(layer.state.block_input is None for layer in get_patch(unet).layers)
+
+
+def test_a_dropped_unet_is_freed_at_once():
+    """Not only when Python looks for circles of references: the memory of a GPU would be taken until then."""
+    unet = make_unet()
+    agentsd.apply_patch(unet)
+    call_unet(unet)
+    dropped = weakref.ref(unet)
+    gc.disable()
+    try:
+        del unet
+        assert dropped() is None
+    finally:
+        gc.enable()
+
+
+def test_feed_forward_in_chunks_is_not_merged():
+    unet = make_unet()
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    agentsd.apply_patch(unet)
+    expected = call_unet(unet)
+    agentsd.apply_patch(unet, merge_mlp=True)
+    assert not torch.equal(call_unet(unet), expected)
+    for dim in (0, 1):
+        for block in blocks:
+            block.set_chunk_feed_forward(1, dim)
+        torch.testing.assert_close(call_unet(unet), expected)
+
+
+def test_an_interrupted_compiled_call_leaves_no_phase_behind(fresh_dynamo):
+    unet = make_unet()
+    compiled = torch.compile(unet, backend="eager")
+    agentsd.apply_patch(compiled)
+    expected = [call_unet(unet, timestep=timestep) for timestep in (900, 100)]
+    call_unet(compiled, timestep=900)
+    get_patch(unet).run.prepared = True  # as Ctrl-C leaves it: torch calls no hook then
+    for timestep, output in zip((900, 100), expected):
+        assert torch.equal(call_unet(unet, timestep=timestep), output)
 
 
 def test_removal_keeps_a_processor_set_later():

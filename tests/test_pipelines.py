@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw, make_pipeline
-from diffusers import StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -83,6 +84,52 @@ def test_schedulers(demo, name):
         assert demo.scheduler.config.use_karras_sigmas is False
     finally:
         demo.scheduler = before
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_latents_are_not_clipped_like_pictures(demo, name):
+    before = demo.scheduler
+    try:
+        set_scheduler(demo, name)
+        demo.scheduler.set_timesteps(4)
+        # A prediction of no noise: the picture is the latent over the root of ᾱ, far beyond ±1, and must stay there.
+        step = demo.scheduler.step(torch.zeros(1, 4, 8, 8), demo.scheduler.timesteps[-1], torch.full((1, 4, 8, 8), 3.0))
+        assert step.pred_original_sample.min() > 2.9
+    finally:
+        demo.scheduler = before
+
+
+def test_a_named_scheduler_is_what_it_says_whatever_was_left_at_its_default():
+    pipe = make_pipeline()
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    assert "use_karras_sigmas" in pipe.scheduler.config["_use_default_values"]
+    set_scheduler(pipe, "dpm++2m-karras")
+    assert pipe.scheduler.config.use_karras_sigmas is True
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipe.scheduler.config, use_beta_sigmas=True, use_karras_sigmas=False
+    )
+    set_scheduler(pipe, "dpm++2m-karras")
+    assert pipe.scheduler.config.use_karras_sigmas is True and pipe.scheduler.config.use_beta_sigmas is False
+
+
+@pytest.mark.parametrize("where", ["component", "pipeline", "nameless"])
+def test_code_in_a_models_folder_is_never_run(tmp_path, where):
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    make_pipeline().save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    code = f"open({str(ran)!r}, 'w')\nclass X: pass\n"
+    if where == "component":
+        index["unet"] = ["evil", "X"]
+        (folder / "unet" / "evil.py").write_text(code)
+    elif where == "pipeline":
+        index["_class_name"] = ["evil", "X"]
+        (folder / "evil.py").write_text(code)
+    else:
+        (folder / "None.py").write_text(code)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="is code of the model's own"):
+        load_pipeline(folder, device="cpu")
+    assert not ran.exists()
 
 
 def test_any_saved_folder_loads(tmp_path):
