@@ -21,13 +21,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import agentsd
 from agentsd.generate import save_picture
 
 from .models import ModelSpec, load_model
-from .protocol import BenchError, Picture, Plan, Scenario
+from .protocol import CONTROLS, BenchError, Picture, Plan, Scenario
 from .scenarios import use_scenario
 
 MANIFEST = "manifest.json"
+_CODE = tuple(
+    Path(agentsd.__file__).with_name(f"{name}.py") for name in ("attention", "config", "merging", "patch", "processor")
+) + (Path(__file__).with_name("scenarios.py"),)
 _PACKAGES = ("agentsd", "torch", "diffusers", "transformers", "tomesd", "DeepCache")
 _BYTES_PER_PIXEL = 3  # a PNG of noise; real pictures take about half
 
@@ -209,6 +213,7 @@ def manifest_of(pipe: Any, scenario: Scenario, plan: Plan, model: str) -> dict[s
         "device": pipe.unet.device.type,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "versions": package_versions(),
+        "code": code_fingerprint() if scenario.method in ("agentsd", *CONTROLS) else None,
     }
     return json.loads(json.dumps(settings, default=str))
 
@@ -235,6 +240,14 @@ def fingerprint(pipe: Any) -> str:
             values = weight.detach().flatten()
             sample = values[:: max(1, values.numel() // 64)][:64].float().cpu().numpy()
             digest.update(f"{name}.{key}{tuple(weight.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def code_fingerprint() -> str:
+    """A hash over the source that decides what agentsd's pictures look like, which its version does not tell apart."""
+    digest = hashlib.sha256()
+    for path in sorted(_CODE):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
