@@ -29,6 +29,7 @@ from .protocol import (
     make_scenarios,
     parse_methods,
     parse_ratios,
+    tomesd_rivals,
 )
 
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest process's share, or the first one's scoring
@@ -92,9 +93,9 @@ class _Bench:
                 paths = itertools.chain.from_iterable(map(self.job.paths, self.job.scenarios))
                 pictures = 0 if options.speed_only else sum(not path.exists() for path in paths)
                 check_space(self.folder, pictures, side**2)
-                self._note_run(pipe, side)
                 if not options.speed_only:
                     open_folders(pipe, self.job)
+                self._note_run(pipe, side)  # from here on an earlier run's figures are gone
             if not options.speed_only:
                 self._draw(pipe)
             if not first:
@@ -126,9 +127,13 @@ class _Bench:
             "title": f"fid_bench: {self.spec.name}" + (", speed only" if options.speed_only else ""),
             "command": self.command,
             "protocol": f"{what}{plan.steps} {plan.scheduler} steps, guidance {plan.guidance:g}, "
-            f"{', '.join(map(str, sizes))} px, batch {', '.join(map(str, batches))}, seed {plan.seed}.",
+            f"{', '.join(map(str, sizes))} px, batch {', '.join(map(str, batches))}, seed {plan.seed}."
+            + report.timed_apart(
+                () if options.speed_only or options.quality_only else self.workloads, side, plan.batch_size
+            ),
             "model": self.spec.name,
             "size": side,
+            "batch_size": plan.batch_size,
             "scenarios": [report.scenario_row(scenario) for scenario in self.timed],
             "files": [picture.file for picture in plan.pictures][: len(plan.classes)],
             "environment": found,
@@ -181,7 +186,10 @@ class _Scorer:
         for scenario in tqdm(job.scenarios, desc="features", unit="scenario"):
             features[scenario.name] = self.network.of_files(job.paths(scenario))
         files = {scenario.name: job.paths(scenario) for scenario in job.scenarios}
-        rows = metrics.score_sets(features, files, self.network, self.reference, self.resamples, tqdm)
+        rows = metrics.score_sets(
+            features, files, self.network, self.reference, self.resamples, tqdm,
+            groups=[picture.index for picture in self.plan.pictures], rivals=tomesd_rivals(job.scenarios),
+        )  # fmt: skip
         if self.clip is not None:
             prompts = [picture.prompt for picture in self.plan.pictures]
             for name, row in rows.items():
@@ -193,13 +201,17 @@ class _Scorer:
             "reference": self.named,
             "reference_count": self.reference.count,
             "resamples": self.resamples,
+            "resampled": "names" if self.plan.copies > 1 and len(self.plan.classes) > 1 else "pictures",
             "rows": rows,
         }
         report.write_part(folder, report.SCORES, self.found)
 
 
 def score_two(options: argparse.Namespace) -> str:
-    """The row of --score A B: the distance of A to B, and their pairwise likeness where the file names are the same."""
+    """The row of --score A B: the distance of A to B, and their pairwise likeness where the file names are the same.
+
+    Nobody knows which pictures of A show the same, so its interval takes each for a draw of its own.
+    """
     device = pick_device(options.device)
     paths = [Path(path) for path in options.score]
     files = [
@@ -215,7 +227,7 @@ def score_two(options: argparse.Namespace) -> str:
     key = "fid" if network.name == "inception" else "fd"
     if a.features is not None and len(a.features) == a.count:
         distance = metrics.FrechetDistance(b, device)
-        intervals, _ = metrics.bootstrap_distances(distance, {"a": a.features}, "a", options.resamples)
+        intervals, _ = metrics.bootstrap_distances(distance, {"a": a.features}, resamples=options.resamples)
         row |= intervals["a"].as_row(key)
     else:
         row[key] = metrics.frechet_distance(a, b)

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # from eval/ to the repository, where `eval` is a package
 
 from eval.command import run_command  # noqa: E402
+from eval.protocol import ABLATIONS  # noqa: E402
 
 _ALL = "sd,sd-naive,tomesd,agentsd,mean-value,no-attention"
 PRESETS = {
@@ -83,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--early", type=float, default=0.4, help="fraction of agent steps (default: %(default)s)")
     grid.add_argument(
         "--ablate", default="",
-        help="alpha, scale, early: the paper's Tables 11-13; late, agents, tile, fast: what saves more as pictures "
-        "grow; several with commas",
+        help=f"several of {', '.join(ABLATIONS)}, with commas; alpha, scale and early are the paper's Tables 11-13, "
+        "alpha-early crosses two of them, the others are what saves more as pictures grow",
     )  # fmt: skip
     grid.add_argument(
         "--with-deepcache", nargs="?", type=int, const=3, default=1, metavar="N",

@@ -239,7 +239,8 @@ def _score(
 ) -> list[dict[str, Any]]:
     files = {scenario.name: job.paths(scenario) for scenario in job.scenarios}
     features = {name: network.of_files(paths) for name, paths in tqdm(files.items(), desc="features", unit="scenario")}
-    scores = metrics.score_sets(features, files, network, trained, progress=tqdm)
+    groups = [picture.index for picture in job.plan.pictures]
+    scores = metrics.score_sets(features, files, network, trained, progress=tqdm, groups=groups)
     return [
         {
             "scenario": scenario.name,

@@ -52,13 +52,14 @@ class Timing:
     Attributes:
         scenario: its name.
         workload: size filled in.
-        seconds: of each round, for the whole pipeline call (all pictures of the batch).
+        seconds: of each round, for the whole pipeline call (all pictures of the batch), without the time that putting a
+            patch on and taking it off takes, which a user does once and not for each picture.
         unet_seconds: phase ("agent", "merge") -> seconds of each UNet call while the timestep was in it; with
             DeepCache, whose calls are whole or nearly free, the mean of each round's. Phases are those of the default
             early fraction for methods that have none, so that columns can be compared.
         peak_gb: greatest memory during a call: of the allocator on CUDA, resident on Linux; None elsewhere.
-        peak_gb_per_image: what a call took beyond the loaded model, per picture. The paper's GB/img must be this: its
-            smallest, 1.21, is less than the weights alone take.
+        peak_gb_per_image: what a call took beyond the loaded, patched model, per picture. The paper's GB/img must be
+            this: its smallest, 1.21, is less than the weights alone take.
         failed: why there are no figures, or "".
         operators: phase -> PyTorch operators of one UNet call that do something (no views, no allocations): about the
             number of kernels a GPU is sent, which at small sizes cost more than their arithmetic. Empty if compiled.
@@ -187,14 +188,18 @@ class _Run:
         self.pipe.unet.compile(fullgraph=not self.in_pieces, dynamic=False)
 
     def warm_up(self, timing: Timing, workload: Workload) -> None:
-        for lap in self.call(workload, count_operators=not workload.compile):
+        for lap in self.call(workload, count_operators=not workload.compile).laps:
             if lap.operators is not None:
                 timing.operators[self.phase(lap).value] = lap.operators
 
-    def call(self, workload: Workload, count_operators: bool = False) -> list[_Lap]:
-        """Run the pipeline; returns what was measured of each UNet call."""
+    def call(self, workload: Workload, count_operators: bool = False) -> _Call:
+        """Run the pipeline; clock and peak memory are of its call alone, with the patch put on before."""
+        device = self.pipe.unet.device
         patched = contextlib.nullcontext() if workload.compile else use_scenario(self.pipe, self.scenario)
         with patched, _stopwatch(self.pipe, count_operators) as laps:
+            # A user patches once for many pictures, so what that takes is no part of a picture's time.
+            memory = PeakMemory(device)
+            start = _now(device)
             self.pipe(
                 [PROMPT.format("zebra")] * workload.batch_size,
                 num_inference_steps=workload.steps,
@@ -203,20 +208,19 @@ class _Run:
                 width=workload.size,
                 generator=[torch.Generator("cpu").manual_seed(i) for i in range(workload.batch_size)],
             )
-        return laps
+            seconds = _elapsed(start, _now(device))
+            peak, growth = memory.peak()
+        return _Call(laps, seconds, peak, growth)
 
     def record(self, timing: Timing) -> None:
-        device = self.pipe.unet.device
-        memory = PeakMemory(device)
-        start = _now(device)
-        laps = self.call(self.workload)
-        timing.seconds.append(_elapsed(start, _now(device)))
-        peak, growth = memory.peak()
-        if peak is not None:
-            timing.peak_gb = max(timing.peak_gb or 0, peak / 1e9)
-            timing.peak_gb_per_image = max(timing.peak_gb_per_image or 0, growth / 1e9 / self.workload.batch_size)
+        call = self.call(self.workload)
+        timing.seconds.append(call.seconds)
+        if call.peak is not None:
+            per_image = call.growth / 1e9 / self.workload.batch_size
+            timing.peak_gb = max(timing.peak_gb or 0, call.peak / 1e9)
+            timing.peak_gb_per_image = max(timing.peak_gb_per_image or 0, per_image)
         seconds: dict[str, list[float]] = {}
-        for lap in laps:
+        for lap in call.laps:
             seconds.setdefault(self.phase(lap).value, []).append(lap.seconds())
         for phase, times in seconds.items():
             # The median over DeepCache's calls would be the time of one that skips most of the UNet.
@@ -250,6 +254,17 @@ class _Lap:
     timestep: Any
     seconds: Callable[[], float]
     operators: int | None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One pipeline call: its UNet calls, its seconds, and in bytes the peak of memory (None where it cannot be told)
+    and how far that is above the beginning."""
+
+    laps: list[_Lap]
+    seconds: float
+    peak: int | None
+    growth: int
 
 
 class _CountedOperators(TorchDispatchMode):

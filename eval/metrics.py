@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -459,43 +459,63 @@ class Interval:
 def bootstrap_distances(
     distance: FrechetDistance,
     features: dict[str, np.ndarray],
-    baseline: str,
+    pairs: Iterable[tuple[str, str]] = (),
     resamples: int = 200,
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> tuple[dict[str, Interval], dict[str, Interval]]:
-    """Distance of each set to the reference, and its difference to the baseline's, with 95 % bootstrap intervals.
+    groups: Sequence[Hashable] | None = None,
+) -> tuple[dict[str, Interval], dict[tuple[str, str], Interval]]:
+    """Distance of each set to the reference, and differences of these distances, with 95 % bootstrap intervals.
 
-    Pictures are drawn with replacement, the same ones from each set, so that a prompt that is hard for all methods
-    does not blur their difference. A sample drawn with replacement has fewer different pictures, which raises any
-    Fréchet distance; the intervals are therefore shifted to have their mean at the value itself. The reference is held
-    fixed. On normal data of known distance the intervals of differences came out as wide as they should, within 20 %
-    (40 % too wide where both sets are alike), those of the distances themselves up to 2.3 times too wide.
+    Groups of pictures are drawn with replacement, the same ones from each set, so that a prompt that is hard for all
+    methods does not blur their difference. A sample drawn with replacement has fewer different pictures, which raises
+    any Fréchet distance; the intervals are therefore shifted to have their mean at the value itself. The reference is
+    held fixed. On independent normal data of known distance the intervals of differences came out as wide as they
+    should, within 20 % (40 % too wide where both sets are alike), those of the distances themselves up to 2.3 times too
+    wide.
+
+    Pictures of one prompt under several seeds are alike, so three of them say less than three prompts do, and drawing
+    them one by one would give intervals that are too narrow. A group is therefore drawn with all its rows: the cluster
+    bootstrap (Field & Welsh, "Bootstrapping clustered data", J. R. Stat. Soc. B 69, 2007). It speaks of other prompts,
+    not of other seeds for these alone, and is itself too narrow where there is but a handful of groups.
 
     Args:
         features: name to [N, D], rows of the same prompt and seed in the same place.
-        baseline: the name that differences are taken to.
+        pairs: (a, b), of which the difference is a's distance less b's.
+        resamples: how many samples are drawn.
+        groups: a label for each of the N rows, equal where rows belong together; groups may differ in size. None makes
+            each row a group, and so does one label for all: one group drawn over and over would show no spread at all.
 
     Returns:
-        name -> distance, name -> difference (without the baseline).
+        name -> distance, pair -> difference.
+
+    Raises:
+        ValueError: there are not as many labels as rows.
     """
     values = {name: distance.of(rows) for name, rows in features.items()}
-    count = len(features[baseline])
+    members = _members(groups, len(next(iter(features.values()))))
     draw = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {name: [] for name in features}
     resampled = {name: _Resampled(distance, rows) for name, rows in features.items()}
     for _ in progress(range(resamples)):
-        picked = draw.integers(0, count, count)
+        picked = np.concatenate([members[group] for group in draw.integers(0, len(members), len(members))])
         for name in features:
             drawn[name].append(resampled[name].of(picked))
     samples = {name: np.array(rows) for name, rows in drawn.items()}
     distances = {name: _interval(values[name], samples[name], least=0.0) for name in features}
-    differences = {
-        name: _interval(values[name] - values[baseline], samples[name] - samples[baseline])
-        for name in features
-        if name != baseline
-    }
+    differences = {(a, b): _interval(values[a] - values[b], samples[a] - samples[b]) for a, b in pairs}
     return distances, differences
+
+
+def _members(groups: Sequence[Hashable] | None, count: int) -> list[np.ndarray]:
+    """The row numbers of each group, groups in the order of their first rows; row by row where there is but one."""
+    if groups is not None and len(groups) != count:
+        raise ValueError(f"groups: has {len(groups)} labels for {count} rows")
+    labels = range(count) if groups is None or len(set(groups)) == 1 else groups
+    rows: dict[Hashable, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows.setdefault(label, []).append(row)
+    return [np.array(own) for own in rows.values()]
 
 
 def _interval(value: float, samples: np.ndarray, least: float = -math.inf) -> Interval:
@@ -585,6 +605,8 @@ def score_sets(
     reference: Statistics,
     resamples: int = 200,
     progress: Callable[..., Iterable] = lambda steps, **_: steps,
+    groups: Sequence[Hashable] | None = None,
+    rivals: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Every score of sets of pictures against a reference and, paired, against the set named "sd".
 
@@ -592,23 +614,34 @@ def score_sets(
         features: set to [N, D], rows of the same prompt and seed in the same place.
         files: set to the same pictures' files.
         network: that made the features.
+        resamples: of the bootstrap.
         progress: called with the steps, desc and unit, as tqdm.
+        groups: a label for each of the N rows, as bootstrap_distances takes them: which pictures are of one prompt.
+        rivals: set to the set of ToMeSD that its distance is compared with too.
 
     Returns:
-        Set to its row of a report: images, fid or fd with interval and difference, psnr, ssim, feature_distance, kid.
+        Set to its row of a report: images, fid or fd with interval and differences (to sd: fd_difference, to the rival:
+        fd_difference_tomesd), psnr, ssim, feature_distance, kid.
+
+    Raises:
+        ValueError: there are not as many labels as rows.
     """
-    distance = FrechetDistance(reference, network.device)
+    rivals = rivals or {}
+    pairs = [(name, "sd") for name in features if name != "sd"] + list(rivals.items())
     distances, differences = bootstrap_distances(
-        distance, features, "sd", resamples, progress=lambda steps: progress(steps, desc="bootstrap", unit="resample")
-    )
+        FrechetDistance(reference, network.device), features, pairs, resamples,
+        progress=lambda steps: progress(steps, desc="bootstrap", unit="resample"), groups=groups,
+    )  # fmt: skip
     key = "fid" if network.name == "inception" else "fd"
     rows = {}
     for name in progress(list(features), desc="pairs", unit="scenario"):
         row = {"images": len(features[name])} | distances[name].as_row(key)
-        if name in differences:
-            row |= differences[name].as_row(f"{key}_difference")
+        if name != "sd":
+            row |= differences[name, "sd"].as_row(f"{key}_difference")
             row["psnr"], row["ssim"] = paired_similarity(files[name], files["sd"])
             row["feature_distance"] = feature_distance(features[name], features["sd"])
+        if name in rivals:
+            row |= differences[name, rivals[name]].as_row(f"{key}_difference_tomesd")
         if reference.features is not None:
             row["kid"], row["kid_deviation"] = kernel_distance(features[name], reference.features)
         rows[name] = row

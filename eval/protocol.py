@@ -289,6 +289,16 @@ def make_scenarios(
     return list(dict.fromkeys(scenarios + cached))
 
 
+def tomesd_rivals(scenarios: Iterable[Scenario]) -> dict[str, str]:
+    """Names of agentsd's scenarios, each with tomesd's of the same ratio and without DeepCache, where there is one.
+
+    Also agentsd with DeepCache is held against tomesd without, as it is against sd, which has none either.
+    """
+    scenarios = tuple(scenarios)
+    merged = {s.config.ratio: s.name for s in scenarios if s.method == "tomesd" and s.cache_interval == 1}
+    return {s.name: merged[s.config.ratio] for s in scenarios if s.method == "agentsd" and s.config.ratio in merged}
+
+
 def _config(ratio: float, early: float) -> AgentConfig:
     try:
         return AgentConfig(ratio=ratio, early=early)

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from agentsd import Phase
 
 from .generation import is_whole, package_versions, write_whole
-from .latency import Timing
+from .latency import Timing, Workload
 from .protocol import CONTROLS, BenchError, Scenario
 
 RUN, LATENCY, SCORES = "run.json", "latency.json", "scores.json"
@@ -42,10 +42,14 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("fid_ci", "95 %", "{:.2f}"),
     ("fid_difference", "FID − sd", "{:+.2f}"),
     ("fid_difference_ci", "95 %", "{:+.2f}"),
+    ("fid_difference_tomesd", "FID − tomesd", "{:+.2f}"),
+    ("fid_difference_tomesd_ci", "95 %", "{:+.2f}"),
     ("fd", "{label}", "{:.2f}"),
     ("fd_ci", "95 %", "{:.2f}"),
     ("fd_difference", "FD − sd", "{:+.2f}"),
     ("fd_difference_ci", "95 %", "{:+.2f}"),
+    ("fd_difference_tomesd", "FD − tomesd", "{:+.2f}"),
+    ("fd_difference_tomesd_ci", "95 %", "{:+.2f}"),
     ("kid", "KID", "{:.5f}"),
     ("kid_deviation", "±", "{:.5f}"),
     ("psnr", "PSNR to sd, dB", "{:.1f}"),
@@ -136,42 +140,64 @@ def scenario_row(scenario: Scenario) -> dict[str, Any]:
 
 
 def make_rows(run: dict[str, Any], timings: Sequence[Timing], scores: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per scenario and workload: settings, scores, times. What was not measured is None."""
+    """One row per scenario and workload: settings, scores, times. What was not measured is None.
+
+    Scores are of pictures of one size, drawn in batches of one size, by a UNet that was not compiled: they stand in a
+    row with the times of just that, and in one of their own where that was not timed.
+    """
     rows = []
     for base in run["scenarios"]:
         own = [timing for timing in timings if timing.scenario == base["scenario"]]
         score = scores.get("rows", {}).get(base["scenario"])
-        # Scores are of pictures of one size: with times of several sizes they get a row of their own.
-        if score and len(own) != 1:
-            rows.append({**_empty(), **base, **score})
-            score = None
-        rows += [{**_empty(), **base, **(score or {}), **_times(timing, timings)} for timing in own]
-        if score and not own:
-            rows.append({**_empty(), **base, **score})
+        drawn = _timing_of_drawn(run, own)
+        if score and drawn is None:
+            rows.append({**_empty(), **base, **_drawn(run), **score})
+        for timing in own:
+            rows.append({**_empty(), **base, **((timing is drawn and score) or {}), **_times(timing, timings)})
     order = {base["scenario"]: i for i, base in enumerate(run["scenarios"])}
     workload = lambda row: (row["compiled"] or "", row["size"] or 0, row["batch_size"] or 0)  # noqa: E731
     return sorted(rows, key=lambda row: (workload(row), order[row["scenario"]]))
 
 
+def timed_apart(workloads: Sequence[Workload], size: int, batch_size: int) -> str:
+    """A sentence, after a space, on what was timed, for a run's protocol; "" where that is just what was drawn.
+
+    Args:
+        workloads: that are timed; a size of None is the one drawn. None at all: nothing was timed.
+        size: height and width of the pictures drawn, in pixels.
+        batch_size: pictures per call as they were drawn.
+    """
+    sizes = list(dict.fromkeys(workload.size or size for workload in workloads))
+    batches = list(dict.fromkeys(workload.batch_size for workload in workloads))
+    if not workloads or (sizes == [size] and batches == [batch_size]):
+        return ""
+    return f" Timed at {', '.join(map(str, sizes))} px, batch {', '.join(map(str, batches))}."
+
+
 def verdict(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> list[str]:
-    """What the scores say of agent attention's effect on quality, in sentences; none without scores."""
+    """What the scores say of agent attention's effect on quality, in sentences; none without scores.
+
+    AgentSD is held against Stable Diffusion, as ToMeSD is, and against ToMeSD at the same ratio. The latter has an
+    interval of its own: two methods drawn from the same seeds may differ for certain where their intervals against
+    Stable Diffusion overlap.
+
+    Args:
+        rows: as make_rows gives them.
+        scores: what scores.json holds.
+    """
     key = "fid_difference" if scores.get("features") == "inception" else "fd_difference"
     label = scores.get("label", "")
     scored = [row for row in rows if row.get(key) is not None]
     if not scored:
         return []
+    plain = [row for row in scored if row["deepcache_interval"] == 1]
+    merged = {row["ratio"]: row["scenario"] for row in plain if row["method"] == "tomesd"}
     sentences = []
     for row in scored:
-        low, high = row[f"{key}_ci"]
-        if low <= 0 <= high:
-            said = f"no difference that {row['images']} pictures can show"
-        else:
-            said = "worse" if row[key] > 0 else "better"
         if row["method"] in ("agentsd", "tomesd"):
-            sentences.append(
-                f"{row['scenario']}: {label} {row[key]:+.2f} [{low:+.2f}, {high:+.2f}] against sd, lower is better: "
-                f"{said}."
-            )
+            sentences.append(_compared(row, key, label, "sd"))
+        if row.get(f"{key}_tomesd") is not None:
+            sentences.append(_compared(row, f"{key}_tomesd", label, merged[row["ratio"]]))
     controls = [row for row in scored if row["method"] in CONTROLS]
     agents = [row for row in scored if row["method"] == "agentsd"]
     for row in controls:
@@ -273,11 +299,16 @@ def as_markdown(
     """The whole report as text."""
     parts = [f"# {run['title']}", f"`{run['command']}`", environment_line(run["environment"]), run["protocol"]]
     if scores:
+        by_name = scores.get("resampled") == "names"
+        compared = any(row[f"{key}_difference_tomesd"] is not None for row in rows for key in ("fid", "fd"))
         parts.append(
             f"{scores['label']} against {scores['reference']} ({scores['reference_count'] or 'an unknown number of'} "
-            f"pictures). Intervals: bootstrap over pictures, {scores['resamples']} resamples, 95 %; differences to sd "
-            "are paired, with the same pictures left out of both. The reference is held fixed. Intervals of the "
-            "distance itself are too wide rather than too narrow: compare methods by the differences."
+            f"pictures). Intervals: bootstrap over {'names, each with all its seeds' if by_name else 'pictures'}, "
+            f"{scores['resamples']} resamples, 95 %; differences are paired, with the same "
+            f"{'names' if by_name else 'pictures'} left out of both"
+            + ("; those to tomesd are to the same ratio without DeepCache" if compared else "")
+            + ". The reference is held fixed. Intervals of the distance itself are too wide rather than too narrow: "
+            "compare methods by the differences."
         )
     parts += [table(rows, scores.get("label", "")), *sentences]
     if any(row["peak_gb"] is not None for row in rows):
@@ -418,6 +449,21 @@ def _empty() -> dict[str, Any]:
     return dict.fromkeys(["scenario", *settings, *(key for key, _, _ in COLUMNS[1:])])
 
 
+def _timing_of_drawn(run: dict[str, Any], timings: Sequence[Timing]) -> Timing | None:
+    """Of one scenario's timings the one that is of what was drawn."""
+    if "batch_size" not in run:  # of a version that did not note it, and took a single timing for that of the pictures
+        return timings[0] if len(timings) == 1 else None
+    wanted = (run["size"], run["batch_size"], False)
+    for timing in timings:
+        if (timing.workload.size, timing.workload.batch_size, timing.workload.compile) == wanted:
+            return timing
+    return None
+
+
+def _drawn(run: dict[str, Any]) -> dict[str, Any]:
+    return {"size": run["size"], "batch_size": run["batch_size"]} if "batch_size" in run else {}
+
+
 def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
     workload = timing.workload
     same = {other.scenario: other for other in timings if other.workload == workload}
@@ -442,6 +488,17 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
         out[f"unet_{phase.value}_operators"] = timing.operators.get(phase.value)
         out[f"unet_{phase.value}_over_limit"] = _ratio(seconds, limit and limit.unet_median(phase))
     return out
+
+
+def _compared(row: dict[str, Any], key: str, label: str, other: str) -> str:
+    """The sentence on a row's difference to another scenario."""
+    low, high = row[f"{key}_ci"]
+    if low <= 0 <= high:
+        said = f"no difference that {row['images']} pictures can show"
+    else:
+        said = "worse" if row[key] > 0 else "better"
+    figures = f"{row[key]:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{row['scenario']}: {label} {figures} against {other}, lower is better: {said}."
 
 
 def _ratio(base: float | None, value: float | None) -> float | None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from eval import bench, models
+from eval import bench, fid_bench, generation, models
 from eval.fid_bench import main
 from eval.models import ARCHITECTURES, random_pipeline
 
@@ -81,8 +82,74 @@ def test_a_whole_run_and_its_report_again(model, pictures, tmp_path, capsys, mon
     (out / "results.md").unlink()
     assert main(["--report-only", str(out)]) == 0 and (out / "results.md").is_file()
     capsys.readouterr()
+    kept = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     assert main([*arguments, "--steps", "5"]) == 2
     assert "was drawn with another steps (4, now 5)" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == kept
+    monkeypatch.setattr(generation, "code_fingerprint", lambda: "another")
+    assert main([*arguments, "--methods", "sd,tomesd", "--quality-only"]) == 0  # not ours, so as good as ever
+    assert main([*arguments, "--methods", "sd,agentsd", "--quality-only"]) == 2
+    assert "was drawn with another code" in capsys.readouterr().err
+
+
+def test_scores_are_not_put_beside_times_of_another_size(model, pictures, tmp_path):
+    out = tmp_path / "out"
+    arguments = [*SMALL, *OFFLINE, "--model", model, "--reference", str(pictures), "--out", str(out), "--methods", "sd"]
+    assert main([*arguments, "--sizes", "128", "--batch-sizes", "2"]) == 0
+    result = json.loads((out / "results.json").read_text())
+    assert (result["run"]["size"], result["run"]["batch_size"]) == (64, 1)
+    scored, timed = sorted(result["rows"], key=lambda row: row["size"])
+    assert (scored["size"], scored["batch_size"], scored["seconds_per_image"]) == (64, 1, None) and scored["fd"] > 0
+    assert (timed["size"], timed["batch_size"], timed["fd"]) == (128, 2, None) and timed["seconds_per_image"] > 0
+    assert "64 px, batch 1, seed 0. Timed at 128 px, batch 2.\n" in (out / "results.md").read_text()
+    assert main(arguments) == 0  # the same pictures, timed as they were drawn
+    result = json.loads((out / "results.json").read_text())
+    assert len(result["rows"]) == 1 and result["rows"][0]["fd"] > 0 and result["rows"][0]["seconds_per_image"] > 0
+    assert result["run"]["protocol"].endswith("64 px, batch 1, seed 0.")
+
+
+@pytest.mark.parametrize("names, copies", [(4, 3), (12, 1), (1, 12)])
+def test_a_name_is_resampled_with_all_its_seeds(names, copies, tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    plan = bench.Plan(tuple((7 * i, f"thing {i}") for i in range(names)), copies=copies)
+    job = bench.Job(None, plan, tuple(bench.make_scenarios(("sd", "tomesd", "agentsd"), (0.4,))), tmp_path)
+    alike = np.tile(draw.normal(size=(names, 4)), (copies, 1))
+    features = {scenario.name: alike + draw.normal(0, 0.1, size=alike.shape) for scenario in job.scenarios}
+    scorer = object.__new__(bench._Scorer)
+    scorer.plan, scorer.resamples, scorer.clip, scorer.named = plan, 40, None, "things"
+    scorer.reference = bench.metrics.statistics_of(draw.normal(size=(50, 4)))
+    scorer.network = SimpleNamespace(
+        name="efficientnet-lite0",
+        label="FD",
+        size=4,
+        device="cpu",
+        of_files=lambda paths: features[paths[0].parent.name],
+    )
+    monkeypatch.setattr(bench.metrics, "paired_similarity", lambda *_: (30.0, 0.9))
+    scorer.score(job, tmp_path)
+
+    pairs = [("agentsd-r0.4", "sd"), ("agentsd-r0.4", "tomesd-r0.4")]
+    distances, differences = bench.metrics.bootstrap_distances(
+        bench.metrics.FrechetDistance(scorer.reference), features, pairs, 40, groups=list(range(names)) * copies
+    )
+    found = json.loads((tmp_path / "scores.json").read_text())
+    row = found["rows"]["agentsd-r0.4"]
+    assert row["fd_ci"] == [distances["agentsd-r0.4"].low, distances["agentsd-r0.4"].high]
+    for key, pair in zip(("fd_difference", "fd_difference_tomesd"), pairs):
+        assert [row[key], row[f"{key}_ci"]] == [
+            differences[pair].value,
+            [differences[pair].low, differences[pair].high],
+        ]
+    assert row["fd_difference_tomesd"] == row["fd"] - found["rows"]["tomesd-r0.4"]["fd"]
+    assert not any("fd_difference_tomesd" in found["rows"][name] for name in ("sd", "tomesd-r0.4"))
+    assert found["resampled"] == ("names" if (names, copies) == (4, 3) else "pictures")
+
+
+def test_the_help_names_every_ablation(monkeypatch):
+    monkeypatch.setitem(fid_bench.ABLATIONS, "one-more", ({},))
+    [action] = [action for action in fid_bench._parser()._actions if action.dest == "ablate"]
+    listed = action.help.split("several of ")[1].split(", with commas")[0]
+    assert listed.split(", ") == list(fid_bench.ABLATIONS) and "alpha-early" in listed
 
 
 def test_scoring_two_sets_and_saving_a_reference(pictures, tmp_path, capsys):

@@ -245,6 +245,18 @@ def test_too_many_keys_and_equal_pictures_fail():
     assert [bar.met for bar in gate.judge(KEYS, rows)] == [True, True, False, *[True] * 5]
 
 
+def test_intervals_are_over_names_with_all_their_seeds(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(metrics, "score_sets", lambda *_, **options: seen.update(options) or {"sd": {}})
+    monkeypatch.setattr(metrics, "nearest_names", lambda *_: ["owl", "zebra"] * 3)
+    plan = Plan(((5, "owl"), (9, "zebra")), copies=3)
+    job = gate.Job(None, plan, tuple(gate.make_scenarios(("sd",), (0.4,))), tmp_path)
+    network = metrics.FeatureNetwork("efficientnet-lite0", "FD", 4, None, None, torch.device("cpu"))
+    monkeypatch.setattr(metrics.FeatureNetwork, "of_files", lambda self, paths: np.zeros((len(paths), 4)))
+    [row] = gate._score(job, network, None, None)
+    assert seen["groups"] == [5, 9] * 3 and row["recognised"] == 6
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 SMALL = "--images-per-class 4 --steps 3 --size 64 --prompts 2 --processes 1 --device cpu".split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -133,9 +134,54 @@ def test_a_call_with_deepcache_is_timed_by_its_mean(monkeypatch):
 
     cached = [s for s in make_scenarios(["agentsd"], (0.4,), cache_interval=2) if s.cache_interval > 1][-1]
     fake = [latency._Lap(801, lambda: 9.0, None), *[latency._Lap(801, lambda: 1.0, None)] * 3]
-    monkeypatch.setattr(latency._Run, "call", lambda *_, **__: fake)
+    monkeypatch.setattr(latency._Run, "call", lambda *_, **__: latency._Call(fake, 12.0, None, 0))
     [timing] = measure(make_pipeline(), [cached], SMALL)
     assert timing.unet_seconds == {"agent": [3.0, 3.0]} and timing.unet_median(Phase.AGENT) == 3.0
+    assert timing.seconds == [12.0, 12.0] and timing.peak_gb is None
+
+
+def test_putting_a_patch_on_and_taking_it_off_is_not_timed(monkeypatch):
+    from eval import latency
+
+    class Clock:
+        """Stands still but for who sleeps, so that seconds are exact whatever the machine."""
+
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+        def sleep(self, seconds):
+            self.now += seconds
+
+    class Memory:
+        def __init__(self, device):
+            events.append("watch memory")
+
+        def peak(self):
+            events.append("read memory")
+            return 3_000_000_000, 1_000_000_000
+
+    @contextlib.contextmanager
+    def use(pipe, scenario):
+        clock.sleep(1000)
+        events.append("patch")
+        yield
+        events.append("unpatch")
+        clock.sleep(1000)
+
+    clock, events = Clock(), []
+    monkeypatch.setattr(latency, "time", clock)
+    monkeypatch.setattr(latency, "use_scenario", use)
+    monkeypatch.setattr(latency, "PeakMemory", Memory)
+    pipe = make_pipeline()
+    pipe.unet.register_forward_pre_hook(lambda *_: clock.sleep(1))
+    pipe.vae.decoder.register_forward_pre_hook(lambda *_: clock.sleep(5))
+    [timing] = measure(pipe, [Scenario("sd")], replace(SMALL, rounds=2))
+    calls = 6  # of the UNet, which PLMS calls once more than it has steps
+    assert timing.seconds == [calls + 5.0] * 2 and sum(map(len, timing.unet_seconds.values())) == 2 * calls
+    assert (timing.peak_gb, timing.peak_gb_per_image) == (3.0, 1.0)
+    assert events == ["patch", "watch memory", "read memory", "unpatch"] * 3
 
 
 @pytest.mark.gpu

@@ -174,20 +174,97 @@ def test_kid_against_loops_and_known_cases():
 def test_bootstrap_pairs_the_pictures():
     reference = metrics.FrechetDistance(metrics.statistics_of(DRAW.normal(size=(300, 6))))
     base = DRAW.normal(0.5, 1, size=(120, 6))
-    sets = {"sd": base, "same": base, "close": base + 0.02, "far": DRAW.normal(1.5, 1, size=(120, 6))}
-    distances, differences = metrics.bootstrap_distances(reference, sets, "sd", resamples=60)
-    assert differences["same"] == metrics.Interval(0, 0, 0) and "sd" not in differences
+    far = DRAW.normal(1.5, 1, size=(120, 6))
+    sets = {"sd": base, "same": base, "close": base + 0.02, "far": far, "further": far + 0.02}
+    pairs = [(name, "sd") for name in sets if name != "sd"] + [("further", "far"), ("far", "further")]
+    distances, differences = metrics.bootstrap_distances(reference, sets, pairs, resamples=60)
+    assert differences["same", "sd"] == metrics.Interval(0, 0, 0) and set(differences) == set(pairs)
     for name, interval in distances.items():
         assert interval.low < interval.value < interval.high and interval.value == reference.of(sets[name])
-    width = {name: interval.high - interval.low for name, interval in differences.items()}
-    assert width["close"] < 0.2 * (distances["close"].high - distances["close"].low)  # pairing sharpens
-    assert differences["close"].low > 0 and differences["far"].low > differences["close"].high
+    width = {pair: interval.high - interval.low for pair, interval in differences.items()}
+    assert width["close", "sd"] < 0.2 * (distances["close"].high - distances["close"].low)  # pairing sharpens
+    assert differences["close", "sd"].low > 0
+    assert differences["far", "sd"].low > differences["close", "sd"].high
+    # Neither of two sets that are far from sd says of its own how they compare; their own difference does.
+    assert differences["far", "sd"].high > differences["further", "sd"].low
+    assert differences["further", "far"].low > 0 and width["further", "far"] < 0.2 * width["further", "sd"]
+    there, back = differences["further", "far"], differences["far", "further"]
+    assert (back.value, back.low, back.high) == pytest.approx((-there.value, -there.high, -there.low))
+    assert metrics.bootstrap_distances(reference, {"a": base}, resamples=20)[1] == {}
+
+
+def intervals_row_by_row(reference, sets, pairs, resamples, seed=0):
+    """As they were taken before there were groups: the same random numbers, each a row."""
+    draw = np.random.default_rng(seed)
+    resampled = {name: metrics._Resampled(reference, rows) for name, rows in sets.items()}
+    samples = {name: [] for name in sets}
+    for _ in range(resamples):
+        picked = draw.integers(0, 30, 30)
+        for name in sets:
+            samples[name].append(resampled[name].of(picked))
+    samples = {name: np.array(found) for name, found in samples.items()}
+    values = {name: reference.of(rows) for name, rows in sets.items()}
+    return (
+        {name: metrics._interval(values[name], samples[name], least=0.0) for name in sets},
+        {(a, b): metrics._interval(values[a] - values[b], samples[a] - samples[b]) for a, b in pairs},
+    )
+
+
+def test_with_one_picture_per_name_the_intervals_are_those_of_the_rows():
+    draw = np.random.default_rng(11)
+    reference = metrics.FrechetDistance(metrics.statistics_of(draw.normal(size=(300, 6))))
+    base = draw.normal(0.5, 1, size=(30, 6))
+    sets, pairs = {"sd": base, "other": base + draw.normal(0, 0.3, size=base.shape)}, [("other", "sd")]
+    expected = intervals_row_by_row(reference, sets, pairs, 40)
+    labels = [f"{(7 * i) % 30}" for i in range(30)]  # their order is none that sorting would keep
+    for groups in (None, labels, np.array(labels), ["all"] * 30):  # one group has no spread, so its rows are drawn
+        assert metrics.bootstrap_distances(reference, sets, pairs, 40, groups=groups) == expected
+    with pytest.raises(ValueError, match="has 29 labels for 30 rows"):
+        metrics.bootstrap_distances(reference, sets, pairs, 40, groups=labels[1:])
+
+
+def test_pictures_that_are_alike_do_not_count_as_many():
+    draw = np.random.default_rng(12)
+    reference = metrics.FrechetDistance(metrics.statistics_of(draw.normal(size=(300, 4))))
+    base = draw.normal(0.5, 1, size=(40, 4))
+    once, pairs = {"sd": base, "other": base + draw.normal(0.1, 0.4, size=base.shape)}, [("other", "sd")]
+    thrice = {name: np.tile(rows, (3, 1)) for name, rows in once.items()}  # in the order of a plan: copy by copy
+    names = [f"name {i}" for i in range(40)]
+
+    def widths(sets, groups):
+        found = metrics.bootstrap_distances(reference, sets, pairs, 200, groups=groups)
+        return np.array([interval.high - interval.low for part in found for interval in part.values()])
+
+    one_each, by_row, by_name = widths(once, None), widths(thrice, None), widths(thrice, names * 3)
+    assert len(by_name) == 3 and (by_name > 1.4 * by_row).all()  # √3 expected
+    assert by_name == pytest.approx(one_each, rel=0.1)
+
+
+def test_groups_are_drawn_whole_whatever_their_size():
+    draw = np.random.default_rng(13)
+    assert [list(rows) for rows in metrics._members(["b", "a", "b", "c", "b"], 5)] == [[0, 2, 4], [1], [3]]
+    reference = metrics.FrechetDistance(metrics.statistics_of(draw.normal(size=(300, 4))))
+    rows, seen = draw.normal(size=(12, 4)), []
+
+    class Watched(metrics._Resampled):
+        def of(self, picked):
+            seen.append(np.bincount(picked, minlength=12))
+            return super().of(picked)
+
+    groups = [0] * 6 + [1] * 4 + [2] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_Resampled", Watched)
+        metrics.bootstrap_distances(reference, {"a": rows}, resamples=30, groups=groups)
+    for counts in seen:
+        assert counts[0] + counts[6] + counts[10] == 3
+        assert (counts == counts[[0] * 6 + [6] * 4 + [10] * 2]).all()
+    assert len({counts.sum() for counts in seen}) > 3
 
 
 def test_no_interval_reaches_below_a_distance_of_nought():
     rows = DRAW.normal(size=(20, 6))
     reference = metrics.FrechetDistance(metrics.statistics_of(rows))
-    interval = metrics.bootstrap_distances(reference, {"sd": rows}, "sd", resamples=30)[0]["sd"]
+    interval = metrics.bootstrap_distances(reference, {"sd": rows}, resamples=30)[0]["sd"]
     assert interval.low == pytest.approx(0, abs=1e-6) and interval.low <= interval.value < interval.high
 
 
@@ -198,7 +275,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     hits = 0
     for _ in range(60):
         sets = {"sd": draw.normal(0.4, 1, size=(100, 3))}
-        interval = metrics.bootstrap_distances(reference, sets, "sd", resamples=80, seed=1)[0]["sd"]
+        interval = metrics.bootstrap_distances(reference, sets, resamples=80, seed=1)[0]["sd"]
         hits += interval.low <= truth <= interval.high
     assert hits >= 48  # 57 expected
 

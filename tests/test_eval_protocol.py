@@ -28,6 +28,7 @@ from eval.protocol import (
     parse_methods,
     parse_ratios,
     picture_seed,
+    tomesd_rivals,
 )
 from eval.scenarios import use_scenario
 
@@ -113,6 +114,17 @@ def test_ablations_and_deepcache_as_scenarios():
         "agentsd-r0.4-deepcache3",
     ]
     assert make_scenarios(["sd"], (0.4,)) == [Scenario("sd")]
+
+
+def test_agentsd_is_held_against_tomesd_of_the_same_ratio():
+    scenarios = make_scenarios(["tomesd", "agentsd", "no-attention"], (0.2, 0.4), ablate=["alpha"], cache_interval=3)
+    ablated = [f"agentsd-r0.4-alpha{alpha}" for alpha in ("0", "0.025", "0.15")]
+    cached = ["agentsd-r0.2-deepcache3", "agentsd-r0.4-deepcache3"]
+    names = ["agentsd-r0.2", "agentsd-r0.4", *ablated, *cached]
+    expected = {name: "tomesd-r0.2" if "r0.2" in name else "tomesd-r0.4" for name in names}
+    assert tomesd_rivals(iter(scenarios)) == tomesd_rivals(scenarios[::-1]) == expected
+    assert tomesd_rivals(s for s in scenarios if s.name != "tomesd-r0.2").keys() == set(names) - {names[0], cached[0]}
+    assert tomesd_rivals(s for s in scenarios if s.method != "tomesd" or s.cache_interval > 1) == {}
 
 
 def test_the_limit_computes_the_four_projections_and_mixes_nothing(pipe):

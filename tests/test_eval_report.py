@@ -22,6 +22,7 @@ from eval.protocol import METHODS, BenchError, make_scenarios
 
 SCENARIOS = make_scenarios(METHODS, (0.2, 0.4))
 FILES = [f"{i:04d}-a_thing-0.png" for i in range(8)]
+SCORED = {"features": "efficientnet-lite0", "label": "FD (EfficientNet-Lite0)", "feature_size": 1280}
 
 
 def make_results(folder: Path, sizes=(64,), scores: bool = True, control: float = 30.0) -> None:
@@ -152,6 +153,109 @@ def test_what_was_timed_apart_has_no_speed_up(tmp_path):
     row = by_name[latency["timings"][3]["scenario"]]
     assert row["note"] == "timed after the others" and row["seconds_per_image"] > 0
     assert row["speedup_vs_sd"] is None and row["unet_agent_speedup"] is None and row["speedup_vs_naive"] is None
+
+
+def rows_of_run(folder, **changes):
+    """The report again, with these entries in run.json; rows by scenario."""
+    run = json.loads((folder / "run.json").read_text())
+    report.write_run(folder, run | changes)
+    by_name = {}
+    for row in report.write_report(folder):
+        by_name.setdefault(row["scenario"], []).append(row)
+    return by_name
+
+
+@pytest.mark.parametrize("changes", [{"size": 128, "batch_size": 2}, {"size": 64, "batch_size": 1}])
+def test_scores_and_times_of_different_pictures_are_different_rows(tmp_path, changes):
+    make_results(tmp_path)  # timed at 64 px, batch 2
+    for name, rows in rows_of_run(tmp_path, **changes).items():
+        times = next(row for row in rows if (row["size"], row["batch_size"]) == (64, 2))
+        assert times["fd"] is None and times["images"] is None
+        if name in ("sd-naive", "limit"):
+            assert rows == [times]
+            continue
+        [scores] = [row for row in rows if row is not times]
+        assert {key: scores[key] for key in changes} == changes and scores["fd"] == 50 and scores["method"]
+        assert scores["seconds_per_image"] is None and scores["note"] is None
+    assert not (tmp_path / "quality.png").exists()  # it would set one's distance against the other's seconds
+    assert len([s for s in report.verdict(sum(rows_of_run(tmp_path).values(), []), SCORED) if "against sd" in s]) == 4
+
+
+def test_scores_stand_with_the_times_of_what_was_drawn(tmp_path):
+    make_results(tmp_path, sizes=(64, 128))
+    latency = json.loads((tmp_path / "latency.json").read_text())
+    for item in latency["timings"][:]:
+        latency["timings"].append(item | {"workload": item["workload"] | {"compile": True}})
+    report.write_part(tmp_path, report.LATENCY, latency)
+    for name, rows in rows_of_run(tmp_path, batch_size=2).items():
+        assert len(rows) == 4 and rows[0]["size"] == 64 and rows[0]["compiled"] is None
+        assert rows[0]["fd"] == (None if name in ("sd-naive", "limit") else 50)
+        assert [row["fd"] for row in rows[1:]] == [None] * 3  # of another size, or of a UNet that did not draw
+    assert len([s for s in report.verdict(sum(rows_of_run(tmp_path).values(), []), SCORED) if "against sd" in s]) == 4
+
+
+def test_a_run_that_did_not_note_its_batch_is_reported_as_ever(tmp_path):
+    make_results(tmp_path, sizes=(128,))  # and the pictures were of 64 px
+    for name, rows in rows_of_run(tmp_path).items():
+        assert [row["fd"] for row in rows] == [None if name in ("sd-naive", "limit") else 50]
+        assert rows[0]["size"] == 128
+    make_results(tmp_path, sizes=(64, 128))
+    assert [(row["size"], row["fd"]) for row in rows_of_run(tmp_path)["sd"]] == [(None, 50), (64, None), (128, None)]
+
+
+def test_the_protocol_says_where_the_times_are_of_something_else():
+    def said(*workloads):
+        return report.timed_apart([Workload(size, batch) for size, batch in workloads], 512, 1)
+
+    assert said() == said((None, 1)) == said((512, 1), (None, 1)) == ""
+    assert said((256, 1)) == " Timed at 256 px, batch 1."
+    assert said((512, 1), (512, 8)) == " Timed at 512 px, batch 1, 8."
+    assert said((None, 1), (1024, 1)) == " Timed at 512, 1024 px, batch 1."
+
+
+def test_the_two_accelerators_are_compared_with_each_other(tmp_path):
+    make_results(tmp_path)
+    text = (report.write_report(tmp_path), (tmp_path / "results.md").read_text())[1]
+    assert "− tomesd" not in text and "against tomesd" not in text and "to tomesd" not in text
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    for ratio, gap in (("0.2", 0.5), ("0.4", -3.0)):
+        scores["rows"][f"agentsd-r{ratio}"] |= {
+            "fd_difference_tomesd": gap, "fd_difference_tomesd_ci": [gap - 1, gap + 1],
+        }  # fmt: skip
+    report.write_part(tmp_path, report.SCORES, scores)
+    rows = {row["scenario"]: row for row in report.write_report(tmp_path)}
+    assert rows["agentsd-r0.4"]["fd_difference_tomesd"] == -3 and rows["agentsd-r0.4"]["fd_difference"] == 5
+    assert rows["tomesd-r0.4"]["fd_difference_tomesd"] is None
+    result = json.loads((tmp_path / "results.json").read_text())
+    label = "FD (EfficientNet-Lite0)"
+    assert result["verdict"][2:6] == [
+        f"agentsd-r0.2: {label} +5.00 [+3.00, +7.00] against sd, lower is better: worse.",
+        f"agentsd-r0.2: {label} +0.50 [-0.50, +1.50] against tomesd-r0.2, lower is better: "
+        "no difference that 8 pictures can show.",
+        f"agentsd-r0.4: {label} +5.00 [+3.00, +7.00] against sd, lower is better: worse.",
+        f"agentsd-r0.4: {label} -3.00 [-4.00, -2.00] against tomesd-r0.4, lower is better: better.",
+    ]
+    with open(tmp_path / "results.csv", newline="") as file:
+        [line] = [line for line in csv.DictReader(file) if line["scenario"] == "agentsd-r0.4"]
+    assert (line["fd_difference_tomesd"], line["fd_difference_tomesd_ci_high"]) == ("-3.0", "-2.0")
+    text = (tmp_path / "results.md").read_text()
+    assert "| FD − sd | 95 % | FD − tomesd | 95 % | KID |" in text and "| -3.00 | -4.00 … -2.00 |" in text
+    assert "those to tomesd are to the same ratio without DeepCache." in text
+
+
+def test_the_report_says_what_was_resampled(tmp_path):
+    make_results(tmp_path)
+    report.write_report(tmp_path)
+    assert "bootstrap over pictures, 20 resamples" in (tmp_path / "results.md").read_text()  # also of an older run
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    for resampled, said, left_out in [
+        ("pictures", "bootstrap over pictures, 20", "with the same pictures left out of both."),
+        ("names", "bootstrap over names, each with all its seeds, 20", "with the same names left out of both."),
+    ]:
+        report.write_part(tmp_path, report.SCORES, scores | {"resampled": resampled})
+        report.write_report(tmp_path)
+        text = (tmp_path / "results.md").read_text()
+        assert said in text and left_out in text
 
 
 def sentences(folder, **options):
