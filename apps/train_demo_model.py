@@ -35,7 +35,7 @@ they spread over all tokens. eval/results/demo-training.md says how far that has
 
 A stage that is finished is skipped; one that was stopped, even by kill -9, goes on from its last checkpoint when the
 same command is given again. Every random draw is a function of (seed, stage, step), so on the same CPU an interrupted
-run ends with the weights of an undisturbed one. A folder made with other settings is refused.
+run ends with the weights of an undisturbed one. A folder made with other settings is refused, by each stage.
 """
 
 from __future__ import annotations

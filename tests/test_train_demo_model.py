@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).resolve().parents[1] / "apps" / "train_demo_model.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -185,6 +186,65 @@ def fails_with(status: subprocess.CompletedProcess[str]) -> str:
 def test_other_settings_are_refused(finished):
     sentence = fails_with(run("unet", "--smoke", "--out", finished, "--seed", 1))
     assert "another seed (0, not 1)" in sentence
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("stage", ["export", "samples"])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], 'another preset ("smoke", not "first")'),
+        (["--smoke", "--seed", "1"], "another seed (0, not 1)"),
+        (["--smoke", "--precision", "fp32"], 'another precision ("bf16", not "fp32")'),
+    ],
+)
+def test_what_was_trained_with_other_settings_is_left_as_it_is(finished, capsys, stage, arguments, sentence):
+    before = contents(finished)
+    assert script.main([stage, *arguments, "--out", str(finished)]) == 2
+    assert f"{finished / 'unet'} was made with {sentence}" in capsys.readouterr().err
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("stage", ["export", "samples"])
+def test_what_grew_from_another_model_is_left_as_it_is(finished, grown, tmp_path, capsys, stage):
+    before = contents(grown)
+    other = tmp_path / "other"
+    shutil.copytree(finished / "model", other)
+    vocabulary = json.loads((other / "tokenizer" / "vocab.json").read_text())
+    first, second, *_ = vocabulary  # as large, but two tokens have changed places
+    vocabulary |= {first: vocabulary[second], second: vocabulary[first]}
+    (other / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
+    preset = ("--preset", "smoke-grown", "--out", str(grown), "--count", "2")
+    assert script.main([stage, *preset, "--grow-from", str(other)]) == 2
+    assert f"{grown / 'unet'} was made with another grown_from" in capsys.readouterr().err
+    assert script.main([stage, "--smoke", "--out", str(grown)]) == 2
+    assert "another preset" in capsys.readouterr().err
+    assert contents(grown) == before
+
+
+def test_an_export_of_other_data_or_another_autoencoder_is_refused(finished, tmp_path, capsys):
+    for part in ("data/index.json", "autoencoder/weights.safetensors"):
+        out = tmp_path / part.partition("/")[0]
+        shutil.copytree(finished, out)
+        if part.endswith(".json"):
+            (out / part).write_text(json.dumps(json.loads((out / part).read_text())[:3]))
+        else:
+            tensors = load_file(out / part)
+            save_file({key: value + 1 for key, value in tensors.items()}, out / part, {"scaling_factor": "1.0"})
+        before = contents(out)
+        assert script.main(["export", "--smoke", "--out", str(out)]) == 2
+        assert f"another {out.name}" in capsys.readouterr().err
+        assert contents(out) == before
+
+
+def test_samples_need_the_model_alone(finished, tmp_path):
+    shutil.copytree(finished / "model", tmp_path / "out" / "model")
+    assert script.main(["samples", "--smoke", "--out", str(tmp_path / "out"), "--count", "1"]) == 0
+    shutil.copytree(finished / "unet", tmp_path / "out" / "unet")  # without the data that it was trained on
+    assert script.main(["samples", "--smoke", "--out", str(tmp_path / "out"), "--count", "1"]) == 0
 
 
 def test_without_npm_and_icons_it_names_the_packages(tmp_path):

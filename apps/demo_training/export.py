@@ -11,16 +11,23 @@ from safetensors.torch import load_file, save_file
 from .autoencoder import load_autoencoder
 from .icons import trained_names
 from .models import build_pipeline, build_text_encoder, build_unet
-from .run import Run, announce, require
+from .run import Run, announce, check_folder, origin_of_unet, require, training_settings
 from .tokenizer import build_tokenizer
 from .training import part_of
 
 
 def export_stage(run: Run) -> None:
-    """Writes the finished parts as a StableDiffusionPipeline folder, model/, in float16 safetensors."""
-    weights = require(run, run.out / "unet" / "weights.safetensors", "unet")
+    """Writes the finished parts as a StableDiffusionPipeline folder, model/, in float16 safetensors.
+
+    Raises:
+        UsageError: the stage unet has not been finished, or was run with other settings; nothing is written then.
+    """
+    trained = run.out / "unet"
+    weights = require(run, trained / "weights.safetensors", "unet")
+    require(run, trained / "settings.json", "unet")
+    check_folder(trained, training_settings(run, "unet") | origin_of_unet(run))
     tensors = load_file(weights)
-    tokenizer = build_tokenizer(run, trained_names(run), run.out / "unet" / "tokenizer")
+    tokenizer = build_tokenizer(run, trained_names(run), trained / "tokenizer")
     unet, text_encoder = build_unet(run.preset), build_text_encoder(run.preset, tokenizer)
     unet.load_state_dict(part_of(tensors, "unet"))
     text_encoder.load_state_dict(part_of(tensors, "text_encoder"))
@@ -30,7 +37,7 @@ def export_stage(run: Run) -> None:
     shutil.rmtree(part, ignore_errors=True)
     pipeline.save_pretrained(part, safe_serialization=True)
     for name in ("vocab.json", "merges.txt"):  # newer transformers leave these two to tokenizer.json alone
-        shutil.copyfile(run.out / "unet" / "tokenizer" / name, part / "tokenizer" / name)
+        shutil.copyfile(trained / "tokenizer" / name, part / "tokenizer" / name)
     name_as_stable_diffusion(part / "text_encoder" / "model.safetensors")
     for path in part.rglob("*.safetensors"):  # safetensors lets only their owner read them
         shutil.copymode(part / "model_index.json", path)

@@ -74,15 +74,27 @@ def claim_folder(folder: Path, settings: dict) -> None:
     Raises:
         UsageError: the folder was made with other settings.
     """
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as they will when read back
     path = folder / "settings.json"
-    if not path.exists():
+    if path.exists():
+        check_folder(folder, settings)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
-        return
-    found = json.loads(path.read_text())
+
+
+def check_folder(folder: Path, settings: dict, besides: tuple[str, ...] = ()) -> None:
+    """Checks that the work in `folder`, which `claim_folder` has claimed, was done with `settings`.
+
+    Args:
+        besides: keys that may differ.
+
+    Raises:
+        UsageError: it was done with others.
+    """
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as they have when read back
+    found = json.loads((folder / "settings.json").read_text())
     for key in [*settings, *(key for key in found if key not in settings)]:
-        if found.get(key) != settings.get(key):
+        if key not in besides and found.get(key) != settings.get(key):
             raise UsageError(
                 f"{folder} was made with another {key} ({brief(found.get(key))}, not {brief(settings.get(key))}): "
                 "give the settings it was made with, or another --out"
@@ -112,6 +124,17 @@ def training_settings(run: Run, stage: str) -> dict:
         "precision": run.precision,
         **{key: value for key, value in settings.items() if not key.startswith(other)},
     }
+
+
+def origin_of_unet(run: Run) -> dict[str, str]:
+    """Digests of what the stage unet works from, by their names in its settings.
+
+    Raises:
+        UsageError: the stage autoencoder or data has not been finished.
+    """
+    weights = require(run, run.out / "autoencoder" / "weights.safetensors", "autoencoder")
+    index = require(run, run.out / "data" / "index.json", "data")
+    return {"data": file_digest(index), "autoencoder": file_digest(weights)}
 
 
 def recorded(settings: Preset | UnetPhase) -> dict:

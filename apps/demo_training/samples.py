@@ -10,14 +10,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .presets import CLEAR_NAMES
-from .run import Run, announce, replacing, require
+from .run import Run, announce, check_folder, replacing, require, training_settings
 
 
 def samples_stage(run: Run) -> None:
-    """Draws samples.png from model/: --count of the names of the last phase."""
+    """Draws samples.png from model/: --count of the names of the last phase.
+
+    Raises:
+        UsageError: there is no model/, or the folder was made with other settings.
+    """
     from diffusers import StableDiffusionPipeline
 
     folder = require(run, run.out / "model" / "model_index.json", "export").parent
+    if (run.out / "unet" / "settings.json").exists():  # model/ may have been copied here alone
+        # What the model was trained on plays no part in drawing, and may have been deleted.
+        check_folder(run.out / "unet", training_settings(run, "unet"), besides=("data", "autoencoder"))
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.to(run.device).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)

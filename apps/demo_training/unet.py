@@ -17,7 +17,7 @@ from .icons import load_index, trained_names
 from .key_subset import SubsetAttnProcessor, one_per_cell
 from .models import build_pipeline, build_scheduler, build_text_encoder, build_unet, seed_initial_weights, take_over
 from .pictures import CanvasSet, load_pictures
-from .run import Run, UsageError, announce, claim_folder, file_digest, require, training_settings
+from .run import Run, UsageError, announce, claim_folder, origin_of_unet, training_settings
 from .samples import contact_sheet, evenly, shown_names
 from .sharpening import calibrate, keep_sharp, sharpen
 from .tokenizer import build_tokenizer, tokenise
@@ -34,9 +34,8 @@ SHARPENING_TIMES = (0.65, 0.95)
 def unet_stage(run: Run) -> None:
     """Trains UNet and text encoder together on the cached latents: unet/weights.safetensors."""
     preset, folder = run.preset, run.out / "unet"
-    first_weights = require(run, run.out / "autoencoder" / "weights.safetensors", "autoencoder")
+    origin = origin_of_unet(run)
     pictures = load_index(run)
-    origin = {"data": file_digest(run.out / "data" / "index.json"), "autoencoder": file_digest(first_weights)}
     claim_folder(folder, training_settings(run, "unet") | origin)
     if (folder / "weights.safetensors").exists():
         return announce("unet", "already done")
