@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Container
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,19 @@ from torch import Tensor
 
 from .config import AgentConfig, Phase
 from .generate import Request, draw
-from .merging import merge_tokens, merged_position
+from .merging import grid_cells, merge_tokens, merged_position
 from .patch import get_patch, patched
 from .processor import LayerState, merge_plan, project_key_value, project_queries
+
+MOST_VIEWS = 24
+"""How many UNet calls `look_through` records; of a longer run it takes so many, evenly spaced."""
+
+# What is kept of the agents' attention, half the memory of float32. Not float16: where one token holds most of the
+# weight, the others' fall below its range, and a map shows them on their own scale.
+_KEPT = torch.bfloat16
+
+# Logits computed at once. It bounds the memory of the recording (64 MiB in float32) beside what is kept.
+_LOGITS_PER_BLOCK = 2**24
 
 
 @dataclass(frozen=True)
@@ -31,8 +41,8 @@ class LayerView:
         grid: (height, width) of its tokens.
         position: [N] where each token went: tokens with the same number were merged into one.
         agent_tokens: [num_agents] the token at whose place each agent stands; None in the merge phase.
-        agent_attention: [num_agents, N] what each agent gathers from each token, averaged over heads: the weight of the
-            token's group, shared by its members, so each row sums to 1; None in the merge phase.
+        agent_attention: [num_agents, N] bfloat16, what each agent gathers from each token, averaged over heads: the
+            weight of the token's group, shared by its members, so each row sums to 1; None in the merge phase.
     """
 
     layer: str
@@ -44,9 +54,22 @@ class LayerView:
     agent_tokens: Tensor | None
     agent_attention: Tensor | None
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that its tensors take."""
+        tensors = (self.position, self.agent_tokens, self.agent_attention)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
 
 def look_inside(
-    pipe: Any, request: Request, config: AgentConfig | None = None, layer: int | str = 0, call: int = 0, **extra: Any
+    pipe: Any,
+    request: Request,
+    config: AgentConfig | None = None,
+    layer: int | str = 0,
+    call: int = 0,
+    *,
+    budget: int | None = None,
+    **extra: Any,
 ) -> tuple[Image.Image, LayerView]:
     """Draw a picture with the patch and record one layer in one UNet call on the way.
 
@@ -56,18 +79,20 @@ def look_inside(
         config: settings of the patch; None takes the defaults.
         layer: number among the patched layers, or a module name.
         call: number of the UNet call; with the default settings the first ones are in the agent phase.
+        budget: most bytes that the agents' attention may take; None for no limit.
         **extra: further arguments of the pipeline call.
 
     Returns:
         The finished picture and the LayerView.
 
     Raises:
-        ValueError: no such layer or call, or the layer merged nothing in that call (ratio 0 in the merge phase).
+        ValueError: no such layer or call, the layer merged nothing in that call (ratio 0 in the merge phase), or the
+            recording would exceed the budget; that is said at the first UNet call, before anything is recorded.
 
     Source: Agent Attention, appendix E, shows such agent maps for classifiers.
     """
     config = config or AgentConfig()
-    image, views, num_calls = _record(pipe, request, config, layer, {call}, **extra)
+    image, views, num_calls = _record(pipe, request, config, layer, lambda _: {call}, budget, **extra)
     if call >= num_calls or call < 0:
         raise ValueError(f"call={call}: this run had {num_calls} UNet calls; choose 0 … {num_calls - 1}")
     view = views.get(call)
@@ -80,34 +105,72 @@ def look_inside(
 
 
 def look_through(
-    pipe: Any, request: Request, config: AgentConfig | None = None, layer: int | str = 0, **extra: Any
+    pipe: Any,
+    request: Request,
+    config: AgentConfig | None = None,
+    layer: int | str = 0,
+    *,
+    budget: int | None = None,
+    **extra: Any,
 ) -> tuple[Image.Image, list[LayerView]]:
-    """As look_inside, but record the layer in every UNet call of the run in which it merges something.
+    """As look_inside, but record the layer in all UNet calls of the run in which it merges something.
 
-    A view of the agent phase holds num_agents · N numbers (256 · 4,096 for SD 1.5 at 512 px, 4 MB).
+    Of a run with more than MOST_VIEWS timesteps it records so many calls, evenly spaced, the first and the last among
+    them. A view of the agent phase holds num_agents · N numbers (256 · 4,096 for SD 1.5 at 512 px, 2 MB; 16 times as
+    many at 1024 px), which is what the budget is for.
 
     Raises:
-        ValueError: no such layer, or it merges nothing in any call.
+        ValueError: no such layer, it merges nothing in any call, or the recording would exceed the budget.
     """
     config = config or AgentConfig()
-    image, views, num_calls = _record(pipe, request, config, layer, None, **extra)
+    image, views, num_calls = _record(pipe, request, config, layer, _evenly_spaced, budget, **extra)
     if not views:
         raise ValueError(f"layer {layer} merges nothing in any of the {num_calls} UNet calls; choose a ratio above 0")
     return image, list(views.values())
 
 
+def _evenly_spaced(total: int) -> Collection[int]:
+    """At most MOST_VIEWS of the numbers 0 … total − 1, with the first and the last."""
+    if total <= MOST_VIEWS:
+        return range(total)
+    return {round(i * (total - 1) / (MOST_VIEWS - 1)) for i in range(MOST_VIEWS)}
+
+
 def _record(
-    pipe: Any, request: Request, config: AgentConfig, layer: int | str, calls: Container[int] | None, **extra: Any
+    pipe: Any,
+    request: Request,
+    config: AgentConfig,
+    layer: int | str,
+    choose: Callable[[int], Collection[int]],
+    budget: int | None,
+    **extra: Any,
 ) -> tuple[Image.Image, dict[int, LayerView], int]:
-    """(picture, views by call, number of UNet calls); calls=None records them all, but for those that merge nothing."""
+    """(picture, views by call, number of UNet calls).
+
+    Args:
+        choose: number of timesteps -> numbers of the calls to record. Those in which the layer merges nothing, and
+            those that the run does not get to, have no view.
+        The others: as look_inside takes them.
+    """
     views: dict[int, LayerView] = {}
     num_calls = 0
+    chosen: Collection[int] = ()
     with patched(pipe, config):
         state, attn = _choose_layer(pipe, layer)
+        num_train_timesteps = get_patch(pipe).num_train_timesteps
 
         def record(module, args):
-            nonlocal num_calls
-            if calls is None or num_calls in calls:
+            nonlocal num_calls, chosen
+            if num_calls == 0:  # not before the first call are the timesteps and the size known
+                timesteps = _timesteps(pipe)
+                chosen = choose(len(timesteps))
+                # Some pipelines call the UNet more than once a timestep: of a later call the phase is not known.
+                num_agent_calls = sum(
+                    call >= len(timesteps) or config.phase_at(timesteps[call], num_train_timesteps) is Phase.AGENT
+                    for call in chosen
+                )
+                _check_budget(state, num_agent_calls, budget)
+            if num_calls in chosen:
                 view = _view(state, attn, args[0], num_calls)
                 if view is not None:
                     views[num_calls] = view
@@ -120,6 +183,29 @@ def _record(
         finally:
             handle.remove()
     return image, views, num_calls
+
+
+def _timesteps(pipe: Any) -> list[float]:
+    """The noise levels of the run in progress, first to last."""
+    timesteps = pipe.scheduler.timesteps.tolist()
+    return timesteps[: getattr(pipe, "num_timesteps", None)]  # SDXL's denoising_end leaves the last ones out
+
+
+def _check_budget(state: LayerState, num_agent_calls: int, budget: int | None) -> None:
+    """Raise ValueError where a layer's agent attention in so many calls would take more bytes than the budget."""
+    grid = state.grid()
+    num_tokens = math.prod(grid)
+    cells = grid_cells(*grid, state.config.stride(Phase.AGENT, grid))
+    if budget is None or cells == 0:  # without a whole cell the layer runs unpatched
+        return
+    num_agents = num_tokens - state.config.num_merged_for_agents(num_tokens, num_tokens - cells)
+    needed = num_agent_calls * num_agents * num_tokens * _KEPT.itemsize
+    if needed > budget:
+        raise ValueError(
+            f"{state.name}: {num_agents:,} agents × {num_tokens:,} tokens in {num_agent_calls} UNet calls would take "
+            f"{needed / 1e9:.2f} GB to record, and {budget / 1e9:.2f} GB are allowed; choose a smaller width and "
+            "height, a larger agent_ratio and agent_stride, max_agents, or another layer"
+        )
 
 
 def _choose_layer(pipe: Any, layer: int | str) -> tuple[LayerState, Any]:
@@ -139,20 +225,33 @@ def _view(state: LayerState, attn: Any, hidden_states: Tensor, call: int) -> Lay
     plan = None if state.block_input is None else merge_plan(state, state.block_input)
     if plan is None:
         return None
-    matching = plan.matching
-    position = merged_position(matching, plan.r)[-1]
+    position = merged_position(plan.matching, plan.r)[-1]
     agent_tokens = attention = None
     if plan.r_agents is not None:
-        key, _ = project_key_value(attn, merge_tokens(hidden_states, matching, plan.r))
-        agents = project_queries(attn, merge_tokens(hidden_states, matching, plan.r_agents))
-        logits = agents[-1].float() @ key[-1].float().mT * key.shape[-1] ** -0.5
-        by_group = logits.softmax(dim=-1).mean(dim=0)
-        group_sizes = torch.bincount(position, minlength=by_group.shape[-1]).clamp_min(1)
-        attention = (by_group / group_sizes)[:, position].cpu()
-        agent_tokens = matching.tokens[-1, plan.r_agents :].cpu()
+        key, _ = project_key_value(attn, merge_tokens(hidden_states, plan.matching, plan.r))
+        agents = project_queries(attn, merge_tokens(hidden_states, plan.matching, plan.r_agents))
+        attention = _weights(agents[-1].float(), key[-1].float(), position)
+        agent_tokens = plan.matching.tokens[-1, plan.r_agents :].cpu()
     return LayerView(
         state.name, call, state.run.timestep, state.run.phase, state.grid(), position.cpu(), agent_tokens, attention
     )
+
+
+def _weights(agents: Tensor, key: Tensor, position: Tensor) -> Tensor:
+    """What each agent gathers from each token, as LayerView keeps it: [num_agents, N] on the CPU.
+
+    Args:
+        agents: [heads, num_agents, head_dim].
+        key: [heads, M, head_dim] of the merged tokens.
+        position: [N] which of them each token went to.
+    """
+    group_sizes = torch.bincount(position, minlength=key.shape[1]).clamp_min(1)
+    out = torch.empty(agents.shape[1], len(position), dtype=_KEPT)
+    rows = max(1, _LOGITS_PER_BLOCK // (key.shape[0] * key.shape[1]))
+    for block, kept in zip(agents.split(rows, dim=1), out.split(rows)):
+        by_group = (block @ key.mT * key.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=0)
+        kept.copy_((by_group / group_sizes).to(_KEPT)[:, position])
+    return out
 
 
 def merge_map(view: LayerView, picture: Image.Image) -> Image.Image:
@@ -189,7 +288,7 @@ def agent_map(view: LayerView, agent: int, picture: Image.Image) -> Image.Image:
     if not 0 <= agent < len(view.agent_attention):
         raise ValueError(f"agent={agent}: must lie in 0 … {len(view.agent_attention) - 1}")
     height, width = view.grid
-    weights = view.agent_attention[agent]
+    weights = view.agent_attention[agent].float()
     # A few tokens can hold most of the weight; on their scale all others would be dark.
     full = weights.quantile(_HOTTEST).clamp_min(torch.finfo(weights.dtype).tiny)
     heat = (weights / full).clamp(max=1).view(height, width)

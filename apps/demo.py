@@ -10,6 +10,17 @@ import sys
 def main(arguments: list[str] | None = None) -> int:
     """Run the app until Ctrl+C; returns the exit code: 0 ended, 2 wrong input."""
     options = _parser().parse_args(arguments)
+    # So that it ends like Ctrl+C, and tidies up; from here on, as the import below makes the private folder.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:  # before the page was there, or a second one while it was being closed
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         # Heavy imports happen here, so that --help and wrong arguments answer at once.
         from playground.server import start
@@ -19,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f'agentsd: {error.name} is missing: pip install -e ".[app]"', file=sys.stderr)
         return 2
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends like Ctrl+C, and tidies up
     try:
         choose_dtype(options.dtype, choose_device(options.device))
         start(
@@ -34,8 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"agentsd: {error}", file=sys.stderr)
         return 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -8,18 +8,22 @@ import os
 import re
 import threading
 import time
+from types import SimpleNamespace
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
 from app_support import CountingLoader, tiny_models
 from PIL import Image
 from playground import captions, pictures
-from playground.context import Recent
+from playground.context import Context, Recent
+from playground.form import Form
 from playground.jobs import Drawn, Loading, Looked, Run, Stepped, Stopped, Studio, Unread, explain, methods_to_compare
-from playground.look_tab import layer_choices
+from playground.look_tab import LookTab, layer_choices
 from playground.models import Models
 from playground.outputs import Outputs, file_name
+from playground.page import Page
 from playground.settings import Limits, check
 
 from agentsd import AgentConfig
@@ -321,3 +325,142 @@ def test_recent_keeps_the_last_few():
     assert recent.get(a) == "a"
     recent.add("c")
     assert recent.get(a) == "a" and recent.get(b) is None and recent.get(None) is None
+
+
+def test_recent_keeps_no_more_bytes_than_there_is_room_for():
+    recent = Recent(8, room=100)
+    a, b = recent.add("a", size=60), recent.add("b", size=40)
+    assert (recent.get(a), recent.get(b)) == ("a", "b")
+    c = recent.add("c", size=50)  # the one longest unused goes first
+    assert recent.get(a) is None and (recent.get(b), recent.get(c)) == ("b", "c")
+    d = recent.add("d", size=101)
+    assert [recent.get(key) for key in (b, c, d)] == [None, None, "d"]
+
+
+def test_recent_forgets_an_owner():
+    recent = Recent(8)
+    of_ann, of_bob, of_nobody = recent.add(1, "ann"), recent.add(2, "bob"), recent.add(3)
+    recent.forget("ann")
+    assert [recent.get(key) for key in (of_ann, of_bob, of_nobody)] == [None, 2, 3]
+
+
+# --- the end of the app -----------------------------------------------------------------------------------------------
+
+
+def test_closing_the_worker_stops_what_is_drawn_and_what_waits():
+    studio = Studio(tiny_models())
+    cases = methods_to_compare(AgentConfig())
+    drawing = studio.draw(Run(), settings(steps=150, rounds=5), cases)
+    while not isinstance(next(drawing), Stepped):
+        pass
+    told = []
+
+    def wait():
+        with pytest.raises(Stopped):
+            list(studio.draw(Run(), settings(), cases))
+        told.append("waiting")
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while len(studio.worker._runs) < 2:
+        time.sleep(0.01)
+    studio.worker.close()
+    with pytest.raises(Stopped):
+        for report in drawing:
+            assert report.round < 2, "it went on"
+    waiting.join(timeout=60)
+    assert told == ["waiting"]
+    with pytest.raises(Stopped):
+        list(studio.draw(Run(), settings(), cases))
+    assert not studio.worker._runs and is_clean(studio)
+
+
+# --- what looks inside may take ---------------------------------------------------------------------------------------
+
+ONE_CALL = 16 * 256 * 2  # bytes: agents × tokens of the tiny model's first layer, at two bytes each
+FIRST_LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+
+
+def test_a_look_that_would_take_too_much_is_refused():
+    studio = Studio(tiny_models(), Limits(recording=ONE_CALL))
+    assert len(list(studio.look(Run(), settings(), 0, call=0))[-1].views) == 1
+    with pytest.raises(ValueError, match="would take .* choose a smaller width"):
+        list(studio.look(Run(), settings(early=1.0), 0))
+    with pytest.raises(ValueError, match="256 agents × 256 tokens"):
+        list(studio.look(Run(), settings(agent_ratio=0), 0, call=0))
+    assert is_clean(studio)
+    studio.worker.close()
+
+
+@pytest.mark.parametrize("early", [0.4, 1.0])
+def test_the_usual_limits_have_room_for_the_usual_patch_at_the_largest_size(early):
+    """1,024 agents × 16,384 tokens at 1024 px, in as many calls as are ever recorded."""
+    from agentsd.config import Phase
+    from agentsd.visualize import MOST_VIEWS, _check_budget
+
+    config = AgentConfig(early=early)
+    state = SimpleNamespace(name="layer", grid=lambda: (128, 128), config=config)
+    assert config.stride(Phase.AGENT) == (4, 4)
+    _check_budget(state, MOST_VIEWS, Limits().recording)
+    state.config = AgentConfig(agent_ratio=0)
+    with pytest.raises(ValueError, match="16,384 agents × 16,384 tokens in 24 UNet calls would take 12.88 GB"):
+        _check_budget(state, MOST_VIEWS, Limits().recording)
+
+
+@pytest.fixture
+def look_tab(tmp_path):
+    """The tab, with its history left out; `look(run_id, **values)` gives what it says at last and the look's key."""
+    studio = Studio(tiny_models(), Limits(recording=10 * ONE_CALL))
+    studio.models.get("tiny")
+    context = Context(studio, Outputs(tmp_path), studio.limits)
+    with gr.Blocks():
+        form = Form(context)
+        tab = LookTab(context, form)
+    tab.history = SimpleNamespace(with_run=lambda *_: {})
+
+    def look(run_id, layer="0", **values):
+        given = {name: control.value for name, control in form.controls.items()}
+        given |= {"prompt": "a zebra", "steps": 3, **values}
+        changes = {}
+        for change in tab.look(run_id, [], layer, *given.values()):
+            changes |= change
+        return changes[tab.status], changes.get(tab.look_id)
+
+    yield SimpleNamespace(context=context, look=look, tab=tab)
+    studio.worker.close()
+
+
+def test_looks_go_when_their_page_is_closed(look_tab):
+    context, page = look_tab.context, Page.__new__(Page)
+    page.context = context
+    keys = {}
+    for visitor in ("ann", "bob"):
+        told, keys[visitor] = look_tab.look(context.begin(visitor))
+        assert "recorded in 4 UNet calls" in told
+    assert all(map(context.looks.get, keys.values()))
+    page.leave(SimpleNamespace(session_hash="ann"))
+    assert context.looks.get(keys["ann"]) is None and context.looks.get(keys["bob"])
+    assert "has made room" in look_tab.tab.show(keys["ann"], 0, 0)[look_tab.tab.caption]
+
+    _, newer = look_tab.look(context.begin("bob"))
+    assert context.looks.get(keys["bob"]) is None and context.looks.get(newer)  # its page shows the newer one
+
+    run = Run("carl")  # left just when the drawing was done
+    context.runs.add(run)
+    assert context.looks.get(context.keep_look(run, "look", 1)) is None
+
+
+def test_all_looks_together_are_bounded_in_bytes(look_tab):
+    context = look_tab.context
+    keys = [look_tab.look(context.begin(f"visitor {i}"), early=1.0)[1] for i in range(4)]
+    sizes = [look.num_bytes for look in map(context.looks.get, keys) if look]
+    assert sizes and 4 * ONE_CALL < sizes[0] and sum(sizes) <= 10 * ONE_CALL
+    assert context.looks.get(keys[-1]) and not context.looks.get(keys[0])
+
+
+def test_the_page_says_why_a_look_is_refused(look_tab):
+    for layer in ("0", FIRST_LAYER):  # a layer chosen by name is not said to be out of the patch's reach
+        told, key = look_tab.look(look_tab.context.begin("ann"), layer, agent_ratio=0.0)
+        assert "would take" in told and "a larger agent_ratio" in told and key is None
+    beyond = [name for name, downsample in look_tab.context.studio.models.loaded("tiny").layers if downsample > 1][0]
+    assert "choose max_downsample 2 or more" in look_tab.look(look_tab.context.begin("ann"), beyond)[0]

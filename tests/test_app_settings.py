@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
 from app_support import tiny_models
 from conftest import make_pipeline
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
+from playground import pictures
+from playground import settings as app_settings
 from playground.settings import (
     OWN_SCHEDULER,
     PATCH_FIELDS,
@@ -25,7 +29,7 @@ from playground.settings import (
 )
 
 from agentsd import AgentConfig
-from agentsd.generate import METADATA_KEY, Request, draw, save_picture, settings_of
+from agentsd.generate import METADATA_KEY, Drawing, Request, draw, save_picture, settings_of
 from agentsd.pipelines import set_scheduler
 
 MODELS = ("demo", "other")
@@ -163,6 +167,52 @@ def test_a_bad_picture_is_refused(tmp_path, make, message):
     make(path)
     with pytest.raises((ValueError, TypeError, OSError), match=message):
         restore(path, MODELS, LIMITS)
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    info = PngInfo()
+    info.add_itxt(METADATA_KEY, json.dumps({"prompt": "a", "model": "demo"}))
+    path = tmp_path / "huge.png"
+    Image.new("1", (8000, 4000)).save(path, pnginfo=info)
+    assert path.stat().st_size < 10_000
+
+    def load(image):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(ValueError, match="huge.png: is 8,000 × 4,000 px; .* at most 20,971,520 pixels"):
+        restore(path, MODELS, LIMITS)
+    with pytest.raises(AssertionError, match="decoded"):
+        restore(_png(tmp_path / "small.png", "{}"), MODELS, LIMITS)
+
+
+@pytest.mark.parametrize("size", [64, 512, 1024])
+def test_every_picture_of_the_app_has_few_enough_pixels(size):
+    for values in (2, 4, 6, LIMITS.values):
+        drawings = [Drawing("sd", Image.new("RGB", (size, size)), (1.0,), {})] * (values + 1)
+        rows = pictures.sweep_rows([None, *range(values)], drawings)
+        sheet = pictures.sweep_sheet("ratio", rows, drawings)
+        assert sheet.width * sheet.height <= Limits(largest=size, values=values).pixels
+
+
+def test_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    inside, most = [], []
+
+    def read(path):
+        inside.append(path)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.remove(path)
+        return {"prompt": "a", "model": "demo"}
+
+    monkeypatch.setattr(app_settings, "read_settings", read)
+    paths = [_png(tmp_path / f"{i}.png") for i in range(4)]
+    threads = [threading.Thread(target=restore, args=(path, MODELS, LIMITS)) for path in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
 
 
 def test_sweep_values():

@@ -11,10 +11,10 @@ from conftest import make_pipeline
 from PIL import Image
 
 import agentsd
-from agentsd import AgentConfig, Phase
+from agentsd import AgentConfig, Phase, visualize
 from agentsd.generate import Request
 from agentsd.patch import get_patch
-from agentsd.visualize import agent_at, agent_map, agents_sheet, look_inside, look_through, merge_map
+from agentsd.visualize import MOST_VIEWS, agent_at, agent_map, agents_sheet, look_inside, look_through, merge_map
 
 REQUEST = Request("a zebra", steps=5)
 
@@ -29,7 +29,7 @@ def test_agent_phase(pipe):
     assert get_patch(pipe) is None  # nothing left behind
     assert view.phase is Phase.AGENT and view.timestep >= 600 and view.grid == (16, 16)
     assert view.agent_attention.shape == (16, 256)
-    torch.testing.assert_close(view.agent_attention.sum(1), torch.ones(16))
+    torch.testing.assert_close(view.agent_attention.float().sum(1), torch.ones(16), atol=2**-8, rtol=0)
     assert view.position.unique().numel() == 256 - int(256 * 0.4)
     # each agent of a full merge stands in a cell of its own
     cells = (view.agent_tokens // 16 // 4) * 4 + view.agent_tokens % 16 // 4
@@ -138,3 +138,85 @@ def test_the_agent_at_a_place(pipe):
         assert agent_at(view, x, y) == distances.index(min(distances))
     with pytest.raises(ValueError, match="no agents"):
         agent_at(look_inside(pipe, REQUEST, call=5)[1], 0.5, 0.5)
+
+
+# --- what a recording may take ----------------------------------------------------------------------------------------
+
+
+def test_a_long_run_is_recorded_at_evenly_spaced_calls(pipe):
+    _, views = look_through(pipe, replace(REQUEST, steps=40), AgentConfig(early=1.0))
+    calls = [view.call for view in views]
+    assert len(calls) == MOST_VIEWS and (calls[0], calls[-1]) == (0, 40)  # PLMS calls the UNet once more than steps
+    assert set(np.diff(calls)) == {1, 2}
+    assert views[12].timestep == look_inside(pipe, replace(REQUEST, steps=40), call=calls[12])[1].timestep
+    _, views = look_through(pipe, replace(REQUEST, steps=MOST_VIEWS - 1))
+    assert [view.call for view in views] == list(range(MOST_VIEWS))
+
+
+@pytest.mark.parametrize(
+    "config, num_agents",
+    [
+        (AgentConfig(), 16),
+        (AgentConfig(early=1.0), 16),
+        (AgentConfig(agent_ratio=0.0), 256),
+        (AgentConfig(agent_ratio=0.7), 77),
+        (AgentConfig(agent_stride=(2, 4)), 32),
+        (AgentConfig(max_agents=5), 5),
+        (AgentConfig(agent_ratio=0.0, max_agents=9), 9),
+    ],
+)
+def test_a_recording_beyond_its_budget_is_refused_before_anything_is_recorded(pipe, config, num_agents):
+    image, views = look_through(pipe, REQUEST, config)
+    with_agents = [view for view in views if view.phase is Phase.AGENT]
+    needed = sum(view.agent_attention.numel() * view.agent_attention.element_size() for view in with_agents)
+    assert needed == len(with_agents) * num_agents * 256 * 2
+    assert views[0].num_bytes == num_agents * 256 * 2 + num_agents * 8 + 256 * 8
+
+    again, _ = look_through(pipe, REQUEST, config, budget=needed)
+    assert np.array_equal(np.asarray(again), np.asarray(image))
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    told = f"{num_agents} agents × 256 tokens in {len(with_agents)} UNet calls would take .* a larger agent_ratio"
+    with pytest.raises(ValueError, match=told):
+        look_through(pipe, REQUEST, config, budget=needed - 1)
+    handle.remove()
+    assert len(calls) == 1 and get_patch(pipe) is None
+
+    one = num_agents * 256 * 2
+    assert look_inside(pipe, REQUEST, config, call=1, budget=one)[1].agent_attention.shape == (num_agents, 256)
+    with pytest.raises(ValueError, match="in 1 UNet calls would take"):
+        look_inside(pipe, REQUEST, config, call=1, budget=one - 1)
+    with pytest.raises(ValueError, match="call=99"):
+        look_inside(pipe, REQUEST, config, call=99, budget=one)
+
+
+def test_a_call_without_agents_needs_no_budget(pipe):
+    assert look_inside(pipe, REQUEST, call=5, budget=0)[1].phase is Phase.MERGE
+
+
+def test_the_weights_are_computed_in_blocks(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    agents, key = (torch.randn(2, count, 8, generator=generator) for count in (30, 20))
+    position = torch.cat([torch.arange(20), torch.randint(20, (12,), generator=generator)])
+    expected = (agents @ key.mT * 8**-0.5).softmax(-1).mean(0) / position.bincount()
+    sizes = []
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(visualize, "_LOGITS_PER_BLOCK", 2 * 20 * 7)
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: sizes.append(x.numel()) or softmax(x, dim=dim))
+    weights = visualize._weights(agents, key, position)
+    assert sizes == [2 * 20 * 7] * 4 + [2 * 20 * 2]
+    torch.testing.assert_close(weights.float(), expected[:, position], rtol=2**-8, atol=0)
+
+
+def test_what_is_kept_shows_what_was_computed(pipe):
+    """Also where one token takes nearly all: the map's scale is that of the others, however small they are."""
+    image, view = look_inside(pipe, REQUEST)
+    logits = 2 * torch.randn(view.agent_attention.shape, generator=torch.Generator().manual_seed(0))
+    for peak in (0.0, 25.0):
+        logits[:, 200] = peak
+        exact = logits.softmax(dim=-1)
+        shown = [
+            np.asarray(agent_map(replace(view, agent_attention=weights), 3, image)).astype(int)
+            for weights in (exact, exact.to(view.agent_attention.dtype))
+        ]
+        assert shown[0].std() > 20 and np.abs(shown[0] - shown[1]).max() <= 8

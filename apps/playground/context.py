@@ -32,28 +32,47 @@ class Recent:
 
     Args:
         size: how many are kept.
+        room: what their sizes may add up to; None for no limit. The newest is kept whatever its size.
     """
 
-    def __init__(self, size: int):
-        self._values: OrderedDict[str, Any] = OrderedDict()
+    def __init__(self, size: int, room: int | None = None):
+        self._values: OrderedDict[str, _Kept] = OrderedDict()
         self._size = size
+        self._room = room
         self._lock = threading.Lock()
 
-    def add(self, value: Any) -> str:
-        """Keep a value; returns its key."""
+    def add(self, value: Any, owner: str | None = None, size: int = 0) -> str:
+        """Keep a value, of that size, until its owner is forgotten or others need the room; returns its key."""
         key = secrets.token_hex(16)
         with self._lock:
-            self._values[key] = value
-            while len(self._values) > self._size:
+            self._values[key] = _Kept(value, owner, size)
+            while len(self._values) > self._size or (len(self._values) > 1 and self._is_full()):
                 self._values.popitem(last=False)
         return key
 
     def get(self, key: str | None) -> Any:
         """The value, or None where there is none or it has made room for others."""
         with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-            return self._values.get(key)
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key].value
+
+    def forget(self, owner: str) -> None:
+        """Drop all that one owner has here."""
+        with self._lock:
+            for key in [key for key, kept in self._values.items() if kept.owner == owner]:
+                del self._values[key]
+
+    def _is_full(self) -> bool:
+        return self._room is not None and sum(kept.size for kept in self._values.values()) > self._room
+
+
+@dataclass(frozen=True)
+class _Kept:
+    value: Any
+    owner: str | None
+    size: int
 
 
 @dataclass
@@ -65,14 +84,17 @@ class Context:
         outputs: where pictures are saved.
         limits: bounds on every request.
         runs: runs that were begun by a click, by the number the page was given.
-        looks: what "Look inside" has recorded lately, by the same kind of number.
+        looks: what "Look inside" has recorded lately, by the same kind of number; bounded in bytes by limits.recording.
     """
 
     studio: Studio
     outputs: Outputs
     limits: Limits
     runs: Recent = field(default_factory=lambda: Recent(256))
-    looks: Recent = field(default_factory=lambda: Recent(8))
+    looks: Recent = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.looks = Recent(8, self.limits.recording)
 
     def begin(self, visitor: str) -> str:
         """A click on a button that draws: the visitor's earlier run ends, and the new one gets a number.
@@ -85,6 +107,21 @@ class Context:
     def run(self, number: str) -> Run:
         """The run of that number. A new one where there is none, as for a request that no click began."""
         return self.runs.get(number) or Run()
+
+    def keep_look(self, run: Run, look: Any, num_bytes: int) -> str:
+        """Keep what a run has recorded, until its page is closed or has another look; returns its key."""
+        if run.visitor is None:
+            return self.looks.add(look, size=num_bytes)
+        self.looks.forget(run.visitor)  # the page shows the newest only
+        key = self.looks.add(look, run.visitor, num_bytes)
+        if self.studio.current(run.visitor) is None:
+            self.looks.forget(run.visitor)  # they left while it was being drawn
+        return key
+
+    def leave(self, visitor: str) -> None:
+        """A page was closed: nobody waits for its run any more, or can see what it has looked at."""
+        self.studio.forget(visitor)
+        self.looks.forget(visitor)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from agentsd.pipelines import ModelError, set_scheduler
 from agentsd.visualize import LayerView, look_inside, look_through
 
 from .models import Model, Models, free_memory
-from .settings import OWN_SCHEDULER, Settings
+from .settings import OWN_SCHEDULER, Limits, Settings
 
 _PREVIEW_EVERY = 0.25  # seconds; the eye needs no more, and each one is sent to the browser
 
@@ -93,7 +93,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Looked:
-    """A layer has been recorded; one view per UNet call in which it merges."""
+    """A layer has been recorded; one view per recorded UNet call in which it merges."""
 
     image: Image.Image
     views: list[LayerView]
@@ -108,9 +108,14 @@ Emit = Callable[[Report], None]
 
 
 class Run:
-    """One request on its way; `stop` may come from any thread, also before it begins."""
+    """One request on its way; `stop` may come from any thread, also before it begins.
 
-    def __init__(self) -> None:
+    Args:
+        visitor: whose it is, where a page asked for it.
+    """
+
+    def __init__(self, visitor: str | None = None) -> None:
+        self.visitor = visitor
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -132,6 +137,10 @@ class Worker:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
+        self._runs: set[Run] = set()  # in progress or waiting
+        self._closed = False
+        # Reentrant: an abandoned iterator may be collected, and so closed, while this thread holds the lock.
+        self._lock = threading.RLock()
 
     def reports(self, run: Run, work: Callable[[Emit], None]) -> Iterator[Report]:
         """Start some work and yield what it reports, until it ends. Closing the iterator stops the run.
@@ -141,6 +150,7 @@ class Worker:
             work: called with `emit` in the drawing thread.
 
         Raises:
+            Stopped: the run was stopped, or the worker closed.
             Whatever the work raised.
         """
         messages: queue.SimpleQueue = queue.SimpleQueue()
@@ -153,7 +163,11 @@ class Worker:
             run.check()
             work(emit)
 
-        future = self._thread.submit(whole)
+        with self._lock:
+            if self._closed:
+                raise Stopped("stopped")
+            self._runs.add(run)
+            future = self._thread.submit(whole)
         future.add_done_callback(lambda _: messages.put(None))
         try:
             while (report := messages.get()) is not None:
@@ -164,10 +178,19 @@ class Worker:
             raise
         finally:
             run.stop()
+            with self._lock:
+                self._runs.discard(run)
 
     def close(self) -> None:
-        """Take no more work."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Stop the run in progress and those that wait, and take no more work.
+
+        Python does not end before its threads do: a run that went on would keep the whole app waiting.
+        """
+        with self._lock:
+            self._closed = True
+            for run in list(self._runs):
+                run.stop()
+        self._thread.shutdown(wait=False)
 
 
 class Studio:
@@ -175,10 +198,13 @@ class Studio:
 
     Args:
         models: the app's models.
+        limits: bounds on every request, of which those that `check` cannot tell beforehand are kept here; None takes
+            the usual ones.
     """
 
-    def __init__(self, models: Models):
+    def __init__(self, models: Models, limits: Limits | None = None):
         self.models = models
+        self.limits = limits or Limits()
         self.worker = Worker()
         self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()
@@ -186,7 +212,7 @@ class Studio:
 
     def begin(self, visitor: str) -> Run:
         """A new run of a visitor; an earlier one of theirs that is still going, or waiting, is stopped."""
-        run = Run()
+        run = Run(visitor)
         with self._lock:
             before = self._runs.get(visitor)
             self._runs[visitor] = run
@@ -238,17 +264,20 @@ class Studio:
         return self.worker.reports(run, work)
 
     def look(self, run: Run, settings: Settings, layer: int | str, call: int | None = None) -> Iterator[Report]:
-        """Draw with the patch and record a layer, in one UNet call or (None) in all."""
+        """Draw with the patch and record a layer, in one UNet call or (None) in all, as far as `look_through` goes.
+
+        Raises:
+            ValueError: as look_inside and look_through, also where the recording would exceed limits.recording.
+        """
 
         def work(emit: Emit) -> None:
             with self._ready(settings, emit) as model:
-                report = _step_reporter(model, 0, 1, emit)
+                asked = (model.pipe, settings.request, settings.config, layer)
+                options = {"budget": self.limits.recording, "on_step": _step_reporter(model, 0, 1, emit)}
                 if call is None:
-                    image, views = look_through(model.pipe, settings.request, settings.config, layer, on_step=report)
+                    image, views = look_through(*asked, **options)
                 else:
-                    image, view = look_inside(
-                        model.pipe, settings.request, settings.config, layer, call, on_step=report
-                    )
+                    image, view = look_inside(*asked, call, **options)
                     views = [view]
                 about = settings_of(model.pipe, settings.request, "agentsd", settings.config)
                 emit(Looked(image, views, {**about, **_as_asked(settings)}))

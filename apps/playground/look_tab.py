@@ -9,7 +9,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from agentsd.visualize import LayerView, agent_at, agent_map, agents_sheet, merge_map
+from agentsd.patch import find_layers, find_unet
+from agentsd.visualize import MOST_VIEWS, LayerView, agent_at, agent_map, agents_sheet, merge_map
 
 from . import captions
 from .context import DRAWS, QUICK, Context, History, PastRun, failed, label, tell
@@ -24,10 +25,15 @@ _GONE = "This look has made room for others; draw again."
 
 @dataclass(frozen=True)
 class Look:
-    """What was recorded: the picture, and one view per UNet call."""
+    """What was recorded: the picture, and one view per recorded UNet call."""
 
     image: Image.Image
     views: list[LayerView]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the views take."""
+        return sum(view.num_bytes for view in self.views)
 
 
 class LookTab:
@@ -50,8 +56,8 @@ class LookTab:
             self.button = gr.Button("Draw and look inside", variant="primary", elem_id="look", scale=1, min_width=180)
         self.status = gr.HTML(
             captions.message_html(
-                "Draws with the patch and records one layer at every step: which tokens it merges, and what each agent "
-                "gathers."
+                f"Draws with the patch and records one layer at every step, or at {MOST_VIEWS} of them, evenly spaced, "
+                "where there are more: which tokens it merges, and what each agent gathers."
             ),
             elem_id="look-status",
         )
@@ -137,7 +143,7 @@ class LookTab:
         )
         yield {
             self.status: captions.message_html(text, "done"),
-            self.look_id: self.context.looks.add(look),
+            self.look_id: self.context.keep_look(run, look, look.num_bytes),
             self.picture: path,
             self.step: gr.update(maximum=max(1, len(look.views) - 1), value=0, interactive=len(look.views) > 1),
             **self._maps(look, view, 0),
@@ -149,6 +155,9 @@ class LookTab:
         model = self.context.studio.models.loaded(settings.model)
         downsample = dict(model.layers).get(layer) if model else None
         if downsample is None or not isinstance(error, ValueError):
+            return error
+        reached, _ = find_layers(find_unet(model.pipe), settings.config)
+        if layer in [name for name, *_ in reached]:
             return error
         return ValueError(
             f"{layer} is beyond the reach of the patch as it is set: choose max_downsample {downsample} or more under "

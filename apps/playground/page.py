@@ -101,5 +101,5 @@ class Page:
         self.context.studio.stop(request.session_hash)
 
     def leave(self, request: gr.Request) -> None:
-        """The page was closed: nobody waits for its run any more."""
-        self.context.studio.forget(request.session_hash)
+        """The page was closed."""
+        self.context.leave(request.session_hash)

@@ -93,7 +93,7 @@ def start(
         share: make a public address through Gradio's servers.
         device, dtype: as `load_pipeline`.
         limits: bounds on every request.
-        block: return only when the server ends.
+        block: return only when the server ends, by Ctrl+C; then no run goes on and the private folder is gone.
 
     Returns:
         (the Blocks, whose `close()` ends the server; its address; what draws).
@@ -112,8 +112,9 @@ def start(
             print(f"agentsd: {error}", file=sys.stderr)
     if not any(map(models.loaded, models.names)):
         print("agentsd: no model could be loaded; the page says so, and tries again when asked", file=sys.stderr)
-    studio = Studio(models)
-    page = Page(studio, Outputs(Path(_FOLDER) / "outputs"), limits or Limits()).build()
+    limits = limits or Limits()
+    studio = Studio(models, limits)
+    page = Page(studio, Outputs(Path(_FOLDER) / "outputs"), limits).build()
     page.queue(max_size=_QUEUE, default_concurrency_limit=4)
     _, address, _ = page.launch(
         server_name=host,
@@ -131,8 +132,15 @@ def start(
         app_kwargs={"middleware": [Middleware(Guard)]},
     )
     if block:
-        print(f"agentsd: open {page.share_url or address} (Ctrl+C ends it)")
-        page.block_thread()
+        try:
+            print(f"agentsd: open {page.share_url or address} (Ctrl+C ends it)")
+            page.block_thread()
+        finally:
+            try:
+                stop(page, studio)
+            finally:
+                # Not left to atexit: Python first waits for the step that is being drawn, and may be killed meanwhile.
+                shutil.rmtree(_FOLDER, ignore_errors=True)
     return page, address, studio
 
 
@@ -151,9 +159,9 @@ def _check_address(host: str, port: int) -> None:
 
 
 def stop(page: gr.Blocks, studio: Studio) -> None:
-    """End a server that `start` began."""
-    page.close(verbose=False)
+    """End a server that `start` began, and what it draws at its next step."""
     studio.worker.close()
+    page.close(verbose=False)
 
 
 def folder() -> str:

@@ -7,10 +7,13 @@ import dataclasses
 import json
 import math
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from agentsd import AgentConfig
 from agentsd.generate import Request, read_settings
@@ -21,6 +24,9 @@ OWN_SCHEDULER = "model's own"
 
 SWEEPABLE = ("ratio", "early", "alpha")
 """The fields that a sweep may vary."""
+
+_OWN_SIZE = 1024  # what SDXL draws at when nobody asks for another size, whatever the limits say
+_decoding = threading.Lock()  # one dropped picture at a time: its pixels take more memory than its file
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Limits:
         prompt: characters.
         rounds: timed runs of each method.
         values: pictures of a sweep, beside the unpatched one.
+        recording: bytes of agents' attention that one look inside a layer may record, and that all looks which are
+            kept may take together. 2**30 has room for every step at 1024 px with the patch's default settings.
     """
 
     smallest: int = 64
@@ -41,6 +49,13 @@ class Limits:
     prompt: int = 2000
     rounds: int = 5
     values: int = 9
+    recording: int = 2**30
+
+    @property
+    def pixels(self) -> int:
+        """Most that a picture may have from which settings are read: no sheet of a sweep made here has more."""
+        side = max(self.largest, _OWN_SIZE)
+        return 2 * (self.values + 1) * side**2  # twice: captions, margins and the empty places of the last line
 
 
 @dataclass(frozen=True)
@@ -252,10 +267,13 @@ def restore(path: str | Path, models: Sequence[str], limits: Limits) -> tuple[di
         (values by field name, ready for the form; remarks on what could not be restored).
 
     Raises:
-        ValueError, TypeError, OSError: not a picture, a damaged one, or one without settings or with impossible ones.
+        ValueError, TypeError, OSError: not a picture, a damaged one, one of too many pixels, or one without settings
+            or with impossible ones.
     """
+    _check_pixels(path, limits)
     try:
-        settings = read_settings(path)
+        with _decoding:
+            settings = read_settings(path)
     except OSError as error:
         # Pillow names the file by its whole path, which is the server's business.
         raise OSError(str(error).replace(f" {str(path)!r}", "")) from error
@@ -269,6 +287,20 @@ def restore(path: str | Path, models: Sequence[str], limits: Limits) -> tuple[di
     if not isinstance(settings, dict):
         raise ValueError(f"{Path(path).name}: its settings are not in the form that agentsd writes")
     return form_values(settings, models, limits)
+
+
+def _check_pixels(path: str | Path, limits: Limits) -> None:
+    """Raise ValueError for a picture that would take much memory to decode; its header alone is read."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except Exception:
+        return  # not a picture: read_settings, which opens it in the same way, says so
+    if width * height > limits.pixels:
+        raise ValueError(
+            f"{Path(path).name}: is {width:,} × {height:,} px; settings are read from pictures of at most "
+            f"{limits.pixels:,} pixels, which all have that this app draws: drop one of those"
+        )
 
 
 def form_values(settings: Mapping[str, Any], models: Sequence[str], limits: Limits) -> tuple[dict[str, Any], list[str]]:
