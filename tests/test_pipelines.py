@@ -106,10 +106,10 @@ def test_a_named_scheduler_is_what_it_says_whatever_was_left_at_its_default():
     set_scheduler(pipe, "dpm++2m-karras")
     assert pipe.scheduler.config.use_karras_sigmas is True
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(
-        pipe.scheduler.config, use_beta_sigmas=True, use_karras_sigmas=False
+        pipe.scheduler.config, use_exponential_sigmas=True, use_karras_sigmas=False
     )
     set_scheduler(pipe, "dpm++2m-karras")
-    assert pipe.scheduler.config.use_karras_sigmas is True and pipe.scheduler.config.use_beta_sigmas is False
+    assert pipe.scheduler.config.use_karras_sigmas is True and pipe.scheduler.config.use_exponential_sigmas is False
 
 
 @pytest.mark.parametrize("where", ["component", "pipeline", "nameless"])
