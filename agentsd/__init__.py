@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from .attention import agent_attention as agent_attention
     from .config import AgentConfig as AgentConfig
     from .config import Phase as Phase
+    from .images.pipelines import load_pipeline as load_pipeline
     from .patch import apply_patch as apply_patch
     from .patch import patched as patched
     from .patch import remove_patch as remove_patch
-    from .pipelines import load_pipeline as load_pipeline
     from .report import describe as describe
 
 _HOME = {
@@ -23,7 +23,7 @@ _HOME = {
     "agent_attention": "attention",
     "apply_patch": "patch",
     "describe": "report",
-    "load_pipeline": "pipelines",
+    "load_pipeline": "images.pipelines",
     "patched": "patch",
     "remove_patch": "patch",
 }

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         return _fail(str(error), 2)
     except Exception as error:
-        from .pipelines import ModelError
+        from .images.pipelines import ModelError
 
         if isinstance(error, ModelError):
             return _fail(str(error), 2)
@@ -189,32 +189,33 @@ def _generate(options: argparse.Namespace) -> int:
         raise ValueError(f"rounds={options.rounds}: must lie in 1 … 100")
     if options.rounds is not None and not options.compare:
         raise ValueError("rounds: belongs to --compare; a single picture is drawn once")
-    from . import generate
+    from .images import compare, png
+    from .images.methods import METHODS
 
     request = _request(options)
-    output = generate.check_output(options.output)
+    output = png.check_output(options.output)
     pipe = _load(options)
     if not options.compare:
-        pipe.set_progress_bar_config(desc=generate.METHODS[options.method], leave=False)
-        drawing = generate.draw(pipe, request, options.method, config)
-        generate.save_picture(drawing.image, output, drawing.settings)
-        print(f"{output}: {generate.METHODS[options.method]}, {drawing.seconds:.2f} s")
+        pipe.set_progress_bar_config(desc=METHODS[options.method], leave=False)
+        drawing = compare.generate(pipe, request, options.method, config)
+        png.save_image(drawing.image, output, drawing.settings)
+        print(f"{output}: {METHODS[options.method]}, {drawing.seconds:.2f} s")
         return 0
 
     def announce(method: str, number: int) -> None:
-        name = generate.METHODS[method]
+        name = METHODS[method]
         pipe.set_progress_bar_config(desc=f"{name}, " + (f"round {number}" if number else "warm-up"), leave=False)
 
-    drawings = generate.compare(pipe, request, config, _METHODS, options.rounds, announce)
-    picture = generate.comparison_picture(drawings)
+    drawings = compare.compare(pipe, request, config, _METHODS, options.rounds, announce)
+    picture = compare.comparison_image(drawings)
     settings = {"compare": [{**drawing.settings, "seconds": drawing.all_seconds} for drawing in drawings]}
-    generate.save_picture(picture, output, settings)
+    png.save_image(picture, output, settings)
     for drawing in drawings:
         speed_up = drawings[0].seconds / drawing.seconds
-        print(f"{generate.METHODS[drawing.method]:<17}{drawing.seconds:8.2f} s  {speed_up:5.2f}x")
+        print(f"{METHODS[drawing.method]:<17}{drawing.seconds:8.2f} s  {speed_up:5.2f}x")
     rounds = len(drawings[0].all_seconds)
     print(f"median of {rounds} interleaved rounds after a warm-up" if rounds > 1 else "one run each after a warm-up")
-    if not generate.are_steady(drawings):
+    if not compare.are_stable(drawings):
         print("rough figures: " + ("--rounds 3 tells how steady they are" if rounds == 1 else "the rounds disagree"))
     print(output)
     return 0
@@ -239,7 +240,9 @@ def _visualize(options: argparse.Namespace) -> int:
         raise ValueError(f"call={options.call}: must be 0 or more, the number of a UNet call")
     if not 1 <= options.agents <= 256:
         raise ValueError(f"agents={options.agents}: must lie in 1 … 256")
-    from . import generate, visualize
+    from . import visualize
+    from .images import png
+    from .images.compare import settings_of
 
     request = _request(options)
     folder = Path(options.output)
@@ -249,7 +252,7 @@ def _visualize(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for name in ("picture", "merge_map", "agents"):
-            generate.check_output(folder / f"{name}.png")
+            png.check_output(folder / f"{name}.png")
         pipe = _load(options)
         pipe.set_progress_bar_config(desc="AgentSD", leave=False)
         layer = int(options.layer) if options.layer.isdigit() else options.layer
@@ -258,13 +261,13 @@ def _visualize(options: argparse.Namespace) -> int:
         for path in made_by_us:
             path.rmdir()
         raise
-    settings = generate.settings_of(pipe, request, "agentsd", config)
+    settings = settings_of(pipe, request, "agentsd", config)
     settings["view"] = {"layer": view.layer, "call": view.call, "timestep": view.timestep, "phase": view.phase.value}
     pictures = {"picture": image, "merge_map": visualize.merge_map(view, image)}
     if view.agent_attention is not None:
         pictures["agents"] = visualize.agents_sheet(view, image, options.agents)
     for name, picture in pictures.items():
-        generate.save_picture(picture, folder / f"{name}.png", settings)
+        png.save_image(picture, folder / f"{name}.png", settings)
     if "agents" not in pictures:
         (folder / "agents.png").unlink(missing_ok=True)  # of an earlier look into this folder: another picture's
     agents = "no agents" if view.agent_attention is None else f"{len(view.agent_attention)} agents"
@@ -275,7 +278,7 @@ def _visualize(options: argparse.Namespace) -> int:
 
 
 def _request(options: argparse.Namespace) -> Any:
-    from .generate import Request
+    from .images.request import Request
 
     return Request(
         prompt=options.prompt,
@@ -292,7 +295,7 @@ def _load(options: argparse.Namespace) -> Any:
     warnings.filterwarnings(
         "ignore", category=FutureWarning
     )  # deprecations between libraries are not the user's business
-    from .pipelines import load_pipeline
+    from .images.pipelines import load_pipeline
 
     scheduler = getattr(options, "scheduler", None)
     return load_pipeline(options.model, device=options.device, dtype=options.dtype, scheduler=scheduler)

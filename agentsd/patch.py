@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .config import DEFAULT_NUM_TRAIN_TIMESTEPS, FIELD_NAMES, AgentConfig
 from .merging import draw_offsets, grid_cells, merge_tokens, split_grid, tile_size, unmerge_tokens
-from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerState, MergePlan, RunState
+from .unet.processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerState, MergePlan, RunState
 
 PATCH_ATTRIBUTE = "_agentsd_patch"
 

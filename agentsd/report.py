@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .config import AgentConfig, Phase
 from .merging import grid_cells, tile_size
 from .patch import find_unet, get_patch
-from .processor import AgentAttnProcessor, token_grid
+from .unet.processor import AgentAttnProcessor, token_grid
 
 _LATER = {"merge": "token merging", "downsample": "downsampled keys and values", "full": "unpatched"}
 

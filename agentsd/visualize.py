@@ -13,10 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .config import AgentConfig, Phase
-from .generate import Request, draw
+from .images.compare import generate
+from .images.request import Request
 from .merging import grid_cells, merge_tokens, merged_position
 from .patch import get_patch, patched
-from .processor import LayerState, merge_plan, project_key_value, project_queries
+from .unet.processor import LayerState, merge_plan, project_key_value, project_queries
 
 MOST_VIEWS = 24
 """How many UNet calls `look_through` records; of a longer run it takes so many, evenly spaced."""
@@ -178,8 +179,8 @@ def _record(
 
         handle = attn.register_forward_pre_hook(record)
         try:
-            # draw() as "sd" leaves the model as it is: it is patched already, so that the hook above can see inside.
-            image = draw(pipe, request, method="sd", **extra).image
+            # "sd" leaves the model as it is: it is patched already, so that the hook above can see inside.
+            image = generate(pipe, request, method="sd", **extra).image
         finally:
             handle.remove()
     return image, views, num_calls

@@ -26,7 +26,7 @@ def _run(options: argparse.Namespace) -> int:
         from playground.server import start
         from playground.settings import Limits
 
-        from agentsd.pipelines import choose_device, choose_dtype
+        from agentsd.images.pipelines import choose_device, choose_dtype
     except ModuleNotFoundError as error:
         print(f'agentsd: {error.name} is missing: pip install -e ".[app]"', file=sys.stderr)
         return 2

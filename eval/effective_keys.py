@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from agentsd import AgentConfig
-from agentsd.processor import project_key_value, project_queries
+from agentsd.unet.processor import project_key_value, project_queries
 
 from .generation import draw_batch
 from .protocol import SD, BenchError, Picture, Plan

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import agentsd
-from agentsd.generate import save_picture
+from agentsd.images.png import save_image
 
 from .models import ModelSpec, load_model
 from .protocol import CONTROLS, BenchError, Picture, Plan, Scenario
@@ -365,7 +365,7 @@ def _brief(value: Any) -> str:
 
 def _save(image: Image.Image, path: Path, picture: Picture) -> None:
     try:
-        save_picture(image, path, {"prompt": picture.prompt, "class": picture.index, "seed": picture.seed})
+        save_image(image, path, {"prompt": picture.prompt, "class": picture.index, "seed": picture.seed})
     except OSError as error:
         raise _unwritable(path.parent, error) from error
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agentsd import AgentConfig, Phase
-from agentsd.measure import PeakMemory
+from agentsd.images.measure import PeakMemory
 
 from .protocol import CONTROLS, PROMPT, BenchError, Scenario
 from .scenarios import use_scenario

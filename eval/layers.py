@@ -25,8 +25,8 @@ from torch import Tensor
 
 import agentsd
 from agentsd import AgentConfig, Phase
-from agentsd.measure import PeakMemory
-from agentsd.pipelines import choose_device, choose_dtype
+from agentsd.images.measure import PeakMemory
+from agentsd.images.pipelines import choose_device, choose_dtype
 
 from .generation import write_whole
 from .protocol import BenchError

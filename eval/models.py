@@ -18,7 +18,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from agentsd import load_pipeline
-from agentsd.pipelines import DEMO_MODEL, ModelError, choose_device, choose_dtype, set_scheduler
+from agentsd.images.pipelines import DEMO_MODEL, ModelError, choose_device, choose_dtype, set_scheduler
 
 from .protocol import BenchError
 
@@ -30,7 +30,7 @@ class ModelSpec:
     Attributes:
         model: what `agentsd generate --model` takes: "demo", a folder, a Hugging Face id.
         random_weights: a key of ARCHITECTURES, in place of `model`.
-        scheduler: a name from agentsd.pipelines.SCHEDULERS.
+        scheduler: a name from agentsd.images.pipelines.SCHEDULERS.
         device, dtype: None takes the best there is.
         revision: of a Hugging Face id.
     """

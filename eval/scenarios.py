@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
 import agentsd
-from agentsd.generate import use_method
+from agentsd.images.methods import use_method
 
 from .protocol import CONTROLS, BenchError, Scenario
 

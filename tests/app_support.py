@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "apps"))
 
 from playground.models import Models  # noqa: E402
 
-from agentsd.pipelines import load_pipeline  # noqa: E402
+from agentsd.images.pipelines import load_pipeline  # noqa: E402
 
 
 class CountingLoader:

@@ -19,7 +19,7 @@ import torch
 from conftest import draw
 
 import agentsd
-import agentsd.processor
+import agentsd.unet.processor
 from agentsd import Phase
 from agentsd.patch import find_unet, get_patch
 
@@ -126,7 +126,8 @@ class AttentionRecord:
 def record_attention(*models: Any):
     """Record every attention computed by patched layers of `models`, by spying on the operations they call."""
     record = AttentionRecord()
-    agent_attention, softmax_attention = agentsd.processor.agent_attention, agentsd.processor.softmax_attention
+    processor = agentsd.unet.processor
+    agent_attention, softmax_attention = processor.agent_attention, processor.softmax_attention
 
     def agents(query, agents, key, value, *args, **kwargs):
         assert 0 < agents.shape[-2] < query.shape[-2]
@@ -149,8 +150,8 @@ def record_attention(*models: Any):
         handles.append(unet.register_forward_pre_hook(note, with_kwargs=True))
     try:
         with (
-            mock.patch.object(agentsd.processor, "agent_attention", agents),
-            mock.patch.object(agentsd.processor, "softmax_attention", softmax),
+            mock.patch.object(agentsd.unet.processor, "agent_attention", agents),
+            mock.patch.object(agentsd.unet.processor, "softmax_attention", softmax),
         ):
             yield record
     finally:

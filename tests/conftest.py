@@ -122,7 +122,7 @@ def make_tokenizer():
     """The built-in demo model's tokenizer: a real CLIPTokenizer that needs no download."""
     from transformers import CLIPTokenizer
 
-    from agentsd.pipelines import DEMO_MODEL
+    from agentsd.images.pipelines import DEMO_MODEL
 
     return CLIPTokenizer.from_pretrained(DEMO_MODEL / "tokenizer")
 

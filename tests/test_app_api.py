@@ -21,7 +21,10 @@ from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from agentsd import AgentConfig  # noqa: E402
-from agentsd.generate import METHODS, Request, draw, read_settings  # noqa: E402
+from agentsd.images.compare import generate  # noqa: E402
+from agentsd.images.methods import METHODS  # noqa: E402
+from agentsd.images.png import read_settings  # noqa: E402
+from agentsd.images.request import Request  # noqa: E402
 from agentsd.patch import get_patch  # noqa: E402
 
 MISSING = "/nonexistent/model"
@@ -61,7 +64,7 @@ def pixels(path):
 
 
 def expected(studio, request, method="agentsd", config=None, model="tiny"):
-    return np.asarray(draw(studio.models.get(model).pipe, request, method, config).image)
+    return np.asarray(generate(studio.models.get(model).pipe, request, method, config).image)
 
 
 def test_compare(app, client):

@@ -13,7 +13,7 @@ from app_support import CountingLoader, serving
 from PIL import Image
 from playground.models import Models
 
-from agentsd.generate import read_settings
+from agentsd.images.png import read_settings
 from agentsd.patch import get_patch
 
 MISSING = "/nonexistent/model"

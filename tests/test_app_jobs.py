@@ -27,9 +27,11 @@ from playground.page import Page
 from playground.settings import Limits, check
 
 from agentsd import AgentConfig
-from agentsd.generate import METHODS, Drawing, draw, read_settings
+from agentsd.images.compare import GeneratedImage, generate
+from agentsd.images.methods import METHODS
+from agentsd.images.pipelines import ModelError, set_scheduler
+from agentsd.images.png import read_settings
 from agentsd.patch import get_patch
-from agentsd.pipelines import ModelError, set_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def is_clean(studio):
 
 
 def run_compare(studio, wanted):
-    reports = list(studio.draw(Run(), wanted, methods_to_compare(wanted.config)))
+    reports = list(studio.generate(Run(), wanted, methods_to_compare(wanted.config)))
     return reports, {report.drawing.method: report.drawing for report in reports if isinstance(report, Drawn)}
 
 
@@ -73,7 +75,7 @@ def test_each_picture_comes_as_soon_as_it_is_ready(studio):
     own = pipe.scheduler
     set_scheduler(pipe, "ddim")
     for method in METHODS:
-        alone = draw(pipe, wanted.request, method, wanted.config)
+        alone = generate(pipe, wanted.request, method, wanted.config)
         assert np.array_equal(np.asarray(alone.image), np.asarray(drawings[method].image)), method
     pipe.scheduler = own
     assert drawings["agentsd"].settings["scheduler_name"] == "ddim"
@@ -95,7 +97,7 @@ def test_stopped_half_way_and_run_again(studio, case, round_):
     _, expected = run_compare(studio, wanted)
     run, seen = Run(), []
     with pytest.raises(Stopped):
-        for report in studio.draw(run, wanted, methods_to_compare(wanted.config)):
+        for report in studio.generate(run, wanted, methods_to_compare(wanted.config)):
             seen.append(report)
             if isinstance(report, Stepped) and (report.case, report.round, report.step) == (case, round_, 2):
                 run.stop()
@@ -111,9 +113,9 @@ def test_stopped_before_it_begins_or_abandoned(studio):
     run = Run()
     run.stop()
     with pytest.raises(Stopped):
-        list(studio.draw(run, settings(), methods_to_compare(AgentConfig())))
+        list(studio.generate(run, settings(), methods_to_compare(AgentConfig())))
     run = Run()
-    reports = studio.draw(run, settings(steps=100), methods_to_compare(AgentConfig()))
+    reports = studio.generate(run, settings(steps=100), methods_to_compare(AgentConfig()))
     next(reports)
     reports.close()
     assert run.stopped
@@ -216,7 +218,7 @@ def test_only_named_models_are_loaded_and_failures_tried_again(tmp_path):
 def test_the_preview_shows_the_picture():
     model = Models(["demo"]).get("demo")
     latents = []
-    drawing = draw(
+    drawing = generate(
         model.pipe, check({"prompt": "a castle", "steps": 10}, ["demo"], Limits()).request, "sd",
         on_step=lambda step: latents.append(step.latents),
     )  # fmt: skip
@@ -244,7 +246,7 @@ def test_sdxl_whose_autoencoder_overflows_in_half_precision():
 
 
 def drawing(method="sd", seconds=(2.0,), shade=0, **about):
-    return Drawing(method, Image.new("RGB", (16, 8), (shade, 0, 0)), seconds, about, 1_500_000_000)
+    return GeneratedImage(method, Image.new("RGB", (16, 8), (shade, 0, 0)), seconds, about, 1_500_000_000)
 
 
 def test_distances():
@@ -350,14 +352,14 @@ def test_recent_forgets_an_owner():
 def test_closing_the_worker_stops_what_is_drawn_and_what_waits():
     studio = Studio(tiny_models())
     cases = methods_to_compare(AgentConfig())
-    drawing = studio.draw(Run(), settings(steps=150, rounds=5), cases)
+    drawing = studio.generate(Run(), settings(steps=150, rounds=5), cases)
     while not isinstance(next(drawing), Stepped):
         pass
     told = []
 
     def wait():
         with pytest.raises(Stopped):
-            list(studio.draw(Run(), settings(), cases))
+            list(studio.generate(Run(), settings(), cases))
         told.append("waiting")
 
     waiting = threading.Thread(target=wait)
@@ -371,7 +373,7 @@ def test_closing_the_worker_stops_what_is_drawn_and_what_waits():
     waiting.join(timeout=60)
     assert told == ["waiting"]
     with pytest.raises(Stopped):
-        list(studio.draw(Run(), settings(), cases))
+        list(studio.generate(Run(), settings(), cases))
     assert not studio.worker._runs and is_clean(studio)
 
 

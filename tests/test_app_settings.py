@@ -29,8 +29,10 @@ from playground.settings import (
 )
 
 from agentsd import AgentConfig
-from agentsd.generate import METADATA_KEY, Drawing, Request, draw, save_picture, settings_of
-from agentsd.pipelines import set_scheduler
+from agentsd.images.compare import GeneratedImage, generate, settings_of
+from agentsd.images.pipelines import set_scheduler
+from agentsd.images.png import METADATA_KEY, save_image
+from agentsd.images.request import Request
 
 MODELS = ("demo", "other")
 LIMITS = Limits()
@@ -107,7 +109,7 @@ def test_a_saved_picture_gives_its_settings_back(tmp_path):
     pipe = make_pipeline()
     request = Request("斑马 “zèbre”", "blurry", 7, 4.5, 11, 64, 128)
     about = settings_of(pipe, request, "agentsd", CONFIG)
-    save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", {**about, "model": "other", "scheduler_name": "unipc"})
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", {**about, "model": "other", "scheduler_name": "unipc"})
     values, remarks = restore(tmp_path / "a.png", MODELS, LIMITS)
     settings = check(values, MODELS, LIMITS)
     assert remarks == []
@@ -119,7 +121,7 @@ def test_pictures_of_the_command_give_theirs_back(tmp_path):
     pipe = make_pipeline()
     about = {**settings_of(pipe, Request("a", steps=3), "agentsd", CONFIG), "model": "demo"}
     plain = {**settings_of(pipe, Request("a", steps=3), "sd", CONFIG), "model": "demo"}
-    save_picture(Image.new("RGB", (8, 8)), tmp_path / "all.png", {"compare": [plain, about]})
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "all.png", {"compare": [plain, about]})
     values, _ = restore(tmp_path / "all.png", MODELS, LIMITS)
     assert check(values, MODELS, LIMITS).config == CONFIG and values["scheduler"] == "plms"
     values, _ = form_values(plain, MODELS, LIMITS)
@@ -189,7 +191,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_they_are_decoded(tmp_pat
 @pytest.mark.parametrize("size", [64, 512, 1024])
 def test_every_picture_of_the_app_has_few_enough_pixels(size):
     for values in (2, 4, 6, LIMITS.values):
-        drawings = [Drawing("sd", Image.new("RGB", (size, size)), (1.0,), {})] * (values + 1)
+        drawings = [GeneratedImage("sd", Image.new("RGB", (size, size)), (1.0,), {})] * (values + 1)
         rows = pictures.sweep_rows([None, *range(values)], drawings)
         sheet = pictures.sweep_sheet("ratio", rows, drawings)
         assert sheet.width * sheet.height <= Limits(largest=size, values=values).pixels
@@ -245,7 +247,7 @@ def test_the_script_draws_the_same_picture(tmp_path, monkeypatch):
     models = tiny_models(str(folder))
     pipe = models.get(str(folder)).pipe
     set_scheduler(pipe, "ddim")
-    expected = draw(pipe, settings.request, "agentsd", settings.config).image
+    expected = generate(pipe, settings.request, "agentsd", settings.config).image
     assert np.array_equal(np.asarray(Image.open("picture.png")), np.asarray(expected))
 
 

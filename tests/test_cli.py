@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from agentsd import cli
-from agentsd.generate import read_settings
+from agentsd.images.png import read_settings
 
 QUICK = ["--steps", "4", "--height", "64", "--width", "64"]
 

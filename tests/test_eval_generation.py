@@ -102,7 +102,7 @@ def test_nothing_finished_is_drawn_again_and_damage_is_repaired(undisturbed, pip
 
 def test_truncated_anywhere_is_not_whole(tmp_path):
     path = tmp_path / "a.png"
-    generation.save_picture(Image.effect_noise((16, 16), 50).convert("RGB"), path, {"prompt": "a"})
+    generation.save_image(Image.effect_noise((16, 16), 50).convert("RGB"), path, {"prompt": "a"})
     data = path.read_bytes()
     assert is_whole(path)
     for length in range(len(data)):
@@ -184,7 +184,7 @@ def test_disks_that_cannot_be_written_to(pipe, model, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(generation, "save_picture", full)
+    monkeypatch.setattr(generation, "save_image", full)
     with pytest.raises(BenchError, match="is full: make room and give the same command again"):
         draw_share(pipe, job)
 

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from agentsd.processor import AgentAttnProcessor
+from agentsd.unet.processor import AgentAttnProcessor
 from eval import layers
 from eval.layer_bench import main
 from eval.layers import Measured, Shape, as_markdown, growth, measure, profile, profile_as_markdown, variants

@@ -16,7 +16,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from eval import report
-from eval.generation import save_picture
+from eval.generation import save_image
 from eval.latency import Timing, Workload
 from eval.protocol import METHODS, BenchError, make_scenarios
 
@@ -71,7 +71,7 @@ def test_everything_asked_for_is_in_the_rows_and_files(tmp_path):
     for scenario in SCENARIOS:
         (tmp_path / "images" / scenario.name).mkdir(parents=True)
         for file in FILES:
-            save_picture(Image.effect_noise((64, 64), 50).convert("RGB"), tmp_path / "images" / scenario.name / file)
+            save_image(Image.effect_noise((64, 64), 50).convert("RGB"), tmp_path / "images" / scenario.name / file)
     rows = report.write_report(tmp_path)
     by_name = {row["scenario"]: row for row in rows}
     assert list(by_name) == [scenario.name for scenario in SCENARIOS]

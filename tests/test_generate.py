@@ -13,22 +13,10 @@ from PIL.PngImagePlugin import PngInfo
 
 import agentsd
 from agentsd import AgentConfig
-from agentsd.generate import (
-    METADATA_KEY,
-    METHODS,
-    Drawing,
-    Request,
-    are_steady,
-    check_output,
-    compare,
-    comparison_picture,
-    draw,
-    read_settings,
-    save_picture,
-    unread_part,
-    use_method,
-    warm_up,
-)
+from agentsd.images.compare import GeneratedImage, are_stable, compare, comparison_image, generate, warm_up
+from agentsd.images.methods import METHODS, use_method
+from agentsd.images.png import METADATA_KEY, check_output, read_settings, save_image
+from agentsd.images.request import Request, unread_part
 from agentsd.patch import get_patch
 
 REQUEST = Request("a zebra", steps=4, seed=3)
@@ -44,9 +32,9 @@ def pixels(drawing):
 
 
 def test_methods_differ_and_repeat_exactly(pipe):
-    first = {method: draw(pipe, REQUEST, method) for method in METHODS}
+    first = {method: generate(pipe, REQUEST, method) for method in METHODS}
     torch.manual_seed(99)  # ToMeSD left alone would follow the global generator
-    second = {method: draw(pipe, REQUEST, method) for method in reversed(METHODS)}
+    second = {method: generate(pipe, REQUEST, method) for method in reversed(METHODS)}
     for method in METHODS:
         assert np.array_equal(pixels(first[method]), pixels(second[method])), method
         assert first[method].image.size == (128, 128)
@@ -78,8 +66,8 @@ def test_compare_warms_up_and_interleaves(pipe):
     for drawing in drawings:
         assert len(drawing.all_seconds) == 2
         assert min(drawing.all_seconds) <= drawing.seconds <= max(drawing.all_seconds)
-        assert np.array_equal(pixels(drawing), pixels(draw(pipe, REQUEST, drawing.method)))
-    picture = comparison_picture(drawings)
+        assert np.array_equal(pixels(drawing), pixels(generate(pipe, REQUEST, drawing.method)))
+    picture = comparison_image(drawings)
     for i, drawing in enumerate(drawings):
         left = 8 + i * (128 + 8)
         assert np.array_equal(np.asarray(picture)[8:136, left : left + 128], pixels(drawing))
@@ -88,9 +76,12 @@ def test_compare_warms_up_and_interleaves(pipe):
 
 def test_speed_up_is_over_the_first():
     image = Image.new("RGB", (64, 64))
-    drawings = [Drawing("sd", image, (4.0, 2.0, 3.0), {}), Drawing("agentsd", image, (1.5,), {"patch": {"ratio": 0.4}})]
+    drawings = [
+        GeneratedImage("sd", image, (4.0, 2.0, 3.0), {}),
+        GeneratedImage("agentsd", image, (1.5,), {"patch": {"ratio": 0.4}}),
+    ]
     assert drawings[0].seconds == 3.0
-    from agentsd.generate import _timing
+    from agentsd.images.compare import _timing
 
     assert _timing(drawings[0], drawings[0]) == "3.00 s"
     assert _timing(drawings[1], drawings[0]) == "1.50 s,  2.00x as fast"
@@ -99,22 +90,22 @@ def test_speed_up_is_over_the_first():
 def test_rough_times_are_called_rough():
     image = Image.new("RGB", (256, 64))
     for all_seconds, steady in [((2.0, 2.1), True), ((2.0, 3.0), False), ((2.0,), False)]:
-        drawings = [Drawing("sd", image, all_seconds, {}), Drawing("tomesd", image, (1.0, 1.0), {})]
-        assert are_steady(drawings) is steady
-    rough = np.asarray(comparison_picture([Drawing("sd", image, (2.0,), {})]))
-    clean = np.asarray(comparison_picture([Drawing("sd", image, (2.0, 2.0), {})]))
+        drawings = [GeneratedImage("sd", image, all_seconds, {}), GeneratedImage("tomesd", image, (1.0, 1.0), {})]
+        assert are_stable(drawings) is steady
+    rough = np.asarray(comparison_image([GeneratedImage("sd", image, (2.0,), {})]))
+    clean = np.asarray(comparison_image([GeneratedImage("sd", image, (2.0, 2.0), {})]))
     assert (rough < 200).sum() > (clean < 200).sum()  # the caption says so too
 
 
 def test_saved_picture_can_be_drawn_again_from_itself(pipe, tmp_path):
     config = AgentConfig(ratio=0.3, merge_stride=(2, 4), seed=7)
-    drawing = draw(pipe, REQUEST, "agentsd", config)
+    drawing = generate(pipe, REQUEST, "agentsd", config)
     path = tmp_path / "zebra.png"
-    save_picture(drawing.image, path, drawing.settings)
+    save_image(drawing.image, path, drawing.settings)
     settings = read_settings(path)
     fields = {name: settings[name] for name in Request.__dataclass_fields__}
     patch = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["patch"].items()}
-    again = draw(pipe, Request(**fields), settings["method"], AgentConfig(**patch))
+    again = generate(pipe, Request(**fields), settings["method"], AgentConfig(**patch))
     assert np.array_equal(np.asarray(Image.open(path)), pixels(again))
     assert settings["scheduler"] == "PNDMScheduler" and settings["dtype"] == "float32"
     assert settings["versions"]["agentsd"] == agentsd.__version__
@@ -129,7 +120,7 @@ def _umask():
 
 
 def test_text_of_any_script_survives(tmp_path):
-    save_picture(Image.new("RGB", (4, 4)), tmp_path / "a.png", {"prompt": "斑马 “zèbre” 🦓"})
+    save_image(Image.new("RGB", (4, 4)), tmp_path / "a.png", {"prompt": "斑马 “zèbre” 🦓"})
     assert read_settings(tmp_path / "a.png") == {"prompt": "斑马 “zèbre” 🦓"}
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     assert read_settings(tmp_path / "b.png") is None
@@ -137,23 +128,23 @@ def test_text_of_any_script_survives(tmp_path):
 
 def test_a_name_as_long_as_the_system_allows(tmp_path):
     path = tmp_path / ("x" * 251 + ".png")
-    save_picture(Image.new("RGB", (8, 8)), path)
+    save_image(Image.new("RGB", (8, 8)), path)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.png"
-    save_picture(Image.new("RGB", (4, 4), "red"), path)
+    save_image(Image.new("RGB", (4, 4), "red"), path)
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        save_picture(Image.new("RGB", (4, 4)), path, {"not": object()})
+        save_image(Image.new("RGB", (4, 4)), path, {"not": object()})
 
     class Broken(Image.Image):
         def save(self, *args, **kwargs):
             raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        save_picture(Broken(), path)
+        save_image(Broken(), path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
 
 
@@ -204,13 +195,13 @@ def test_a_method_that_would_change_nothing_is_refused(pipe, method):
         mid_block_type=None,
     )
     with pytest.raises(ValueError, match="would change no layer of this UNet2D.*: it has no self-attention"):
-        draw(plain, REQUEST, method)
-    assert draw(plain, REQUEST, "sd").image.size == (128, 128)
+        generate(plain, REQUEST, method)
+    assert generate(plain, REQUEST, "sd").image.size == (128, 128)
 
 
 def test_unknown_method(pipe):
     with pytest.raises(ValueError, match="method='magic': must be one of sd, tomesd, agentsd"):
-        draw(pipe, REQUEST, "magic")
+        generate(pipe, REQUEST, "magic")
 
 
 # --- steps, memory, prompts -------------------------------------------------------------------------------------------
@@ -225,8 +216,8 @@ def test_each_step_is_told_and_does_not_count(pipe):
         steps.append(step)
         time.sleep(0.3)
 
-    drawing = draw(pipe, REQUEST, "agentsd", None, slow)
-    plain = draw(pipe, REQUEST, "agentsd")
+    drawing = generate(pipe, REQUEST, "agentsd", None, slow)
+    plain = generate(pipe, REQUEST, "agentsd")
     assert np.array_equal(pixels(drawing), pixels(plain))
     assert [step.number for step in steps] == [1, 2, 3, 4, 5] and {step.total for step in steps} == {5}  # PLMS
     assert [step.timestep for step in steps] == sorted((step.timestep for step in steps), reverse=True)
@@ -243,11 +234,11 @@ def test_what_a_step_raises_ends_the_drawing_and_leaves_the_model(pipe, method):
         if step.number == 2:
             raise Enough
 
-    expected = pixels(draw(pipe, REQUEST, method))
+    expected = pixels(generate(pipe, REQUEST, method))
     with pytest.raises(Enough):
-        draw(pipe, REQUEST, method, None, stop)
+        generate(pipe, REQUEST, method, None, stop)
     assert get_patch(pipe) is None and not hasattr(pipe.unet, "_tome_info")
-    assert np.array_equal(pixels(draw(pipe, REQUEST, method)), expected)
+    assert np.array_equal(pixels(generate(pipe, REQUEST, method)), expected)
 
 
 def test_warm_up_takes_few_steps(pipe):
@@ -259,9 +250,9 @@ def test_warm_up_takes_few_steps(pipe):
 
 def test_runs_of_one_drawing_are_collected():
     image = Image.new("RGB", (8, 8))
-    one = Drawing("sd", image, (1.0,), {}, 5).and_again(Drawing("sd", image, (3.0,), {}, 9))
+    one = GeneratedImage("sd", image, (1.0,), {}, 5).with_run(GeneratedImage("sd", image, (3.0,), {}, 9))
     assert (one.all_seconds, one.peak_bytes) == ((1.0, 3.0), 9)
-    unknown = Drawing("sd", image, (1.0,), {}).and_again(Drawing("sd", image, (3.0,), {}))
+    unknown = GeneratedImage("sd", image, (1.0,), {}).with_run(GeneratedImage("sd", image, (3.0,), {}))
     assert unknown.peak_bytes is None
 
 
@@ -274,7 +265,7 @@ def test_the_end_of_a_prompt_that_is_not_read(pipe):
 
 def test_damaged_pictures(tmp_path):
     path = tmp_path / "a.png"
-    save_picture(Image.effect_noise((64, 64), 90), path, {"prompt": "a"})
+    save_image(Image.effect_noise((64, 64), 90), path, {"prompt": "a"})
     whole = path.read_bytes()
     for content in (b"", b"text", whole[:20], whole[:-2000], whole.replace(b"IDAT", b"IDXT")):
         path.write_bytes(content)

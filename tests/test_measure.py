@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 
-from agentsd import measure
-from agentsd.measure import PeakMemory
+from agentsd.images import measure
+from agentsd.images.measure import PeakMemory
 
 # A process of its own: in a test runner, what earlier tests left (garbage, threads of servers that end) may be given
 # back in between, by more than the block of this test takes.
 OVER = """
 import gc, json, torch
-from agentsd.measure import PeakMemory
+from agentsd.images.measure import PeakMemory
 torch.ones(8).sum()
 gc.collect()
 gc.disable()

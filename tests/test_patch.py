@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 import agentsd
 from agentsd import Phase
 from agentsd.patch import find_layers, get_patch
-from agentsd.processor import AgentAttnProcessor
+from agentsd.unet.processor import AgentAttnProcessor
 
 KINDS = ["sd15", "sd15-deep", "sd2", "sdxl"]
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import agentsd
-from agentsd.pipelines import DEMO_MODEL, SCHEDULERS, ModelError, load_pipeline, set_scheduler
+from agentsd.images.pipelines import DEMO_MODEL, SCHEDULERS, ModelError, load_pipeline, set_scheduler
 
 
 @pytest.fixture(scope="module")

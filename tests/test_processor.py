@@ -138,7 +138,7 @@ def test_rebuilt_with_no_arguments_it_still_works():
 def test_without_a_patch_it_is_the_standard_processor():
     unet = make_unet()
     before = call_unet(unet)
-    from agentsd.processor import AgentAttnProcessor
+    from agentsd.unet.processor import AgentAttnProcessor
 
     for name, module in unet.named_modules():
         if name.endswith("attn1"):

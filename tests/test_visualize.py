@@ -12,7 +12,7 @@ from PIL import Image
 
 import agentsd
 from agentsd import AgentConfig, Phase, visualize
-from agentsd.generate import Request
+from agentsd.images.request import Request
 from agentsd.patch import get_patch
 from agentsd.visualize import MOST_VIEWS, agent_at, agent_map, agents_sheet, look_inside, look_through, merge_map
 

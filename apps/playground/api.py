@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from agentsd.generate import Drawing
+from agentsd.images.compare import GeneratedImage
 from agentsd.visualize import agent_map, merge_map
 
 from . import pictures
@@ -81,7 +81,7 @@ class Api:
         settings), seconds, all_seconds, speed_up, peak_gb, distance (root mean square, of 255) and settings.
         """
         settings = self._check(values)
-        drawings: dict[int, Drawing] = {}
+        drawings: dict[int, GeneratedImage] = {}
         cases = methods_to_compare(settings.config)
         yield from self._draw(settings, cases, drawings)
         answer: dict[str, Any] = {case.method: self._describe(drawings[i], drawings[0]) for i, case in enumerate(cases)}
@@ -99,7 +99,7 @@ class Api:
             cases = sweep_cases(settings, values["field"], points)
         except (ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
-        drawings: dict[int, Drawing] = {}
+        drawings: dict[int, GeneratedImage] = {}
         yield from self._draw(settings, cases, drawings)
         ordered = [drawings[i] for i in range(len(cases))]
         rows = pictures.sweep_rows([None, *points], ordered)
@@ -161,8 +161,10 @@ class Api:
         except (ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    def _draw(self, settings: Settings, cases: list[Case], drawings: dict[int, Drawing]) -> Iterator[dict[str, Any]]:
-        for report in self._reports(settings, self.studio.draw, cases):
+    def _draw(
+        self, settings: Settings, cases: list[Case], drawings: dict[int, GeneratedImage]
+    ) -> Iterator[dict[str, Any]]:
+        for report in self._reports(settings, self.studio.generate, cases):
             if isinstance(report, Drawn):
                 drawings[report.case] = report.drawing
             yield {"status": _status(report, [case.label for case in cases])}
@@ -173,7 +175,7 @@ class Api:
         except Exception as error:
             raise gr.Error(explain(error, settings), print_exception=False) from error
 
-    def _describe(self, drawing: Drawing, first: Drawing) -> dict[str, Any]:
+    def _describe(self, drawing: GeneratedImage, first: GeneratedImage) -> dict[str, Any]:
         figures = pictures.Figures.of(drawing, first)
         name = file_name(drawing.settings["prompt"], drawing.method, drawing.settings["seed"])
         return {

@@ -8,7 +8,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from agentsd.generate import METHODS, Drawing
+from agentsd.images.compare import GeneratedImage
+from agentsd.images.methods import METHODS
 
 from . import captions, pictures
 from .context import DRAWS, QUICK, Context, History, PastRun, failed, label, tell, unread_note
@@ -95,11 +96,11 @@ class CompareTab:
             **dict.fromkeys(self.pictures),
             **{caption: captions.waiting_html("waiting") for caption in self.captions},
         }
-        drawings: dict[int, Drawing] = {}
+        drawings: dict[int, GeneratedImage] = {}
         paths: dict[str, str] = {}
         unread: Unread | None = None
         try:
-            for report in self.context.studio.draw(self.context.run(run_id), settings, cases):
+            for report in self.context.studio.generate(self.context.run(run_id), settings, cases):
                 tell(progress, report, cases)
                 change: dict[Any, Any] = {}
                 if isinstance(report, Unread):
@@ -141,7 +142,7 @@ class CompareTab:
             **self.history.with_run(past, run),
         }
 
-    def _figures(self, drawings: dict[int, Drawing]) -> list[str]:
+    def _figures(self, drawings: dict[int, GeneratedImage]) -> list[str]:
         first = drawings[0]
         return [captions.figures_html(pictures.Figures.of(drawings[i], first)) for i in sorted(drawings)]
 

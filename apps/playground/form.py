@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from agentsd.config import FIELD_NAMES, LATE
-from agentsd.pipelines import SCHEDULERS
+from agentsd.images.pipelines import SCHEDULERS
 
 from . import captions
 from .context import PRIVATE, QUICK, Context

@@ -15,8 +15,10 @@ from typing import Any
 from PIL import Image
 
 from agentsd.config import AgentConfig
-from agentsd.generate import METHODS, Drawing, Step, draw, settings_of, unread_part, warm_up
-from agentsd.pipelines import ModelError, set_scheduler
+from agentsd.images.compare import GeneratedImage, Step, generate, settings_of, warm_up
+from agentsd.images.methods import METHODS
+from agentsd.images.pipelines import ModelError, set_scheduler
+from agentsd.images.request import unread_part
 from agentsd.visualize import LayerView, look_inside, look_through
 
 from .models import Model, Models, free_memory
@@ -88,7 +90,7 @@ class Drawn:
     """A picture is ready, or has been timed once more."""
 
     case: int
-    drawing: Drawing
+    drawing: GeneratedImage
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,7 @@ class Studio:
 
     # --- the jobs -----------------------------------------------------------------------------------------------------
 
-    def draw(self, run: Run, settings: Settings, cases: Sequence[Case]) -> Iterator[Report]:
+    def generate(self, run: Run, settings: Settings, cases: Sequence[Case]) -> Iterator[Report]:
         """Draw every case, each as soon as it can be; then time them again in interleaved rounds.
 
         The first run of a kind is slower than the rest, so each method is warmed up before its first picture of a size.
@@ -249,14 +251,14 @@ class Studio:
 
         def work(emit: Emit) -> None:
             with self._ready(settings, emit) as model:
-                drawings: dict[int, Drawing] = {}
+                drawings: dict[int, GeneratedImage] = {}
                 for number in range(1, settings.rounds + 1):
                     for index, case in enumerate(cases):
                         if number == 1:
                             self._warm_up(model, settings, index, case, emit)
                         report = _step_reporter(model, index, number, emit)
-                        drawing = draw(model.pipe, settings.request, case.method, case.config, report)
-                        drawing = drawings[index].and_again(drawing) if index in drawings else drawing
+                        drawing = generate(model.pipe, settings.request, case.method, case.config, report)
+                        drawing = drawings[index].with_run(drawing) if index in drawings else drawing
                         drawing.settings.update(_as_asked(settings))
                         drawings[index] = drawing
                         emit(Drawn(index, drawing))

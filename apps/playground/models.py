@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from agentsd import AgentConfig
+from agentsd.images.pipelines import ModelError, load_pipeline
 from agentsd.patch import find_layers, find_unet
-from agentsd.pipelines import ModelError, load_pipeline
 
 from .previews import Preview
 

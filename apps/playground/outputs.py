@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from agentsd.generate import save_picture
+from agentsd.images.png import save_image
 
 _KEEP_SECONDS, _TIDY_EVERY = 24 * 3600.0, 600.0
 
@@ -33,7 +33,7 @@ class Outputs:
     def picture(self, image: Image.Image, name: str, settings: dict[str, Any] | None = None) -> str:
         """Save a PNG with its settings inside; returns its path."""
         path = self._new(name + ".png")
-        save_picture(image, path, settings)
+        save_image(image, path, settings)
         return str(path)
 
     def text(self, content: str, name: str) -> str:

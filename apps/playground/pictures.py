@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from agentsd import AgentConfig
-from agentsd.generate import METHODS, STEADY, Drawing, are_steady
+from agentsd.images.compare import STABLE, GeneratedImage, are_stable
+from agentsd.images.methods import METHODS
 
 CLEARLY = 1.02
 """Below this factor two times are called equal."""
@@ -51,7 +52,7 @@ def _levels(picture: Image.Image) -> np.ndarray:
 
 def least_told_apart(rough: bool) -> float:
     """The smallest factor between two times that is called a difference."""
-    return STEADY if rough else CLEARLY
+    return STABLE if rough else CLEARLY
 
 
 # --- figures under the pictures ---------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ class Figures:
     rough: bool
 
     @classmethod
-    def of(cls, drawing: Drawing, first: Drawing | None) -> Figures:
+    def of(cls, drawing: GeneratedImage, first: GeneratedImage | None) -> Figures:
         is_first = first is None or first is drawing
         return cls(
             drawing.seconds,
@@ -89,15 +90,15 @@ class Figures:
             None if drawing.peak_bytes is None else drawing.peak_bytes / 1e9,
             str(drawing.settings.get("device", "")).startswith("cuda"),
             None if is_first else distance(first.image, drawing.image),
-            not are_steady([drawing] if first is None else [first, drawing]),
+            not are_stable([drawing] if first is None else [first, drawing]),
         )
 
 
-def verdict(drawings: Sequence[Drawing]) -> str:
+def verdict(drawings: Sequence[GeneratedImage]) -> str:
     """What the times say of the last method against the first, in one or two plain sentences."""
     first, last = drawings[0], drawings[-1]
     factor = first.seconds / last.seconds
-    steady = are_steady(list(drawings))
+    steady = are_stable(list(drawings))
     clearly = least_told_apart(rough=not steady)
     names = METHODS[last.method], METHODS[first.method]
     if factor >= clearly:
@@ -139,7 +140,7 @@ class SweepRow:
     psnr: float
 
 
-def sweep_rows(values: Sequence[float | None], drawings: Sequence[Drawing]) -> list[SweepRow]:
+def sweep_rows(values: Sequence[float | None], drawings: Sequence[GeneratedImage]) -> list[SweepRow]:
     """A row for each drawing; the first one is the unpatched picture (value None)."""
     first = drawings[0]
     rows = []
@@ -149,7 +150,7 @@ def sweep_rows(values: Sequence[float | None], drawings: Sequence[Drawing]) -> l
     return rows
 
 
-def sweep_csv(field: str, rows: Sequence[SweepRow], drawings: Sequence[Drawing]) -> str:
+def sweep_csv(field: str, rows: Sequence[SweepRow], drawings: Sequence[GeneratedImage]) -> str:
     """The rows as CSV, with the seconds of every run."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -165,7 +166,7 @@ def sweep_csv(field: str, rows: Sequence[SweepRow], drawings: Sequence[Drawing])
     return out.getvalue()
 
 
-def sweep_sheet(field: str, rows: Sequence[SweepRow], drawings: Sequence[Drawing]) -> Image.Image:
+def sweep_sheet(field: str, rows: Sequence[SweepRow], drawings: Sequence[GeneratedImage]) -> Image.Image:
     """All pictures of a sweep side by side, with their figures, as one picture."""
     width, height = drawings[0].image.size
     size = max(13, width // 18)
@@ -185,7 +186,7 @@ def sweep_sheet(field: str, rows: Sequence[SweepRow], drawings: Sequence[Drawing
 
 
 def sweep_settings(
-    field: str, values: Sequence[float], drawings: Sequence[Drawing], config: AgentConfig
+    field: str, values: Sequence[float], drawings: Sequence[GeneratedImage], config: AgentConfig
 ) -> dict[str, Any]:
     """What the sheet carries: the settings that all its pictures share, and which one varied."""
     return {
@@ -200,11 +201,11 @@ def sweep_label(field: str, value: float | None) -> str:
     return METHODS["sd"] if value is None else f"{field} {value:g}"
 
 
-def sweep_verdict(field: str, rows: Sequence[SweepRow], drawings: Sequence[Drawing]) -> str:
+def sweep_verdict(field: str, rows: Sequence[SweepRow], drawings: Sequence[GeneratedImage]) -> str:
     """What the times of a sweep say, in one or two plain sentences."""
     patched = [row for row in rows if row.value is not None]
     fastest = max(patched, key=lambda row: row.speed_up)
-    if not are_steady(list(drawings)):
+    if not are_stable(list(drawings)):
         runs = len(drawings[0].all_seconds)
         why = "one run each after a warm-up; more timed rounds are steadier" if runs == 1 else "the rounds disagree"
         slowest = min(patched, key=lambda row: row.speed_up)

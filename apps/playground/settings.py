@@ -16,8 +16,9 @@ from typing import Any
 from PIL import Image
 
 from agentsd import AgentConfig
-from agentsd.generate import Request, read_settings
-from agentsd.pipelines import SCHEDULERS
+from agentsd.images.pipelines import SCHEDULERS
+from agentsd.images.png import read_settings
+from agentsd.images.request import Request
 
 OWN_SCHEDULER = "model's own"
 """Stands for the scheduler that came with the model."""

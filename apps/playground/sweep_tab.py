@@ -8,7 +8,8 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from agentsd.generate import METHODS, Drawing
+from agentsd.images.compare import GeneratedImage
+from agentsd.images.methods import METHODS
 
 from . import captions, pictures
 from .api import sweep_cases
@@ -111,11 +112,11 @@ class SweepTab:
             self.sheet_file: gr.update(value=None, interactive=False),
             self.table_file: gr.update(value=None, interactive=False),
         }
-        drawings: dict[int, Drawing] = {}
+        drawings: dict[int, GeneratedImage] = {}
         paths: dict[int, str] = {}
         unread: Unread | None = None
         try:
-            for report in self.context.studio.draw(self.context.run(run_id), settings, cases):
+            for report in self.context.studio.generate(self.context.run(run_id), settings, cases):
                 tell(progress, report, cases)
                 change: dict[Any, Any] = {}
                 if isinstance(report, Unread):
@@ -148,7 +149,9 @@ class SweepTab:
             **self.history.with_run(past, PastRun(sheet, label(f"{field} swept", settings), message, about)),
         }
 
-    def _results(self, field: str, values: list, drawings: dict[int, Drawing], paths: dict[int, str]) -> dict[Any, Any]:
+    def _results(
+        self, field: str, values: list, drawings: dict[int, GeneratedImage], paths: dict[int, str]
+    ) -> dict[Any, Any]:
         ready = sorted(drawings)
         rows = pictures.sweep_rows([values[i] for i in ready], [drawings[i] for i in ready])
         changes: dict[Any, Any] = {

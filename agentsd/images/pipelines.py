@@ -14,7 +14,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
-DEMO_MODEL = Path(__file__).parent / "demo_model"
+DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 """Folder of the built-in demo model, in Stable Diffusion's format."""
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {

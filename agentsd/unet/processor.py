@@ -10,9 +10,9 @@ from typing import Any
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-from .attention import agent_attention, softmax_attention
-from .config import AgentConfig, Phase
-from .merging import GridSplit, TokenMatching, match_tokens, merge_tokens, unmerge_tokens
+from ..attention import agent_attention, softmax_attention
+from ..config import AgentConfig, Phase
+from ..merging import GridSplit, TokenMatching, match_tokens, merge_tokens, unmerge_tokens
 
 LAYER_ATTRIBUTE = "_agentsd"
 """Where a patched `Attention` module keeps its LayerState. It hangs on the module and not on the processor because

@@ -1,0 +1,1 @@
+"""Generate images: requests, methods to compare, timing, PNG files, pipelines."""

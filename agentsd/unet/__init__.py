@@ -1,0 +1,1 @@
+"""What changes a diffusers UNet: which layers, one call, one layer's forward, compilation, checkpointing."""
