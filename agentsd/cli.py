@@ -197,26 +197,18 @@ def _generate(options: argparse.Namespace) -> int:
     pipe = _load(options)
     if not options.compare:
         pipe.set_progress_bar_config(desc=METHODS[options.method], leave=False)
-        drawing = compare.generate(pipe, request, options.method, config)
-        png.save_image(drawing.image, output, drawing.settings)
-        print(f"{output}: {METHODS[options.method]}, {drawing.seconds:.2f} s")
+        result = compare.generate(pipe, request, options.method, config)
+        png.save_image(result.image, output, result.settings)
+        print(f"{output}: {METHODS[options.method]}, {result.seconds:.2f} s")
         return 0
 
     def announce(method: str, number: int) -> None:
         name = METHODS[method]
         pipe.set_progress_bar_config(desc=f"{name}, " + (f"round {number}" if number else "warm-up"), leave=False)
 
-    drawings = compare.compare(pipe, request, config, _METHODS, options.rounds, announce)
-    picture = compare.comparison_image(drawings)
-    settings = {"compare": [{**drawing.settings, "seconds": drawing.all_seconds} for drawing in drawings]}
-    png.save_image(picture, output, settings)
-    for drawing in drawings:
-        speed_up = drawings[0].seconds / drawing.seconds
-        print(f"{METHODS[drawing.method]:<17}{drawing.seconds:8.2f} s  {speed_up:5.2f}x")
-    rounds = len(drawings[0].all_seconds)
-    print(f"median of {rounds} interleaved rounds after a warm-up" if rounds > 1 else "one run each after a warm-up")
-    if not compare.are_stable(drawings):
-        print("rough figures: " + ("--rounds 3 tells how steady they are" if rounds == 1 else "the rounds disagree"))
+    comparison = compare.compare_methods(pipe, request, config, _METHODS, options.rounds, announce)
+    comparison.save(output)
+    print(comparison)
     print(output)
     return 0
 
@@ -242,7 +234,7 @@ def _visualize(options: argparse.Namespace) -> int:
         raise ValueError(f"agents={options.agents}: must lie in 1 … 256")
     from . import visualize
     from .images import png
-    from .images.compare import settings_of
+    from .images.generate import settings_of
 
     request = _request(options)
     folder = Path(options.output)

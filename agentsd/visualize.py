@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .config import AgentConfig, Phase
-from .images.compare import generate
+from .images.generate import run_pipeline
 from .images.request import Request
 from .merging import grid_cells, merge_tokens, merged_position
 from .patch import get_patch, patched
@@ -179,8 +179,7 @@ def _record(
 
         handle = attn.register_forward_pre_hook(record)
         try:
-            # "sd" leaves the model as it is: it is patched already, so that the hook above can see inside.
-            image = generate(pipe, request, method="sd", **extra).image
+            image, _, _ = run_pipeline(pipe, request, **extra)
         finally:
             handle.remove()
     return image, views, num_calls

@@ -49,7 +49,7 @@ def test_generate_compare(capsys, tmp_path):
     assert code == 0
     lines = out.splitlines()
     assert [line.split("  ")[0] for line in lines[:3]] == ["Stable Diffusion", "ToMeSD", "AgentSD"]
-    assert "1.00x" in lines[0] and "rough" in out and lines[-1] == str(path)
+    assert "1.00x" in lines[0] and "unstable" in out and lines[-1] == str(path)
     assert [entry["method"] for entry in read_settings(path)["compare"]] == ["sd", "tomesd", "agentsd"]
     assert Image.open(path).width > 3 * 64
 
