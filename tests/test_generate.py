@@ -395,7 +395,7 @@ def test_damaged_pictures(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"text", whole[:20], whole[:-2000], whole.replace(b"IDAT", b"IDXT")):
         path.write_bytes(content)
-        with pytest.raises(OSError, match="a.png: is not an image"):
+        with pytest.raises(OSError, match="a.png: is no picture"):
             read_settings(path)
     info = PngInfo()
     info.add_itxt(METADATA_KEY, "[1, 2]")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import html
 import io
 import itertools
@@ -19,6 +18,7 @@ from .generate import GeneratedImage, Step, generate, settings_of
 from .methods import METHODS, check_method, refuse_patched
 from .png import save_image
 from .request import Request
+from .settings import make_config
 from .warm_up import warm_up
 
 __all__ = [
@@ -35,8 +35,8 @@ __all__ = [
     "warm_up",
 ]
 
-USUAL_ROUNDS = 3
-_SECONDS_ENOUGH = 300.0
+USUAL_ROUNDS, SECONDS_ENOUGH = 3, 300.0
+"""Rounds where none are asked for: so many, or fewer once so many seconds have passed."""
 STABLE = 1.15
 """Timings are unstable where the rounds of one method differ by more than this factor."""
 
@@ -185,36 +185,9 @@ def compare_methods(
             result = generate(pipe, request, method, config)
             results[method] = results[method].with_run(result) if method in results else result
         total = sum(sum(result.all_seconds) for result in results.values())
-        if number >= (rounds or USUAL_ROUNDS) or (rounds is None and total > _SECONDS_ENOUGH):
+        if number >= (rounds or USUAL_ROUNDS) or (rounds is None and total > SECONDS_ENOUGH):
             break
     return Comparison(tuple(results[method] for method in methods))
-
-
-def make_config(config: AgentConfig | None = None, preset: str | None = None, **settings: Any) -> AgentConfig:
-    """The settings meant by a config, a preset's name and single fields; the later ones win.
-
-    Raises:
-        TypeError, ValueError: unknown name, or a value out of its range.
-    """
-    names = [field.name for field in dataclasses.fields(AgentConfig)]
-    unknown = sorted(set(settings) - set(names))
-    if unknown:
-        raise TypeError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(names)}")
-    if config is not None and not isinstance(config, AgentConfig):
-        raise TypeError(f"config={config!r}: must be an AgentConfig; single settings go by name, as in ratio=0.4")
-    return dataclasses.replace(config or AgentConfig(), **{**preset_fields(preset), **settings})
-
-
-def preset_fields(preset: str | None) -> dict[str, Any]:
-    """The fields that a preset sets; {} for None. Raises ValueError for an unknown name."""
-    from .. import config
-
-    presets = getattr(config, "PRESETS", {})
-    if preset is None:
-        return {}
-    if preset not in presets:
-        raise ValueError(f"preset={preset!r}: must be one of {', '.join(presets) or 'none: there are no presets yet'}")
-    return dict(presets[preset])
 
 
 def are_stable(results: Iterable[GeneratedImage]) -> bool:

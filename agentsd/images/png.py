@@ -44,7 +44,7 @@ def read_settings(path: str | Path) -> dict[str, Any] | None:
             image.load()
             text = image.info.get(METADATA_KEY)
     except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-        raise OSError(f"{Path(path).name}: is not an image that can be read, or is damaged ({error})") from error
+        raise OSError(f"{Path(path).name}: is no picture that can be read, or a damaged one ({error})") from error
     if not text:
         return None
     try:
