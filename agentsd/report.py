@@ -13,10 +13,13 @@ from diffusers.models.attention_processor import Attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import AgentConfig, Phase
-from .merging import grid_cells, tile_size
+from .layer_plan import plan_layer, token_grid
 from .patch import find_unet, get_patch
 from .report_text import as_html, as_text
-from .unet.processor import AgentAttnProcessor, token_grid
+from .unet.call import ACTIVE, is_ours
+from .unet.call import LastCall as UNetCall
+from .unet.installation import Installation, PatchedLayer
+from .unet.layers import class_name, own_latent_size
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,25 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class LastCall:
-    """The last UNet call of the patched model: image size in pixels, noise level and phase."""
+    """The last UNet call of the patched model.
+
+    Attributes:
+        height, width: image size in pixels.
+        timestep: noise level of the least noisy sample.
+        phase: of that sample.
+        notes: what else happened on a layer, by its name.
+    """
 
     height: int
     width: int
     timestep: float
     phase: Phase
+    notes: dict[str, str]
+
+    @classmethod
+    def of(cls, call: UNetCall, scale: int) -> LastCall:
+        """From what the patch noted, with the pixels per latent pixel."""
+        return cls(call.height * scale, call.width * scale, call.timestep, call.phase, dict(call.notes))
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,7 +96,8 @@ class Report:
         model: class of the pipeline or UNet.
         height, width: image size in pixels that the numbers hold for.
         config: the settings of the patch, None where there is none.
-        early_timestep: the agent phase is at this timestep and above; None where there is no patch or no such phase.
+        early_timestep: the agent phase is at this timestep and above; None where there is no patch or no such phase, as
+            with a scheduler that counts noise levels.
         layers: every layer in the place of self-attention.
         unet_multiply_adds: of one unpatched call of the whole UNet for one image (twice that with guidance); None for
             a kind of UNet whose extra inputs are not known here.
@@ -150,7 +167,7 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
     unet = find_unet(model)
     latent_height, latent_width, scale = _latent_size(model, unet, height, width)
     patch = get_patch(model)
-    call = getattr(patch, "last_call", None)
+    call = patch.last_call if patch else None
     layers = []
     if patch is None:
         for name, module in unet.named_modules():
@@ -161,8 +178,7 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
             name = layer.state.name
             grid = token_grid(latent_height, latent_width, layer.state.downsample)
             outcome = call.outcomes.get(name, "") if call else ""
-            status = _status(layer, grid, patch.config, call, outcome)
-            report = _layer_report(name, status, layer.attn, grid, patch.config)
+            report = _layer_report(name, _status(layer, grid, patch.config, call), layer.attn, grid, patch.config)
             layers.append(dataclasses.replace(report, last_call=outcome))
         layers += [LayerReport(name, f"left alone: {reason}") for name, reason in patch.skipped]
         order = {name: i for i, (name, _) in enumerate(unet.named_modules())}
@@ -173,35 +189,35 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
         height=latent_height * scale,
         width=latent_width * scale,
         config=config,
-        early_timestep=config.first_agent_timestep(patch.num_train_timesteps)
-        if patch and config and config.early
-        else None,
+        early_timestep=_early_timestep(patch) if patch else None,
         layers=tuple(
             dataclasses.replace(layer, self_attention=not _attends_to_text_only(unet, layer.name)) for layer in layers
         ),
         unet_multiply_adds=_unet_multiply_adds(unet, latent_height, latent_width),
-        assumed_timesteps=None if patch is None or hasattr(model, "scheduler") else patch.num_train_timesteps,
-        last_call=LastCall(call.height * scale, call.width * scale, call.timestep, call.phase) if call else None,
+        assumed_timesteps=patch.num_train_timesteps if patch and patch.schedule.refresh().assumed else None,
+        last_call=LastCall.of(call, scale) if call else None,
     )
 
 
-def _status(layer: Any, grid: tuple[int, int], config: AgentConfig, call: Any, outcome: str) -> str:
-    """What stands on a patched layer, for tokens on a grid, and whether it ran in the last call (None: no call yet)."""
-    processor = layer.attn.processor
-    if not isinstance(processor, AgentAttnProcessor):
-        return f"replaced by {type(processor).__name__}: call apply_patch again"
-    if not _has_a_cell(grid, config, *Phase):
+def _early_timestep(patch: Installation) -> float | None:
+    """The least noisy timestep of the agent phase, None where no step is in it."""
+    if patch.config.early == 0 or patch.schedule.refresh().noise_levels:
+        return None
+    return patch.config.first_agent_timestep(patch.num_train_timesteps)
+
+
+def _status(layer: PatchedLayer, grid: tuple[int, int], config: AgentConfig, call: UNetCall | None) -> str:
+    """What stands on a patched layer, for tokens on a grid, and whether it ran in the last call."""
+    if not is_ours(layer):
+        return f"replaced by {class_name(layer.attn.processor)}: call apply_patch again"
+    if not any(plan_layer(config, phase, grid).num_dst for phase in Phase):
         return f"left alone: its {grid[0]}×{grid[1]} grid is smaller than a cell"
-    # Where the last call had nothing to do, by its phase or its size, the layer is none the less in order.
-    if outcome in ("", "active") or not config.acts_in(call.phase):
+    outcome = call.outcomes.get(layer.state.name, ACTIVE) if call else ACTIVE
+    if call is None or outcome == ACTIVE:
         return "active"
-    if not _has_a_cell(token_grid(call.height, call.width, layer.state.downsample), config, call.phase):
-        return "active"
-    return f"not active in the last call: {outcome}"
-
-
-def _has_a_cell(grid: tuple[int, int], config: AgentConfig, *phases: Phase) -> bool:
-    return any(grid_cells(*grid, config.stride(phase, grid)) for phase in phases)
+    # Where the settings have nothing to do at that phase and size, the patch is in order none the less.
+    planned = plan_layer(config, call.phase, token_grid(call.height, call.width, layer.state.downsample))
+    return "active" if planned.action == "none" else f"not active in the last call: {outcome}"
 
 
 def _attends_to_text_only(unet: torch.nn.Module, name: str) -> bool:
@@ -212,8 +228,7 @@ def _attends_to_text_only(unet: torch.nn.Module, name: str) -> bool:
 
 def _latent_size(model: Any, unet: UNet2DConditionModel, height: int | None, width: int | None) -> tuple[int, int, int]:
     scale = getattr(model, "vae_scale_factor", 8)
-    size = unet.config.sample_size or 64
-    default = size if isinstance(size, (tuple, list)) else (size, size)
+    default = own_latent_size(unet)
     latent = []
     for name, value, own in (("height", height, default[0]), ("width", width, default[1])):
         if value is None:
@@ -238,26 +253,18 @@ def _layer_report(name: str, status: str, attn: Attention, grid: tuple[int, int]
 def _phase_cost(
     phase: Phase, grid: tuple[int, int], channels: int, inner: int, config: AgentConfig, unpatched: int
 ) -> PhaseCost:
-    tokens = grid[0] * grid[1]
-    stride = config.stride(phase, grid)
-    num_dst = grid_cells(*grid, stride)
-    if num_dst == 0 or not config.acts_in(phase):
+    plan = plan_layer(config, phase, grid)
+    tokens, left, keys, agents = plan.num_tokens, plan.num_left, plan.num_keys, plan.num_agents
+    if plan.action == "none":
         return PhaseCost(tokens, tokens, 0, unpatched)
-    if phase is Phase.MERGE and config.late == "downsample":
-        multiply_adds = 2 * (tokens + num_dst) * channels * inner + 2 * tokens * num_dst * inner
-        return PhaseCost(tokens, num_dst, 0, multiply_adds)
-    num_src = tokens - num_dst
-    merged = tokens - min(num_src, config.num_merged(tokens))
-    if phase is Phase.MERGE and merged == tokens:
-        return PhaseCost(tokens, tokens, 0, unpatched)
-    tile = tile_size(*grid, stride, config.match_tile or max(grid))
-    matching = num_src * num_dst * channels * math.prod(tile) // tokens
-    projections = 4 * merged * channels * inner
-    if phase is Phase.MERGE:
-        return PhaseCost(merged, merged, 0, matching + projections + 2 * merged**2 * inner)
-    agents = tokens - config.num_merged_for_agents(tokens, num_src)
-    attention = 4 * merged * agents * inner + (merged * inner if config.alpha else 0)
-    return PhaseCost(merged, merged, agents, matching + projections + agents * channels * inner + attention)
+    if plan.action == "downsample":
+        return PhaseCost(left, keys, 0, 2 * (left + keys) * channels * inner + 2 * left * keys * inner)
+    matching = plan.num_src * plan.num_dst * channels * math.prod(plan.tile or grid) // tokens
+    projections = 4 * left * channels * inner
+    if plan.action == "merge":
+        return PhaseCost(left, keys, 0, matching + projections + 2 * left * keys * inner)
+    attention = 4 * left * agents * inner + (left * inner if config.alpha else 0)
+    return PhaseCost(left, keys, agents, matching + projections + agents * channels * inner + attention)
 
 
 def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_width: int) -> int | None:

@@ -66,6 +66,10 @@ def _introduction(report: Report) -> list[str]:
         lines.append("settings: " + _settings(report.config))
     if report.last_call is not None:
         lines.append(_last_call(report))
+        notes: dict[str, int] = {}
+        for note in report.last_call.notes.values():
+            notes[note] = notes.get(note, 0) + 1
+        lines += [f"  on {count} layers: {note}" for note, count in notes.items()]
     return lines
 
 
@@ -79,7 +83,10 @@ def _headline(report: Report) -> str:
     if report.early_timestep is None:
         nothing = "ratio=0" if report.config.late == "merge" else f"late={report.config.late!r}"
         changes = report.config.acts_in(Phase.MERGE)
-        when = f"{later} in every step" if changes else f"but {nothing} and early=0 change nothing"
+        without = "early=0" if report.config.early == 0 else "a scheduler that counts noise levels, not timesteps,"
+        when = f"{later} in every step" if changes else f"but {nothing} and {without} change nothing"
+        if changes and report.config.early > 0:
+            when += ", as the scheduler counts noise levels, not timesteps"
     else:
         when = f"agent attention at timesteps ≥ {report.early_timestep:g}, {later} below"
         if report.assumed_timesteps:
@@ -119,7 +126,7 @@ def _tables(report: Report) -> list[tuple[str, list[tuple[str, ...]]]]:
         each = f"{len(layers)} layers, each" if len(layers) > 1 else "1 layer,"
         title = f"{each} {first.grid[0]}×{first.grid[1]} = {first.tokens} tokens: {_places(layers)}"
         rows = [_HEADER, ("unpatched", *map(str, (first.tokens, first.tokens, "-")), _millions(first.multiply_adds))]
-        for phase in phases_in_use(report.config):
+        for phase in phases_in_use(report):
             cost = first.phases[phase.value]
             agents = str(cost.agents or "-")
             rows.append((phase.value, str(cost.tokens_left), str(cost.keys), agents, _millions(cost.multiply_adds)))
@@ -132,7 +139,7 @@ def _closing(report: Report) -> list[str]:
     if not report.active:
         return []
     before = report.self_attention_multiply_adds()
-    phases = phases_in_use(report.config)
+    phases = phases_in_use(report)
     after = {phase: report.self_attention_multiply_adds(phase) / before for phase in phases}
     if report.unet_multiply_adds is None:
         shares = ", ".join(f"{part:.1%} in the {phase.value} phase" for phase, part in after.items())
@@ -156,11 +163,12 @@ def _others(report: Report) -> list[str]:
     return [f"{len(layers)} {status}: {_places(layers)}" for status, layers in others.items()]
 
 
-def phases_in_use(config: AgentConfig | None) -> list[Phase]:
-    """The phases that a run goes through with these settings."""
-    if config is None:
+def phases_in_use(report: Report) -> list[Phase]:
+    """The phases that a run goes through with the report's settings and scheduler."""
+    if report.config is None:
         return []
-    return [Phase.AGENT] * (config.early > 0) + [Phase.MERGE] * (config.early < 1)
+    has_agents = report.early_timestep is not None
+    return [Phase.AGENT] * has_agents + [Phase.MERGE] * (report.config.early < 1 or not has_agents)
 
 
 def _places(layers: Iterable[LayerReport]) -> str:

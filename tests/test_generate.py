@@ -344,7 +344,7 @@ def test_warm_up_calls_the_unet_once_per_phase_in_use(scheduler, early, phases):
 
     def record(module, args):
         patch = get_patch(pipe)
-        seen.append(patch and patch.run.phase)
+        seen.append(patch and patch.phase)
 
     handle = find_layers(pipe.unet, AgentConfig())[0][0][1].register_forward_pre_hook(record)
     steps = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -147,25 +147,43 @@ def test_an_assumed_schedule_is_called_assumed():
 
 def test_what_happened_in_the_last_call_is_told():
     pipe = agentsd.apply_patch(make_pipeline())
-    patch = get_patch(pipe)
-    names = [layer.state.name for layer in patch.layers]
-    outcomes = {names[0]: "active", names[1]: "its processor never ran", names[2]: "active"}
-    patch.last_call = SimpleNamespace(height=16, width=24, timestep=981.0, phase=Phase.AGENT, outcomes=outcomes)
+    assert "last call" not in str(agentsd.describe(pipe))
+    call_unet(pipe.unet, timestep=981, size=(16, 24))
+    assert "last call: 192×128 px, timestep 981, agent phase: active on 3 of 3 patched layers" in as_text(
+        agentsd.describe(pipe), 500
+    )
+    attn = get_patch(pipe).layers[1].attn
+    attn.forward = lambda hidden_states, **kwargs: hidden_states  # as T-GATE and others do
+    with pytest.warns(UserWarning, match="bypassed"):
+        call_unet(pipe.unet, timestep=981)
     report = agentsd.describe(pipe)
     text = as_text(report, 500)
-    assert "last call: 192×128 px, timestep 981, agent phase: active on 2 of 3 patched layers" in text
-    assert len(report.active) == 2 and "1 not active in the last call: its processor never ran: " in text
+    assert "active on 2 of 4 self-attention layers" in text and "active on 2 of 3 patched layers" in text
+    assert len(report.active) == 2 and "1 not active in the last call: bypassed, its attention has the forward" in text
     assert json.loads(json.dumps(report.to_dict()))["last_call"]["phase"] == "agent"
-    # a call that had nothing to do says nothing against the patch
-    small = SimpleNamespace(
-        height=2, width=2, timestep=981.0, phase=Phase.AGENT, outcomes=dict.fromkeys(names, "small")
-    )
-    patch.last_call = small
-    assert len(agentsd.describe(pipe).active) == 3
-    agentsd.apply_patch(pipe, late="full")
-    late = SimpleNamespace(height=16, width=16, timestep=1.0, phase=Phase.MERGE, outcomes=dict.fromkeys(names, "full"))
-    get_patch(pipe).last_call = late
-    assert len(agentsd.describe(pipe).active) == 3
+
+
+def test_a_call_that_had_nothing_to_do_says_nothing_against_the_patch():
+    unet = agentsd.apply_patch(make_unet(), late="full")
+    call_unet(unet, timestep=1)
+    report = agentsd.describe(unet)
+    assert len(report.active) == 3 and "merge phase: active on 0 of 3 patched layers" in as_text(report, 500)
+    with pytest.warns(UserWarning, match="smaller than a cell"):
+        call_unet(unet, timestep=999, size=(2, 2))
+    assert len(agentsd.describe(unet).active) == 3
+
+
+def test_notes_of_the_last_call_and_a_scheduler_of_noise_levels():
+    pipe = agentsd.apply_patch(make_pipeline())
+    call_unet(pipe.unet)
+    patch = get_patch(pipe)
+    notes = {layer.state.name: "its attn2 knows places" for layer in patch.layers}
+    patch.last_call = dataclasses.replace(patch.last_call, notes=notes)
+    assert "on 3 layers: its attn2 knows places" in str(agentsd.describe(pipe))
+    pipe.scheduler = diffusers.EDMEulerScheduler()
+    report = agentsd.describe(pipe)
+    assert report.early_timestep is None and "agent   " not in str(report)
+    assert "token merging in every step, as the scheduler counts noise levels" in as_text(report, 500)
 
 
 def test_unpatched_says_so():
