@@ -34,8 +34,8 @@ def pipe():
     return make_pipeline()
 
 
-def pixels(drawing):
-    return np.asarray(drawing.image)
+def pixels(result):
+    return np.asarray(result.image)
 
 
 def test_methods_differ_and_repeat_exactly(pipe):
@@ -178,11 +178,11 @@ def test_unstable_timings_are_called_unstable():
     assert (unstable < 200).sum() > (stable < 200).sum()  # the caption says so too
 
 
-def test_saved_picture_can_be_drawn_again_from_itself(pipe, tmp_path):
+def test_saved_image_can_be_generated_again_from_itself(pipe, tmp_path):
     config = AgentConfig(ratio=0.3, merge_stride=(2, 4), seed=7)
-    drawing = generate(pipe, REQUEST, "agentsd", config)
+    result = generate(pipe, REQUEST, "agentsd", config)
     path = tmp_path / "zebra.png"
-    save_image(drawing.image, path, drawing.settings)
+    save_image(result.image, path, result.settings)
     settings = read_settings(path)
     fields = {name: settings[name] for name in Request.__dataclass_fields__}
     patch = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["patch"].items()}
@@ -307,17 +307,17 @@ def test_each_step_is_told_and_does_not_count(pipe):
         steps.append(step)
         time.sleep(0.3)
 
-    drawing = generate(pipe, REQUEST, "agentsd", None, slow)
+    result = generate(pipe, REQUEST, "agentsd", None, slow)
     plain = generate(pipe, REQUEST, "agentsd")
-    assert np.array_equal(pixels(drawing), pixels(plain))
+    assert np.array_equal(pixels(result), pixels(plain))
     assert [step.number for step in steps] == [1, 2, 3, 4, 5] and {step.total for step in steps} == {5}  # PLMS
     assert [step.timestep for step in steps] == sorted((step.timestep for step in steps), reverse=True)
     assert steps[-1].latents.shape == (1, 4, 16, 16) and not torch.equal(steps[0].latents, steps[-1].latents)
-    assert drawing.seconds < 5 * 0.3 + plain.seconds * 0.9  # the sleeps alone took 1.5 s
+    assert result.seconds < 5 * 0.3 + plain.seconds * 0.9  # the sleeps alone took 1.5 s
 
 
 @pytest.mark.parametrize("method", ["sd", "tomesd", "agentsd"])
-def test_what_a_step_raises_ends_the_drawing_and_leaves_the_model(pipe, method):
+def test_what_a_step_raises_ends_the_run_and_leaves_the_model(pipe, method):
     class Enough(Exception):
         pass
 
@@ -374,7 +374,7 @@ def test_warm_up_with_step_caching_makes_whole_and_cached_calls_in_each_phase():
     assert warm_up_timesteps(None, 1000) == [999]
 
 
-def test_runs_of_one_drawing_are_collected():
+def test_runs_of_one_image_are_collected():
     image = Image.new("RGB", (8, 8))
     one = GeneratedImage("sd", image, (1.0,), {}, 5).with_run(GeneratedImage("sd", image, (3.0,), {}, 9))
     assert (one.all_seconds, one.peak_bytes) == ((1.0, 3.0), 9)
@@ -389,7 +389,7 @@ def test_the_end_of_a_prompt_that_is_not_read(pipe):
     assert unread_part(object(), "a zebra") == ""
 
 
-def test_damaged_pictures(tmp_path):
+def test_damaged_images(tmp_path):
     path = tmp_path / "a.png"
     save_image(Image.effect_noise((64, 64), 90), path, {"prompt": "a"})
     whole = path.read_bytes()
