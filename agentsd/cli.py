@@ -209,8 +209,22 @@ class _Converter:
 def _config(options: argparse.Namespace) -> AgentConfig:
     from .images.settings import make_config
 
-    fields = {name.removeprefix("patch_"): value for name, value in vars(options).items() if name.startswith("patch_")}
-    return make_config(preset=getattr(options, "preset", None), **fields)
+    return make_config(preset=getattr(options, "preset", None), **_given_fields(options))
+
+
+def _given_fields(options: argparse.Namespace) -> dict[str, Any]:
+    return {name.removeprefix("patch_"): value for name, value in vars(options).items() if name.startswith("patch_")}
+
+
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """Raise ValueError for settings of the patch that the chosen method would ignore."""
+    used = {"sd": (), "tomesd": ("ratio", "use_rand", "seed")}.get(options.method)
+    if used is None or options.compare:
+        return
+    unused = [name for name in _given_fields(options) if name not in used]
+    unused += ["preset"] if getattr(options, "preset", None) and not used else []
+    if unused:
+        raise ValueError(f"{', '.join(unused)}: no setting of --method {options.method}; leave it out or use agentsd")
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -222,6 +236,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise ValueError(f"rounds={options.rounds}: must lie in 1 … 100")
     if options.rounds is not None and not options.compare:
         raise ValueError("rounds: belongs to --compare; a single image is generated once")
+    _refuse_unused(options)
     from .images import compare, png, progress
     from .images.methods import METHODS
 

@@ -167,6 +167,8 @@ def test_models_from_folders(capsys, tmp_path):
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--rounds", "2"], "rounds: belongs to --compare"),
         (["--compare", "--rounds", "0"], "rounds=0"),
+        (["--method", "sd", "--ratio", "0.3"], "ratio: no setting of --method sd"),
+        (["--method", "tomesd", "--ratio", "0.3", "--early", "1"], "early: no setting of --method tomesd"),
         (["--model", "nobody/nothing"], "could not be fetched"),
         (["--model", "./nowhere"], "there is no folder"),
     ],

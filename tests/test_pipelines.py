@@ -1,4 +1,4 @@
-"""pipelines.py and the built-in model: it loads with no network and generates what it should, and others load as well."""
+"""pipelines.py and the built-in model: it loads offline and generates what it should, and others load as well."""
 
 from __future__ import annotations
 
