@@ -40,13 +40,20 @@ def as_text(report: Report, width: int = USUAL_WIDTH) -> str:
 
 def as_html(report: Report) -> str:
     """The report for a notebook: paragraphs and tables."""
-    out = [f"<p>{html.escape(part)}</p>" for part in _introduction(report)]
-    for title, rows in _tables(report):
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-        out.append(
-            f"<table><caption>{html.escape(title)}</caption>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-        )
-    return "\n".join([*out, *(f"<p>{html.escape(part)}</p>" for part in [*_closing(report), *_others(report)])])
+
+    def paragraphs(parts: list[str]) -> list[str]:
+        return [f"<p>{html.escape(part)}</p>" for part in parts]
+
+    def row(cells: tuple[str, ...], kind: str) -> str:
+        first, *numbers = (html.escape(cell) for cell in cells)
+        aligned = "".join(f'<{kind} style="text-align:right">{cell}</{kind}>' for cell in numbers)
+        return f"<tr><{kind}>{first}</{kind}>{aligned}</tr>"
+
+    out = paragraphs(_introduction(report))
+    for title, (header, *rows) in _tables(report):
+        body = row(header, "th") + "".join(row(cells, "td") for cells in rows)
+        out += [*paragraphs([title]), f"<table>{body}</table>"]
+    return "\n".join([*out, *paragraphs(_closing(report)), *paragraphs(_others(report))])
 
 
 def every_layer(report: Report) -> str:

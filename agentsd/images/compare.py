@@ -199,22 +199,31 @@ def are_stable(results: Iterable[GeneratedImage]) -> bool:
 
 
 def comparison_image(results: Iterable[GeneratedImage]) -> Image.Image:
-    """The images side by side; under each its method, seconds ("unstable" if they vary) and speed-up over the first."""
+    """The images side by side; under each its method, seconds, speed-up over the first, and "unstable" if they vary."""
     results = list(results)
     width, height = results[0].image.size
     size = max(13, width // 18)
-    margin, caption = max(8, width // 32), int(size * 3.6)
-    canvas = Image.new("RGB", ((width + margin) * len(results) + margin, height + caption + margin), "white")
+    margin, line = max(8, width // 32), int(size * 1.3)
+    lines = 2 if are_stable(results) else 3
+    canvas = Image.new("RGB", ((width + margin) * len(results) + margin, height + 2 * margin + line * lines), "white")
     pen = ImageDraw.Draw(canvas)
-    large, small = ImageFont.load_default(size), ImageFont.load_default(int(size * 0.85))
     for i, result in enumerate(results):
-        left = margin + i * (width + margin)
+        left, top = margin + i * (width + margin), 2 * margin + height - size // 3
         canvas.paste(result.image, (left, margin))
-        top = margin + height + size // 3
-        pen.text((left, top), _title(result), font=large, fill="black")
-        timing = _timing(result, results[0]) + ("" if are_stable(results) else " (unstable)")
-        pen.text((left, top + size * 1.4), timing, font=small, fill="#555555")
+        caption = [(_title(result), 1.0, "black"), (_timing(result, results[0]), 0.85, "#555555")]
+        caption += [("unstable timing", 0.85, "#555555")] * (lines - 2)
+        for row, (text, scale, colour) in enumerate(caption):
+            pen.text((left, top + row * line), text, font=_fitting_font(text, int(size * scale), width), fill=colour)
     return canvas
+
+
+def _fitting_font(text: str, size: int, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of a size, or of the largest below it that keeps a text within a width."""
+    font = ImageFont.load_default(size)
+    while size > 6 and font.getlength(text) > width:
+        size -= 1
+        font = ImageFont.load_default(size)
+    return font
 
 
 def _title(result: GeneratedImage) -> str:
