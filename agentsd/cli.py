@@ -9,7 +9,8 @@ import sys
 from typing import Any, NoReturn
 
 from . import commands
-from .config import AgentConfig
+from .config import PRESETS, AgentConfig
+from .images.settings import make_config
 
 _METHODS = ("sd", "tomesd", "agentsd")
 
@@ -162,11 +163,8 @@ _FIELD_OPTIONS = {"seed": "--patch-seed", "use_rand": "--rand"}
 
 def _add_patch(parser: argparse.ArgumentParser) -> None:
     """Add an option for each field of AgentConfig, by its type; the preset decides the fields that are not given."""
-    from .images.settings import PRESETS
-
     group = parser.add_argument_group("the patch (the fields of agentsd.AgentConfig)")
-    if PRESETS:
-        group.add_argument("--preset", choices=list(PRESETS), help="settings to start from; single options win over it")
+    group.add_argument("--preset", choices=list(PRESETS), help="settings to start from; single options win over it")
     for field in dataclasses.fields(AgentConfig):
         option = _FIELD_OPTIONS.get(field.name, "--" + field.name.replace("_", "-"))
         text = _FIELD_HELP.get(field.name, "see AgentConfig")
@@ -207,8 +205,6 @@ class _Converter:
 
 
 def _config(options: argparse.Namespace) -> AgentConfig:
-    from .images.settings import make_config
-
     return make_config(preset=getattr(options, "preset", None), **_given_fields(options))
 
 

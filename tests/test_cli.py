@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from agentsd import AgentConfig, cli
-from agentsd.images import settings
+from agentsd.config import PRESETS
 from agentsd.images.png import read_settings
 
 QUICK = ["--steps", "4", "--height", "64", "--width", "64"]
@@ -83,23 +83,21 @@ def test_every_setting_has_an_option_with_help():
     given = (
         "--ratio 0.3 --early 1 --late full --alpha 0 --broadcast-exponent -0.5 --agent-ratio 0.9 --agent-stride 8x4 "
         "--merge-stride 3 --max-agents 100 --max-keys none --match-tile 16 --max-downsample 2 --no-rand --patch-seed 9 "
-        "--merge-crossattn --merge-mlp --no-upcast"
+        "--merge-crossattn --merge-mlp --no-upcast --cache-interval 3 --cache-order 0 --cache-depth 2"
     )
     options = cli._parser().parse_args(["info", *given.split()])
     assert cli._config(options) == AgentConfig(
         ratio=0.3, early=1.0, late="full", alpha=0.0, broadcast_exponent=-0.5, agent_ratio=0.9, agent_stride=(8, 4),
         merge_stride=3, max_agents=100, max_keys=None, match_tile=16, max_downsample=2, use_rand=False, seed=9,
-        merge_crossattn=True, merge_mlp=True, upcast=False,
+        merge_crossattn=True, merge_mlp=True, upcast=False, cache_interval=3, cache_order=0, cache_depth=2,
     )  # fmt: skip
     assert cli._config(cli._parser().parse_args(["info"])) == AgentConfig()
 
 
-def test_a_preset_is_the_start_and_single_options_win(monkeypatch):
-    monkeypatch.setattr(settings, "PRESETS", {"coarse": {"ratio": 0.6, "early": 0.1}, "fine": {"ratio": 0.1}})
-    options = cli._parser().parse_args(["info", "--preset", "coarse", "--early", "0.9"])
-    assert cli._config(options) == AgentConfig(ratio=0.6, early=0.9)
-    with pytest.raises(ValueError, match="preset='magic': must be one of coarse, fine"):
-        settings.make_config(preset="magic")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_the_start_and_single_options_win(preset):
+    options = cli._parser().parse_args(["info", "--preset", preset, "--early", "0.9"])
+    assert cli._config(options) == AgentConfig(**{**PRESETS[preset], "early": 0.9})
 
 
 def test_a_prompt_that_the_demo_model_does_not_know(capsys, tmp_path):
@@ -123,7 +121,7 @@ def test_visualize(capsys, tmp_path):
     assert view["layer"].startswith("up_blocks.3.attentions.1") and view["call"] == 0
     code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--call", "4")
     assert code == 0 and sorted(os.listdir(folder)) == ["image.png", "merge_map.png"]  # no agents, none left over
-    assert "no agents\n--call: only call 0 of 0 … 4 has agents" in out
+    assert "no agents\n--call: only call 0 has agents, of 0 … 4" in out
     (folder / "agents.png").mkdir()
     before = (folder / "image.png").read_bytes()
     code, _, err = run(capsys, "visualize", "a frog", "-o", folder, *QUICK, "--call", "0")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import agentsd
 from agentsd import AgentConfig, Phase
+from agentsd.config import PRESETS
 from agentsd.images.compare import Comparison, are_stable, comparison_image
 from agentsd.images.generate import GeneratedImage, generate, settings_of
 from agentsd.images.methods import METHODS, use_method
@@ -117,10 +117,13 @@ def test_settings_of_a_comparison_by_name_and_by_config(pipe):
         pipe, "a zebra", steps=1, rounds=1, methods=["agentsd"], config=AgentConfig(seed=5, ratio=0.2), ratio=0.3
     )
     assert comparison["agentsd"].settings["patch"] == dataclasses.asdict(AgentConfig(seed=5, ratio=0.3))
+    fast = agentsd.compare(pipe, "a zebra", steps=1, rounds=1, methods=["agentsd"], preset="fast", ratio=0.3)
+    assert fast["agentsd"].settings["patch"] == dataclasses.asdict(AgentConfig(**PRESETS["fast"], ratio=0.3))
     for arguments, error, message in [
         ({"rato": 0.3}, TypeError, "unknown setting rato; the settings are ratio"),
         ({"config": 0.3}, TypeError, "config=0.3: must be an AgentConfig"),
-        ({"preset": "magic"}, ValueError, "preset='magic'"),
+        ({"preset": "magic"}, ValueError, "preset='magic': must be one of paper, fast"),
+        ({"preset": "fast", "config": AgentConfig()}, TypeError, "config and preset"),
         ({"rounds": 0}, ValueError, "rounds=0: must lie in 1 … 100"),
         ({"rounds": 1.5}, TypeError, "rounds=1.5"),
         ({"methods": []}, ValueError, "methods="),
@@ -368,10 +371,19 @@ def test_an_interrupted_warm_up_leaves_the_pipeline(pipe):
     assert pipe.scheduler is before and get_patch(pipe) is None
 
 
-def test_warm_up_with_step_caching_makes_whole_and_cached_calls_in_each_phase():
-    config = SimpleNamespace(cache_interval=3, phase_at=AgentConfig(early=0.4).phase_at)
+def test_warm_up_with_step_caching_makes_whole_and_cached_calls_in_each_phase(pipe):
+    config = AgentConfig(cache_interval=3)
     assert warm_up_timesteps(config, 1000) == [999, 998, 997, 996, 995, 4, 3, 2, 1, 0]
     assert warm_up_timesteps(None, 1000) == [999]
+    seen = []
+
+    def record(step):
+        call = get_patch(pipe).last_call
+        seen.append((call.phase.value, call.cached))
+
+    warm_up(pipe, REQUEST, "agentsd", config, record)
+    whole_cached = [False, True, True, False, True]
+    assert seen == [(phase, cached) for phase in ("agent", "merge") for cached in whole_cached]
 
 
 def test_runs_of_one_image_are_collected():

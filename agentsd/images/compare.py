@@ -118,6 +118,7 @@ def compare(
     prompt: str,
     *,
     config: AgentConfig | None = None,
+    preset: str | None = None,
     negative_prompt: str = "",
     steps: int = 50,
     guidance: float = 7.5,
@@ -138,12 +139,13 @@ def compare(
         pipe: an unpatched text-to-image pipeline with a UNet; unpatched again afterwards.
         prompt: what the image shows.
         config: settings of the patch; None takes the defaults.
+        preset: a name from `agentsd.config.PRESETS`, in place of a config.
         negative_prompt, steps, guidance, seed, height, width: as in `Request`; `seed` is that of the initial noise.
         methods: keys of METHODS: "sd" (the model as it is), "tomesd" (ToMeSD), "agentsd". Speed-ups are over the first.
         rounds: how many times each method is timed; None times three times, or fewer once five minutes have passed.
         on_round: called with (method, round) before each run; round 0 is the warm-up.
-        **settings: fields of AgentConfig by name (`ratio=0.5`), or `preset="fast"`; they win over `config`. The seed of
-            the patch is set by `config`.
+        **settings: fields of AgentConfig by name (`ratio=0.5`); they win over config or preset. The seed of the patch
+            is set by `config`.
 
     Returns:
         A Comparison: print it, index it by method, or show its `figure()`.
@@ -157,7 +159,7 @@ def compare(
         >>> comparison.speed_up("agentsd"), comparison["agentsd"].image
     """
     request = Request(prompt, negative_prompt, steps, guidance, seed, height, width)
-    return compare_methods(pipe, request, make_config(config, **settings), methods, rounds, on_round)
+    return compare_methods(pipe, request, make_config(config, preset, **settings), methods, rounds, on_round)
 
 
 def compare_methods(

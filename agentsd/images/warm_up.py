@@ -63,9 +63,8 @@ def warm_up_timesteps(config: AgentConfig | None, num_train_timesteps: int) -> l
     """Falling timesteps that go through every phase which the settings use; a single one where there is no patch."""
     if config is None:
         return [num_train_timesteps - 1]
-    interval = getattr(config, "cache_interval", 1)
     # With step caching: a whole call, the cached ones, a second whole one and a cached one that extrapolates.
-    calls = 1 if interval == 1 else interval + 2
+    calls = 1 if config.cache_interval == 1 else config.cache_interval + 2
     highest = {Phase.AGENT: num_train_timesteps - 1, Phase.MERGE: calls - 1}
     timesteps = []
     for phase, top in highest.items():
