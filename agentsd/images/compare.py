@@ -230,7 +230,10 @@ def _fitting_font(text: str, size: int, width: int) -> ImageFont.FreeTypeFont | 
 
 def _title(result: GeneratedImage) -> str:
     patch = result.settings.get("patch")
-    return METHODS[result.method] + (f"  ratio {patch['ratio']:g}" if patch else "")
+    if not patch:
+        return METHODS[result.method]
+    interval = patch.get("cache_interval", 1)
+    return f"{METHODS[result.method]}  ratio {patch['ratio']:g}" + (f", caching {interval}" if interval > 1 else "")
 
 
 def _timing(result: GeneratedImage, base: GeneratedImage) -> str:
