@@ -9,8 +9,7 @@ import sys
 from typing import Any, NoReturn
 
 from . import commands
-from .config import PRESETS, AgentConfig
-from .images.settings import make_config
+from .config import PRESETS, AgentConfig, make_config
 
 _METHODS = ("sd", "tomesd", "agentsd")
 

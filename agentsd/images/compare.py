@@ -13,12 +13,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import AgentConfig
+from ..config import AgentConfig, make_config
 from .generate import GeneratedImage, Step, generate, settings_of
 from .methods import METHODS, check_method, refuse_patched
 from .png import save_image
 from .request import Request
-from .settings import make_config
 from .warm_up import warm_up
 
 __all__ = [
