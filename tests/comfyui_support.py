@@ -1,0 +1,67 @@
+"""ComfyUI in an environment of its own: the tests talk to a worker process in it.
+
+`.ci/comfyui FOLDER` prepares that environment; AGENTSD_COMFYUI names the folder. Without it the tests are skipped,
+unless AGENTSD_REQUIRE_COMFYUI says that it must be there.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def comfyui_folder() -> Path:
+    """The folder that `.ci/comfyui` prepared; skips the test where there is none."""
+    named = os.environ.get("AGENTSD_COMFYUI", "")
+    folder = Path(named)
+    if named and (folder / "ComfyUI" / "main.py").is_file():
+        return folder.resolve()
+    message = f"AGENTSD_COMFYUI={named!r} is no folder with ComfyUI; `.ci/comfyui FOLDER` prepares one"
+    if os.environ.get("AGENTSD_REQUIRE_COMFYUI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def environment() -> dict[str, str]:
+    """Variables for processes in ComfyUI's environment: this tree's agentsd, one thread."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+class Worker:
+    """tests/comfyui_worker.py in a process: `worker("function", argument=…)` calls a function there."""
+
+    def __init__(self, folder: Path):
+        self.process = subprocess.Popen(
+            [folder / "venv" / "bin" / "python", Path(__file__).with_name("comfyui_worker.py"), folder / "ComfyUI"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(),
+        )
+
+    def __call__(self, function: str, **arguments: Any) -> Any:
+        """Call a function of the worker. Raises RuntimeError with its traceback where it raised."""
+        pickle.dump((function, arguments), self.process.stdin)
+        self.process.stdin.flush()
+        failure, result = pickle.load(self.process.stdout)
+        if failure:
+            raise RuntimeError(failure)
+        return result
+
+    def close(self) -> None:
+        self.process.kill()  # ComfyUI's own way to the exit takes seconds
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def comfyui():
+    """A worker in ComfyUI's environment."""
+    worker = Worker(comfyui_folder())
+    yield worker
+    worker.close()

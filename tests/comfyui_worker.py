@@ -1,0 +1,317 @@
+"""Runs in ComfyUI's environment and calls its functions on tiny models; tests/comfyui_support.py talks to it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import pickle
+import sys
+import traceback
+from pathlib import Path
+
+# What ComfyUI prints must not get between the answers.
+_answers = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)
+# The node must not need diffusers. ComfyUI does not either.
+sys.modules["diffusers"] = None
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, sys.argv[1])
+
+import comfy.cli_args  # noqa: E402
+
+comfy.cli_args.args.cpu = True
+comfy.cli_args.args.use_pytorch_cross_attention = True
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+import comfy.ldm.modules.diffusionmodules.mmdit  # noqa: E402
+import comfy.model_base  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.model_sampling  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.supported_models_base  # noqa: E402
+import comfy.utils  # noqa: E402
+from comfy_extras.nodes_hypertile import HyperTile  # noqa: E402
+from comfy_extras.nodes_tomesd import TomePatchModel  # noqa: E402
+
+SHAPES = {
+    "sd15": dict(num_heads=4, num_head_channels=-1, use_linear_in_transformer=False, context_dim=32),
+    "sd2": dict(
+        num_heads=-1,
+        num_head_channels=16,
+        use_linear_in_transformer=True,
+        context_dim=32,
+        attn_precision=torch.float32,
+    ),
+    "sdxl": dict(
+        num_heads=-1,
+        num_head_channels=16,
+        use_linear_in_transformer=True,
+        context_dim=64,
+        transformer_depth=[0, 2],
+        transformer_depth_output=[0, 0, 2, 2],
+        transformer_depth_middle=2,
+        num_classes="sequential",
+        adm_in_channels=80,
+    ),
+}
+MODELS: dict[str, comfy.model_patcher.ModelPatcher] = {}
+
+
+def _load_nodes():
+    """Load the folder as ComfyUI loads a custom node."""
+    folder = REPOSITORY / "apps" / "comfyui"
+    spec = importlib.util.spec_from_file_location("agentsd_nodes", folder / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["agentsd_nodes"] = module
+    spec.loader.exec_module(module)
+    return module.NODE_CLASS_MAPPINGS
+
+
+NODES = _load_nodes()
+
+
+def widgets():
+    """The widgets of the node."""
+    return NODES["AgentSD"].INPUT_TYPES()["required"]
+
+
+def loaded_packages():
+    """Top-level modules that are loaded."""
+    return sorted({name.partition(".")[0] for name, module in sys.modules.items() if module is not None})
+
+
+def make(name, kind, weights, prediction="eps"):
+    """Make a tiny model of ComfyUI's classes with a diffusers UNet's weights, and name it."""
+    shape = dict(
+        image_size=32,
+        use_spatial_transformer=True,
+        legacy=False,
+        in_channels=4,
+        out_channels=4,
+        model_channels=32,
+        num_res_blocks=[1, 1],
+        channel_mult=[1, 2],
+        transformer_depth=[1, 0],
+        transformer_depth_output=[1, 1, 0, 0],
+        transformer_depth_middle=1,
+        adm_in_channels=None,
+    )
+    config = type("TinyConfig", (comfy.supported_models_base.BASE,), {"unet_extra_config": {}})(
+        {**shape, **SHAPES[kind]}
+    )
+    config.set_inference_dtype(torch.float32, None)
+    model_type = {"eps": comfy.model_base.ModelType.EPS, "v": comfy.model_base.ModelType.V_PREDICTION}[prediction]
+    model = comfy.model_base.BaseModel(config, model_type=model_type)
+    names = comfy.utils.unet_to_diffusers({**shape, **SHAPES[kind]})
+    model.diffusion_model.load_state_dict({names[name]: tensor for name, tensor in weights.items()})
+    cpu = torch.device("cpu")
+    MODELS[name] = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def _patched(model, nodes):
+    """Put nodes on a model, by name with their settings."""
+    model = MODELS[model]
+    for name, settings in nodes:
+        if name == "AgentSD":
+            defaults = {widget: spec[1].get("default") for widget, spec in widgets().items() if widget != "model"}
+            (model,) = NODES[name]().patch(model, **{**defaults, **settings})
+        elif name == "ToMe":
+            model = TomePatchModel.execute(model, settings["ratio"]).args[0]
+        elif name == "HyperTile":
+            model = HyperTile.execute(model, settings["tile_size"], 2, 0, False)[0]
+        elif name == "LoRA":
+            model, _ = comfy.sd.load_lora_for_models(model, None, settings["weights"], settings["strength"], 0)
+        elif name == "EDM":
+            model = model.clone()
+            sampling = type("Sampling", (comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.EPS), {})
+            model.add_object_patch("model_sampling", sampling(model.model.model_config))
+        elif name == "attn2":  # as IP-Adapter's nodes: what they see of the tokens is noted
+            model = model.clone()
+            model.set_model_attn2_patch(_noting(settings["seen"]))
+        elif name == "attn1 replace":  # as perturbed-attention guidance: every query gets its own value
+            model = model.clone()
+            model.set_model_attn1_replace(lambda q, k, v, extra: v, *settings["place"])
+        elif name == "attn1 sees":
+            model = model.clone()
+            model.set_model_attn1_patch(_noting(settings["seen"]))
+            model.set_model_attn1_output_patch(_noting(settings["seen"]))
+        else:
+            raise ValueError(name)
+    return model
+
+
+def _noting(seen):
+    """An attention patch that changes nothing and notes the number of tokens."""
+
+    def patch(tokens, *others):
+        seen.append(tokens.shape[1])
+        return (tokens, *others[:-1]) if len(others) > 1 else tokens
+
+    return patch
+
+
+def _agents(model):
+    wrappers = model.get_wrappers("apply_model", "agentsd")
+    return wrappers[-1] if wrappers else None
+
+
+def _hooks(model):
+    """Names of modules with any hook, and the keys of wrappers and patches on the model."""
+    named = [name for name, module in model.model.named_modules() if module._forward_pre_hooks or module._forward_hooks]
+    options = model.model_options.get("transformer_options", {})
+    return named + sorted(options.get("patches", {})) + sorted(options.get("patches_replace", {}))
+
+
+def call(model, nodes, latent, timestep, text, y=None, seed=0):
+    """One model call at a timestep; returns the UNet's input and output and the run's outcomes."""
+    patcher = _patched(model, nodes)
+    sampling = patcher.model.model_sampling
+    sigma = sampling.sigmas[timestep].expand(latent.shape[0])
+    seen = []
+    handle = patcher.model.diffusion_model.register_forward_hook(lambda module, args, out: seen.extend([args[0], out]))
+    options = {**patcher.model_options.get("transformer_options", {}), "wrappers": patcher.wrappers}
+    torch.manual_seed(seed)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        noisy = latent * (sigma[0] ** 2 + 1) ** 0.5
+        patcher.model.apply_model(noisy, sigma, c_crossattn=text, transformer_options=options, y=y)
+    handle.remove()
+    agents = _agents(patcher)
+    run = None if agents is None or agents.run is None else agents.run
+    return {
+        "sample": seen[0],
+        "out": seen[1],
+        "active": sorted(run.plans) if run else [],
+        "actions": sorted({plan.action for plans in run.plans.values() for _, plan in plans}) if run else [],
+        "told": list(run.told) if run else [],
+        "hooks": _hooks(patcher),
+        "random": not torch.equal(state, torch.get_rng_state()),
+    }
+
+
+def sample(
+    model, nodes, sampler="euler", steps=5, scheduler="normal", size=(16, 16), batch=1, areas=None, cfg=5.0, noise=None
+):
+    """A run of ComfyUI's sampler; returns the latents, the sigmas of the model calls and the report."""
+    patcher = _patched(model, nodes)
+    sigmas = []
+
+    def note(apply, arguments):
+        sigmas.append((float(arguments["timestep"][0]), tuple(arguments["input"].shape)))
+        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    patcher = patcher.clone()
+    patcher.set_model_unet_function_wrapper(note)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(3, 1, 7, 32, generator=generator)
+    if noise is None:
+        noise = torch.randn(batch, 4, *size, generator=generator)
+    positive = [[text[0], {}]]
+    if areas:
+        positive = [[one, {"area": area, "strength": 1.0}] for one, area in zip(text[1:], areas)] + positive
+    latents = comfy.sample.sample(
+        patcher,
+        noise,
+        steps,
+        cfg,
+        sampler,
+        scheduler,
+        positive,
+        [[text[1], {}]],
+        torch.zeros_like(noise),
+        seed=0,
+        disable_pbar=True,
+    )
+    agents = _agents(patcher)
+    run = agents.run if agents else None
+    early = agents.config.early if agents else 0
+    return {
+        "latents": latents,
+        "calls": sigmas,
+        "boundary": patcher.get_model_object("model_sampling").percent_to_sigma(early),
+        "timesteps": [float(patcher.get_model_object("model_sampling").timestep(torch.tensor(s))) for s, _ in sigmas],
+        "phases": {phase.value: count for phase, count in run.calls.items()} if run else {},
+        "told": list(run.told) if run else [],
+        "report": NODES["AgentSDReport"]().describe(patcher, None)["result"][0] if agents else "",
+        "hooks": _hooks(MODELS[model]),
+        "seen": [settings["seen"] for _, settings in nodes if "seen" in settings],
+    }
+
+
+def two_runs(model, nodes):
+    """The same patched model in two runs of different length; returns the phases counted in each."""
+    patcher = _patched(model, nodes)
+    generator = torch.Generator().manual_seed(0)
+    text, noise = torch.randn(1, 7, 32, generator=generator), torch.randn(1, 4, 16, 16, generator=generator)
+    counts, latents = [], []
+    for steps in (4, 6, 4):
+        latents.append(
+            comfy.sample.sample(
+                patcher, noise, steps, 1.0, "euler", "normal", [[text, {}]], [[text, {}]], noise * 0, seed=0
+            )
+        )
+        counts.append(sum(_agents(patcher).run.calls.values()))
+    return counts, torch.equal(latents[0], latents[2])
+
+
+def failing_call(model, nodes):
+    """A call that raises half-way; returns the hooks left behind and whether the next run is the same as before."""
+    patcher = _patched(model, nodes)
+
+    def fail(hidden, extra):
+        raise RuntimeError("interrupted")
+
+    broken = patcher.clone()
+    broken.set_model_patch(fail, "middle_patch")
+    options = {**broken.model_options["transformer_options"], "wrappers": broken.wrappers}
+    latent, text = torch.randn(1, 4, 16, 16), torch.randn(1, 7, 32)
+    with contextlib.suppress(RuntimeError):
+        broken.model.apply_model(latent, torch.tensor([9.0]), c_crossattn=text, transformer_options=options)
+    return _hooks(MODELS[model])
+
+
+def error_of(model, nodes):
+    """The error that putting nodes on a model raises."""
+    try:
+        _patched(model, nodes)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def error_on_dit():
+    """The error on a model that is a DiT (SD 3's, tiny)."""
+    dit = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT(
+        input_size=8, patch_size=2, depth=2, context_embedder_config=None, operations=torch.nn
+    )
+    holder = torch.nn.Module()
+    holder.diffusion_model = dit
+    MODELS["dit"] = comfy.model_patcher.ModelPatcher(holder, torch.device("cpu"), torch.device("cpu"))
+    return error_of("dit", [("AgentSD", {})])
+
+
+def main() -> None:
+    logging.getLogger().setLevel(logging.ERROR)
+    while True:
+        try:
+            function, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = None, globals()[function](**arguments)
+        except Exception:
+            answer = traceback.format_exc(), None
+        pickle.dump(answer, _answers)
+        _answers.flush()
+
+
+if __name__ == "__main__":
+    main()
