@@ -1,0 +1,149 @@
+"""End to end: our workflow posted to ComfyUI's server over HTTP, with the node folder linked into it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import numpy as np
+import pytest
+from comfyui_support import REPOSITORY, comfyui_folder, environment
+from PIL import Image
+
+NODE = REPOSITORY / "apps" / "comfyui"
+AGENTS, SAMPLER, REPORT, PREVIEW = "2", "6", "9", "10"
+
+
+class Server:
+    """ComfyUI's main.py on 127.0.0.1, with files of its own in a folder."""
+
+    def __init__(self, folder):
+        comfyui = comfyui_folder()
+        nodes = folder / "custom_nodes"
+        nodes.mkdir()
+        (nodes / "agentsd").symlink_to(NODE)
+        shutil.copy(REPOSITORY / "tests" / "comfyui_checkpoint.py", nodes)
+        page = folder / "page"  # the browser's part is a package of its own, which no test needs
+        page.mkdir()
+        (page / "index.html").write_text("")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        self.log = folder / "log.txt"
+        command = [comfyui / "venv" / "bin" / "python", "main.py", "--cpu", "--port", str(port), "--disable-api-nodes"]
+        command += [
+            "--base-directory",
+            str(folder),
+            "--front-end-root",
+            str(page),
+            "--database-url",
+            "sqlite:///:memory:",
+        ]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=comfyui / "ComfyUI", stdout=log, stderr=subprocess.STDOUT, env=environment()
+            )
+        self._wait(lambda: self.get("/system_stats"), 240)
+
+    def _wait(self, ready, seconds):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            try:
+                if (answer := ready()) is not None:
+                    return answer
+            except urllib.error.URLError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text()[-4000:])
+
+    def get(self, path):
+        with urllib.request.urlopen(self.address + path, timeout=60) as answer:
+            return answer.read()
+
+    def run(self, workflow):
+        """Post a workflow and wait for it; returns ComfyUI's history of it."""
+        body = json.dumps({"prompt": workflow}).encode()
+        request = urllib.request.Request(self.address + "/prompt", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                number = json.load(answer)["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from error
+        return self._wait(lambda: json.loads(self.get(f"/history/{number}")).get(number), 120)
+
+    def image(self, workflow):
+        """The image of a workflow as an array."""
+        history = self.run(workflow)
+        assert history["status"]["status_str"] == "success", history["status"]
+        (saved,) = (image for output in history["outputs"].values() for image in output.get("images", ()))
+        png = self.get("/view?" + urllib.parse.urlencode(saved))
+        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    comfyui_folder()
+    server = Server(tmp_path_factory.mktemp("comfyui"))
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+def workflow(**settings):
+    """The workflow file on the tiny checkpoint, 128 px, 3 steps; None for no node in the graph."""
+    graph = json.loads((NODE / "workflow.json").read_text())
+    graph["1"]["inputs"]["ckpt_name"] = "tiny.safetensors"
+    graph["5"]["inputs"].update(width=128, height=128)
+    graph[SAMPLER]["inputs"].update(steps=3, cfg=3.0)
+    graph[AGENTS]["inputs"].update(settings)
+    return graph
+
+
+def without_the_node():
+    graph = copy.deepcopy(workflow())
+    for number in (AGENTS, REPORT, PREVIEW):
+        del graph[number]
+    graph[SAMPLER]["inputs"]["model"] = ["1", 0]
+    return graph
+
+
+def test_the_node_is_listed_with_every_widget_of_the_workflow(server):
+    nodes = json.loads(server.get("/object_info"))
+    assert nodes["AgentSD"]["category"] == nodes["AgentSDReport"]["category"] == "model_patches/unet"
+    assert set(workflow()[AGENTS]["inputs"]) == set(nodes["AgentSD"]["input"]["required"])
+
+
+def test_an_image_over_http(server):
+    plain = server.image(without_the_node())
+    patched = server.image(workflow())
+    assert plain.shape == (128, 128, 3) and plain.std() > 5
+    assert abs(plain - patched).max() > 2
+    assert np.array_equal(server.image(workflow(ratio=0.0, early=0.0)), plain)
+    # The same graph without the node again: nothing is left behind. ComfyUI would answer the very same from memory.
+    again = without_the_node()
+    again[SAMPLER]["inputs"]["denoise"] = 0.9999
+    assert np.array_equal(server.image(again), plain)
+
+
+def test_the_report_over_http(server):
+    history = server.run(workflow(seed=1))
+    (text,) = history["outputs"][REPORT]["text"]
+    assert "3 model calls" in text and "16×16 = 256 tokens" in text and "128×128 px" in text
+    assert history["outputs"][PREVIEW]["text"] == [text]
+
+
+def test_bad_input_is_shown_at_the_node(server):
+    history = server.run(workflow(ratio=0.95))
+    (error,) = (content for kind, content in history["status"]["messages"] if kind == "execution_error")
+    assert error["node_id"] == AGENTS
+    assert "ratio=0.95: at most 0.75 of the tokens" in error["exception_message"]
