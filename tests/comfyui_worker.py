@@ -38,7 +38,9 @@ import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models_base  # noqa: E402
 import comfy.utils  # noqa: E402
+from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 from comfy_extras.nodes_hypertile import HyperTile  # noqa: E402
+from comfy_extras.nodes_model_downscale import PatchModelAddDownscale  # noqa: E402
 from comfy_extras.nodes_tomesd import TomePatchModel  # noqa: E402
 
 SHAPES = {
@@ -127,6 +129,11 @@ def _patched(model, nodes):
             model = TomePatchModel.execute(model, settings["ratio"]).args[0]
         elif name == "HyperTile":
             model = HyperTile.execute(model, settings["tile_size"], 2, 0, False)[0]
+        elif name == "Deep Shrink":
+            model = PatchModelAddDownscale.execute(model, 1, 2.0, 0.0, 1.0, True, "bicubic", "bicubic").args[0]
+        elif name == "compile":
+            model = model.clone()
+            set_torch_compile_wrapper(model, "eager")
         elif name == "LoRA":
             model, _ = comfy.sd.load_lora_for_models(model, None, settings["weights"], settings["strength"], 0)
         elif name == "EDM":
@@ -170,19 +177,20 @@ def _hooks(model):
     return named + sorted(options.get("patches", {})) + sorted(options.get("patches_replace", {}))
 
 
-def call(model, nodes, latent, timestep, text, y=None, seed=0):
-    """One model call at a timestep; returns the UNet's input and output and the run's outcomes."""
+def call(model, nodes, latent, timestep, text, y=None, control=None, seed=0):
+    """One model call at a timestep, or one for each sample; returns the UNet's input, its output and the outcomes."""
     patcher = _patched(model, nodes)
     sampling = patcher.model.model_sampling
-    sigma = sampling.sigmas[timestep].expand(latent.shape[0])
+    sigma = sampling.sigmas[torch.tensor(timestep)].expand(latent.shape[0])
     seen = []
     handle = patcher.model.diffusion_model.register_forward_hook(lambda module, args, out: seen.extend([args[0], out]))
     options = {**patcher.model_options.get("transformer_options", {}), "wrappers": patcher.wrappers}
     torch.manual_seed(seed)
     state = torch.get_rng_state()
-    with torch.no_grad():
-        noisy = latent * (sigma[0] ** 2 + 1) ** 0.5
-        patcher.model.apply_model(noisy, sigma, c_crossattn=text, transformer_options=options, y=y)
+    # A model in a graph is taken as compiled without the time that this takes.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        noisy = latent * (sigma[:, None, None, None] ** 2 + 1) ** 0.5
+        patcher.model.apply_model(noisy, sigma, c_crossattn=text, control=control, transformer_options=options, y=y)
     handle.remove()
     agents = _agents(patcher)
     run = None if agents is None or agents.run is None else agents.run

@@ -61,10 +61,11 @@ def call_both(comfyui, unets, kind, settings, size=(16, 16), timestep=900):  # n
     latent, text, extra, y = inputs(unet, size)
     arguments = dict(latent=latent, timestep=timestep, text=text, y=y)
     got = comfyui("call", model=kind, nodes=node(**settings), **arguments)
+    timesteps = torch.tensor(timestep)
     with torch.no_grad():
-        unpatched = unet(got["sample"], timestep, text, **extra).sample
+        unpatched = unet(got["sample"], timesteps, text, **extra).sample
         with agentsd.patched(unet, **settings):
-            return got, unet(got["sample"], timestep, text, **extra).sample, unpatched
+            return got, unet(got["sample"], timesteps, text, **extra).sample, unpatched
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,6 +84,28 @@ def test_phases_follow_the_timestep_as_on_diffusers(comfyui, unets):  # noqa: F8
         got, expected, _ = call_both(comfyui, unets, "sd15", {}, timestep=timestep)
         assert got["actions"] == [action]
         assert (got["out"] - expected).abs().max() <= 5e-5 * expected.std()
+
+
+def test_a_timestep_for_each_sample(comfyui, unets):  # noqa: F811
+    got, expected, _ = call_both(comfyui, unets, "sd15", {}, timestep=[900, 640])
+    assert (got["out"] - expected).abs().max() <= 5e-5 * expected.std()
+    mixed, _, unpatched = call_both(comfyui, unets, "sd15", {}, timestep=[900, 100])
+    assert (mixed["out"] - unpatched).abs().max() <= 5e-5 * unpatched.std()
+    assert len(mixed["told"]) == 1 and "both phases" in mixed["told"][0]
+
+
+def test_controlnets_residuals(comfyui, unets):  # noqa: F811
+    unet, generator = unets["sd15"], torch.Generator().manual_seed(9)
+    latent, text, _, _ = inputs(unet)
+    shapes = [(32, 16, 16), (32, 16, 16), (32, 8, 8), (64, 8, 8)]
+    down = [torch.randn(2, *shape, generator=generator) for shape in shapes]
+    middle = torch.randn(2, 64, 8, 8, generator=generator)
+    control = {"output": list(down), "middle": [middle]}
+    got = comfyui("call", model="sd15", nodes=node(), latent=latent, timestep=900, text=text, control=control)
+    with torch.no_grad(), agentsd.patched(unet):
+        residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
+        expected = unet(got["sample"], 900, text, **residuals).sample
+    assert (got["out"] - expected).abs().max() <= 5e-5 * expected.std()
 
 
 def test_needs_no_diffusers(comfyui):  # noqa: F811
@@ -254,6 +277,35 @@ def test_tome(comfyui, unets):  # noqa: F811
     both = comfyui("call", nodes=[*node(), tome], **arguments)
     assert torch.equal(both["out"], comfyui("call", nodes=[tome], **arguments)["out"])
     assert len(both["told"]) == 1 and "ToMe" in both["told"][0]
+
+
+def test_works_on_sdxl_where_comfyuis_tome_does_nothing(comfyui, unets):  # noqa: F811
+    latent, text, _, y = inputs(unets["sdxl"])
+    arguments = dict(model="sdxl", latent=latent, timestep=300, text=text, y=y)
+    plain, tome = (comfyui("call", nodes=nodes, **arguments)["out"] for nodes in ([], [("ToMe", {"ratio": 0.5})]))
+    ours = comfyui("call", nodes=node(ratio=0.5), **arguments)
+    assert torch.equal(tome, plain)
+    assert (ours["out"] - plain).abs().max() > 1e-2 * plain.std() and len(ours["active"]) == 8
+
+
+def test_follows_deep_shrink_to_its_smaller_grids(comfyui, unets):  # noqa: F811
+    """That node makes the inner part of the UNet smaller; the layers there have grids of their own."""
+    run = comfyui("sample", model="sd15", nodes=[("Deep Shrink", {}), *node(max_downsample=2)])
+    assert "4×4 = 16 tokens" in run["report"] and not run["told"]
+    plain = comfyui("sample", model="sd15", nodes=[("Deep Shrink", {})])
+    zero = comfyui("sample", model="sd15", nodes=[("Deep Shrink", {}), *node(ratio=0.0, early=0.0)])
+    assert torch.equal(zero["latents"], plain["latents"])
+    assert (run["latents"] - plain["latents"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_compiled_model_runs_unpatched_and_says_so(comfyui, unets, first):  # noqa: F811
+    nodes = [("compile", {}), *node()] if first else [*node(), ("compile", {})]
+    latent, text, *_ = inputs(unets["sd15"])
+    arguments = dict(model="sd15", latent=latent, timestep=900, text=text)
+    got = comfyui("call", nodes=nodes, **arguments)
+    assert torch.equal(got["out"], comfyui("call", nodes=[], **arguments)["out"])
+    assert len(got["told"]) == 1 and "TorchCompileModel" in got["told"][0]
 
 
 def test_a_replaced_attention_keeps_its_layer(comfyui, unets):  # noqa: F811

@@ -1,0 +1,176 @@
+"""Times model calls in ComfyUI with and without the node: `python eval/comfyui_bench.py FOLDER`.
+
+`.ci/comfyui FOLDER` prepares the folder. The command runs itself again in ComfyUI's environment.
+The model has SD 1.5's or SDXL's real size and random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+OWN, TOME = "ComfyUI", "ToMe node"
+PHASES = {"agent": 900, "later": 300}
+
+SD15 = dict(
+    image_size=32,
+    use_spatial_transformer=True,
+    legacy=False,
+    in_channels=4,
+    out_channels=4,
+    adm_in_channels=None,
+    model_channels=320,
+    num_res_blocks=[2, 2, 2, 2],
+    channel_mult=[1, 2, 4, 4],
+    transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+    transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    transformer_depth_middle=1,
+    use_linear_in_transformer=False,
+    context_dim=768,
+    num_heads=8,
+    num_head_channels=-1,
+)
+SDXL = {
+    **SD15,
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+    "use_linear_in_transformer": True,
+    "context_dim": 2048,
+    "num_heads": -1,
+    "num_head_channels": 64,
+}
+CAPS = dict(late="downsample", max_agents=256, max_keys=1024, match_tile=16)
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="comfyui_bench.py", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("folder", type=Path, help="what .ci/comfyui prepared")
+    add("--model", choices=("sd15", "sdxl"), default="sd15", help="default: %(default)s")
+    add("--sizes", default="512,1024", help="in pixels (default: %(default)s)")
+    add("--batch", type=int, default=1, help="2 is one image with guidance (default: %(default)s)")
+    add("--rounds", type=int, default=2, help="interleaved, after a warm-up (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s")
+    add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    if not (folder / "ComfyUI" / "main.py").is_file():
+        parser.error(f"{options.folder} has no ComfyUI; .ci/comfyui FOLDER prepares one")
+    python = folder / "venv" / "bin" / "python"
+    if Path(sys.prefix).resolve() != (folder / "venv").resolve():
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        sys.exit(subprocess.run([python, __file__, *sys.argv[1:]], env=environment).returncode)
+    sys.path[0] = str(folder / "ComfyUI")
+    _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> None:
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = options.device == "cpu"
+    comfy.cli_args.args.use_pytorch_cross_attention = True  # the fastest one that ComfyUI has
+    import torch
+
+    torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    model = _model(options.model, dtype, torch.device(options.device))
+    models = _variants(model)
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPU cores"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{name}, {options.dtype}, {options.threads} threads, {versions}")
+    print(f"{options.model}, random weights, batch {options.batch}, medians of {options.rounds} interleaved rounds\n")
+    print(
+        "| px | phase | on ComfyUI | s / call | × ComfyUI | rounds |\n| ---: | --- | --- | ---: | ---: | --- |",
+        flush=True,
+    )
+    for size in map(int, options.sizes.split(",")):
+        for phase, timestep in PHASES.items():
+            seconds = _rounds(models, size, timestep, options, dtype)
+            own = statistics.median(seconds[OWN])
+            for variant, times in seconds.items():
+                median = statistics.median(times)
+                each = ", ".join(f"{one:.3g}" for one in times)
+                print(f"| {size} | {phase} | {variant} | {median:.3g} | {own / median:.2f} | {each} |", flush=True)
+
+
+def _model(kind, dtype, device):
+    """A ComfyUI model with random weights."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models_base
+    import torch
+
+    shape = {"sd15": SD15, "sdxl": SDXL}[kind]
+    config = type("Config", (comfy.supported_models_base.BASE,), {"unet_extra_config": {}})(shape)
+    config.set_inference_dtype(dtype, None)
+    model = comfy.model_base.BaseModel(config, device=device)
+    with torch.no_grad():
+        for name, parameter in model.diffusion_model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.fill_(name.endswith("weight"))
+    model.to(device)
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def _variants(model):
+    """The model as it is, with ComfyUI's ToMe node and with ours."""
+    from comfy_extras.nodes_tomesd import TomePatchModel
+
+    spec = importlib.util.spec_from_file_location("agentsd_nodes", REPOSITORY / "apps" / "comfyui" / "__init__.py")
+    nodes = importlib.util.module_from_spec(spec)
+    sys.modules["agentsd_nodes"] = nodes
+    spec.loader.exec_module(nodes)
+    node = nodes.NODE_CLASS_MAPPINGS["AgentSD"]
+    widgets = {name: widget[1].get("default") for name, widget in node.INPUT_TYPES()["required"].items()}
+    del widgets["model"]
+    return {
+        OWN: model,
+        TOME: TomePatchModel.execute(model, 0.4).args[0],
+        "AgentSD": node().patch(model, **widgets)[0],
+        "AgentSD, caps": node().patch(model, **{**widgets, **CAPS})[0],
+    }
+
+
+def _rounds(models, size, timestep, options, dtype):
+    import torch
+
+    def call(patcher):
+        model, device = patcher.model, options.device
+        wrapped = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
+        sigma = model.model_sampling.sigmas[timestep].expand(options.batch)
+        latent = torch.randn(options.batch, 4, size // 8, size // 8, device=device) * sigma[0]
+        text = torch.randn(options.batch, 77, 768 if options.model == "sd15" else 2048, device=device, dtype=dtype)
+        y = None if options.model == "sd15" else torch.randn(options.batch, 2816, device=device, dtype=dtype)
+        start = time.perf_counter()
+        model.apply_model(latent, sigma, c_crossattn=text, transformer_options=wrapped, y=y).sum().item()
+        return time.perf_counter() - start
+
+    seconds = {variant: [] for variant in models}
+    with torch.inference_mode():
+        for number in range(options.rounds + 1):
+            for variant, patcher in models.items():
+                elapsed = call(patcher)
+                if number:  # the first round warms up
+                    seconds[variant].append(elapsed)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
