@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-OWN, TOME = "ComfyUI", "ToMe node"
-PHASES = {"agent": 900, "later": 300}
+OWN = "ComfyUI"
+AGENT_PHASE, LATER = 900, 300
+"""A timestep of each phase."""
 
 SD15 = dict(
     image_size=32,
@@ -73,7 +74,8 @@ def main() -> None:
         parser.error(f"{options.folder} has no ComfyUI; .ci/comfyui FOLDER prepares one")
     python = folder / "venv" / "bin" / "python"
     if Path(sys.prefix).resolve() != (folder / "venv").resolve():
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        # Waiting threads must not count as CPU time.
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "passive"}
         sys.exit(subprocess.run([python, __file__, *sys.argv[1:]], env=environment).returncode)
     sys.path[0] = str(folder / "ComfyUI")
     _measure(options)
@@ -89,23 +91,21 @@ def _measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     model = _model(options.model, dtype, torch.device(options.device))
-    models = _variants(model)
+    variants = _variants(model)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPU cores"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{name}, {options.dtype}, {options.threads} threads, {versions}")
-    print(f"{options.model}, random weights, batch {options.batch}, medians of {options.rounds} interleaved rounds\n")
-    print(
-        "| px | phase | on ComfyUI | s / call | × ComfyUI | rounds |\n| ---: | --- | --- | ---: | ---: | --- |",
-        flush=True,
-    )
+    print(f"{options.model}, random weights, batch {options.batch}, medians of {options.rounds} interleaved rounds")
+    print("CPU seconds are those of all threads; on a machine with other work they are steadier than seconds.\n")
+    print("| px | model call | seconds | CPU seconds | × ComfyUI, CPU seconds | rounds, CPU seconds |")
+    print("| ---: | --- | ---: | ---: | ---: | --- |", flush=True)
     for size in map(int, options.sizes.split(",")):
-        for phase, timestep in PHASES.items():
-            seconds = _rounds(models, size, timestep, options, dtype)
-            own = statistics.median(seconds[OWN])
-            for variant, times in seconds.items():
-                median = statistics.median(times)
-                each = ", ".join(f"{one:.3g}" for one in times)
-                print(f"| {size} | {phase} | {variant} | {median:.3g} | {own / median:.2f} | {each} |", flush=True)
+        times = _rounds(variants, size, options, dtype)
+        own = statistics.median(cpu for _, cpu in times[OWN])
+        for variant, pairs in times.items():
+            wall, cpu = (statistics.median(one) for one in zip(*pairs))
+            each = ", ".join(f"{one:.3g}" for _, one in pairs)
+            print(f"| {size} | {variant} | {wall:.3g} | {cpu:.3g} | {own / cpu:.2f} | {each} |", flush=True)
 
 
 def _model(kind, dtype, device):
@@ -130,7 +130,7 @@ def _model(kind, dtype, device):
 
 
 def _variants(model):
-    """The model as it is, with ComfyUI's ToMe node and with ours."""
+    """What is timed, by name: (model, timestep), with no node, with ComfyUI's ToMe node and with ours."""
     from comfy_extras.nodes_tomesd import TomePatchModel
 
     spec = importlib.util.spec_from_file_location("agentsd_nodes", REPOSITORY / "apps" / "comfyui" / "__init__.py")
@@ -140,36 +140,40 @@ def _variants(model):
     node = nodes.NODE_CLASS_MAPPINGS["AgentSD"]
     widgets = {name: widget[1].get("default") for name, widget in node.INPUT_TYPES()["required"].items()}
     del widgets["model"]
+    ours, capped = (node().patch(model, **{**widgets, **settings})[0] for settings in ({}, CAPS))
     return {
-        OWN: model,
-        TOME: TomePatchModel.execute(model, 0.4).args[0],
-        "AgentSD": node().patch(model, **widgets)[0],
-        "AgentSD, caps": node().patch(model, **{**widgets, **CAPS})[0],
+        OWN: (model, LATER),
+        "ToMe node, 0.4": (TomePatchModel.execute(model, 0.4).args[0], LATER),
+        "AgentSD, agent phase": (ours, AGENT_PHASE),
+        "AgentSD, later": (ours, LATER),
+        "AgentSD with caps, agent phase": (capped, AGENT_PHASE),
+        "AgentSD with caps, later": (capped, LATER),
     }
 
 
-def _rounds(models, size, timestep, options, dtype):
+def _rounds(variants, size, options, dtype):
+    """(seconds, CPU seconds) of every round, by variant."""
     import torch
 
-    def call(patcher):
+    def call(patcher, timestep, size):
         model, device = patcher.model, options.device
         wrapped = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
         sigma = model.model_sampling.sigmas[timestep].expand(options.batch)
         latent = torch.randn(options.batch, 4, size // 8, size // 8, device=device) * sigma[0]
         text = torch.randn(options.batch, 77, 768 if options.model == "sd15" else 2048, device=device, dtype=dtype)
         y = None if options.model == "sd15" else torch.randn(options.batch, 2816, device=device, dtype=dtype)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         model.apply_model(latent, sigma, c_crossattn=text, transformer_options=wrapped, y=y).sum().item()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu
 
-    seconds = {variant: [] for variant in models}
+    times = {variant: [] for variant in variants}
     with torch.inference_mode():
-        for number in range(options.rounds + 1):
-            for variant, patcher in models.items():
-                elapsed = call(patcher)
-                if number:  # the first round warms up
-                    seconds[variant].append(elapsed)
-    return seconds
+        for patcher, timestep in variants.values():
+            call(patcher, timestep, size if options.device == "cuda" else 256)  # warm-up
+        for _ in range(options.rounds):
+            for variant, (patcher, timestep) in variants.items():
+                times[variant].append(call(patcher, timestep, size))
+    return times
 
 
 if __name__ == "__main__":

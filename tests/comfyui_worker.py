@@ -177,7 +177,7 @@ def _hooks(model):
     return named + sorted(options.get("patches", {})) + sorted(options.get("patches_replace", {}))
 
 
-def call(model, nodes, latent, timestep, text, y=None, control=None, seed=0):
+def call(model, nodes, latent, timestep, text, y=None, control=None, bypassed=None, seed=0):
     """One model call at a timestep, or one for each sample; returns the UNet's input, its output and the outcomes."""
     patcher = _patched(model, nodes)
     sampling = patcher.model.model_sampling
@@ -187,11 +187,16 @@ def call(model, nodes, latent, timestep, text, y=None, control=None, seed=0):
     options = {**patcher.model_options.get("transformer_options", {}), "wrappers": patcher.wrappers}
     torch.manual_seed(seed)
     state = torch.get_rng_state()
+    if bypassed is not None:  # a forward of its own, as some extensions give to blocks
+        block = patcher.model.diffusion_model.get_submodule(bypassed)
+        block.forward = lambda x, context=None, transformer_options=None: x * 1.1
     # A model in a graph is taken as compiled without the time that this takes.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         noisy = latent * (sigma[:, None, None, None] ** 2 + 1) ** 0.5
         patcher.model.apply_model(noisy, sigma, c_crossattn=text, control=control, transformer_options=options, y=y)
     handle.remove()
+    if bypassed is not None:
+        del block.forward
     agents = _agents(patcher)
     run = None if agents is None or agents.run is None else agents.run
     return {

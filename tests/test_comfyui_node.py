@@ -316,6 +316,18 @@ def test_a_replaced_attention_keeps_its_layer(comfyui, unets):  # noqa: F811
     assert len(got["told"]) == 1 and "input_blocks.1.1.transformer_blocks.0" in got["told"][0]
 
 
+def test_a_bypassed_block_leaves_nothing_to_the_next(comfyui, unets):  # noqa: F811
+    """A block whose forward another extension replaced; the middle block that follows is not patched."""
+    latent, text, *_ = inputs(unets["sd15"], (16, 16))
+    name = "input_blocks.1.1.transformer_blocks.0"
+    arguments = dict(model="sd15", latent=latent, timestep=900, text=text, bypassed=name)
+    got = comfyui("call", nodes=node(ratio=0.7), **arguments)
+    assert len(got["told"]) == 1 and name in got["told"][0] and "replaces its block's forward" in got["told"][0]
+    assert got["active"] == ["output_blocks.2.1.transformer_blocks.0", "output_blocks.3.1.transformer_blocks.0"]
+    zero = comfyui("call", nodes=node(ratio=0.0, early=0.0), **arguments)
+    assert torch.equal(zero["out"], comfyui("call", nodes=[], **arguments)["out"])
+
+
 def test_bad_input_is_one_clear_message(comfyui, unets):  # noqa: F811
     error = comfyui("error_of", model="sd15", nodes=node(ratio=0.9))
     assert error.startswith("ValueError: ratio=0.9: at most 0.75")

@@ -75,11 +75,12 @@ class UNetCall:
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
-        """Pre-hooks on the layers' blocks for the length of a `with` block."""
+        """Hooks on the layers' blocks for the length of a `with` block."""
         handles = []
         try:
             for layer in self.layers:
                 handles.append(layer.block.register_forward_pre_hook(self._hook_of(layer)))
+                handles.append(layer.block.register_forward_hook(self._end_layer))
             yield
         finally:
             for handle in handles:
@@ -101,6 +102,10 @@ class UNetCall:
             self.reasons[layer.name] = BYPASSED
 
         return hook
+
+    def _end_layer(self, block: nn.Module, args: tuple, output: Any) -> None:
+        # A block that left the patches out must not leave its layer to the next block, which may not be ours.
+        self._layer = self._block_input = self._pending = None
 
     def _before_attention(self, tokens: Tensor, keys: Tensor, values: Tensor, extra: dict) -> tuple:
         """attn1 patch: [B, N, C] thrice -> what the layer projects to queries, keys and values."""
