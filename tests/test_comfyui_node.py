@@ -113,24 +113,28 @@ def test_needs_no_diffusers(comfyui):  # noqa: F811
     assert "diffusers" not in loaded and "tomesd" not in loaded and "agentsd" in loaded
 
 
-def test_widgets_have_the_ranges_of_the_settings(comfyui):  # noqa: F811
+def test_widgets_have_the_defaults_and_ranges_of_the_settings(comfyui):  # noqa: F811
     widgets = comfyui("widgets")
-    defaults = AgentConfig()
+    assert set(widgets) - {"model"} <= set(FIELD_NAMES)
+    assert all(options["tooltip"] for _, options in widgets.values())
     for name, (kind, options) in widgets.items():
-        assert options["tooltip"]
         if name == "model":
             continue
-        assert name in FIELD_NAMES
-        if isinstance(kind, list):  # a choice
-            assert options["default"] == str(getattr(defaults, name))
-            ends = [value if value == "auto" or not value.isdigit() else int(value) for value in kind]
+        default = getattr(AgentConfig(), name)
+        cap = name in ("max_agents", "max_keys", "match_tile")
+        assert options["default"] == (0 if cap else str(default) if isinstance(kind, list) else default)
+        if isinstance(kind, list):
+            allowed = [int(choice) if choice.isdigit() else choice for choice in kind]
+        elif cap:
+            allowed = [options["max"]]  # the least is 0, no limit
         else:
-            assert options["default"] == (getattr(defaults, name) or 0)
-            ends = [options["min"] or None, options["max"]] if name in ("max_agents", "max_keys", "match_tile") else []
-            if name in ("ratio", "early", "seed"):
-                ends = [options["min"]] + ([options["max"]] if name != "ratio" else [])
-        for value in ends:
-            AgentConfig(**{name: value})
+            allowed = [options["min"], options["max"]]
+            step = options.get("step", 1)
+            for beyond in (options["min"] - step, options["max"] + step):
+                with pytest.raises(ValueError, match=name):
+                    AgentConfig(**{"late": "full", name: beyond})
+        for value in allowed:
+            AgentConfig(**{"late": "full", name: value})
     assert widgets["seed"][1]["control_after_generate"] is False
 
 

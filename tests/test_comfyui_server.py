@@ -143,7 +143,7 @@ def test_the_report_over_http(server):
 
 
 def test_bad_input_is_shown_at_the_node(server):
-    history = server.run(workflow(ratio=0.95))
+    history = server.run(workflow(ratio=0.9))
     (error,) = (content for kind, content in history["status"]["messages"] if kind == "execution_error")
     assert error["node_id"] == AGENTS
-    assert "ratio=0.95: at most 0.75 of the tokens" in error["exception_message"]
+    assert "ratio=0.9: at most 0.75 of the tokens" in error["exception_message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -71,7 +72,7 @@ def find_layers(unet: nn.Module, max_downsample: int | str) -> tuple[list[Layer]
     return layers, skipped
 
 
-def _stages(unet: nn.Module) -> list[tuple[str, nn.Module]]:
+def _stages(unet: Any) -> list[tuple[str, nn.Module]]:
     stages = [(f"input_blocks.{index}", stage) for index, stage in enumerate(unet.input_blocks)]
     if unet.middle_block is not None:
         stages.append(("middle_block", unet.middle_block))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from agentsd.config import LATE, AgentConfig
+from agentsd.config import LATE, AgentConfig, Phase
 
 from . import report
 from .layers import find_layers, is_unet
@@ -14,10 +15,12 @@ _DEFAULTS = AgentConfig()
 _DOWNSAMPLES = ("auto", "1", "2", "4", "8")
 _NO_LIMIT = 0
 _MOST = 2**20
+# With late = downsample or full the agents' cell alone bounds ratio; 0.93 in steps of 0.01.
+_MOST_RATIO = int(100 * (1 - 1 / math.prod(_DEFAULTS.stride(Phase.AGENT)))) / 100
 
 
-def _fraction(default: float, tooltip: str) -> tuple[str, dict[str, Any]]:
-    return "FLOAT", {"default": default, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": tooltip}
+def _fraction(default: float, most: float, tooltip: str) -> tuple[str, dict[str, Any]]:
+    return "FLOAT", {"default": default, "min": 0.0, "max": most, "step": 0.01, "tooltip": tooltip}
 
 
 def _cap(tooltip: str) -> tuple[str, dict[str, Any]]:
@@ -39,10 +42,13 @@ class AgentSD:
                 "model": ("MODEL", {"tooltip": "A model with a UNet: SD 1.x, SD 2.x, SDXL."}),
                 "ratio": _fraction(
                     _DEFAULTS.ratio,
-                    "Fraction of the tokens merged away before self-attention. More is faster and coarser.",
+                    _MOST_RATIO,
+                    "Fraction of the tokens merged away before self-attention. More is faster and coarser. "
+                    "At most 0.75 with late = merge.",
                 ),
                 "early": _fraction(
                     _DEFAULTS.early,
+                    1.0,
                     "The noisiest fraction of the run, which uses agent attention. The rest does what `late` says.",
                 ),
                 "late": (

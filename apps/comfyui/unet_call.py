@@ -79,7 +79,7 @@ class UNetCall:
         handles = []
         try:
             for layer in self.layers:
-                handles.append(layer.block.register_forward_pre_hook(self._hook_of(layer)))
+                handles.append(layer.block.register_forward_pre_hook(self._hook_of(layer), with_kwargs=True))
                 handles.append(layer.block.register_forward_hook(self._end_layer))
             yield
         finally:
@@ -97,8 +97,8 @@ class UNetCall:
         return {**options, "patches": patches, "patches_replace": replace}
 
     def _hook_of(self, layer: Layer) -> Callable:
-        def hook(block: nn.Module, args: tuple) -> None:
-            self._layer, self._block_input = layer, args[0] if args else None
+        def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._layer, self._block_input = layer, args[0] if args else kwargs.get("x")
             self.reasons[layer.name] = BYPASSED
 
         return hook
@@ -111,7 +111,7 @@ class UNetCall:
         """attn1 patch: [B, N, C] thrice -> what the layer projects to queries, keys and values."""
         layer, block_input = self._layer, self._block_input
         self._layer = self._block_input = self._pending = None
-        if layer is None:
+        if layer is None or block_input is None:
             return tokens, keys, values
         grid = self._grid(layer, extra)
         reason = self._why_unpatched(grid, block_input, tokens, keys, values, extra)
@@ -122,10 +122,11 @@ class UNetCall:
         self.reasons.pop(layer.name)
         self.plans[layer.name] = plan
 
-        call = layer_call(plan, self._split_of(layer, plan, tokens.device))
+        split = self._split_of(layer, plan, tokens.device)
         if plan.action == "downsample":
-            kept = select_tokens(tokens, call.split.dst_index)
+            kept = select_tokens(tokens, split.dst_index)
             return tokens, kept, kept
+        call = layer_call(plan, split)
         matching = call.match(block_input)
         merged = merge_tokens(tokens, matching, call.num_merged)
         self._pending = _Pending(matching, call.num_merged)
@@ -168,14 +169,12 @@ class UNetCall:
     def _why_unpatched(
         self,
         grid: tuple[int, int],
-        block_input: Tensor | None,
+        block_input: Tensor,
         tokens: Tensor,
         keys: Tensor,
         values: Tensor,
         extra: dict,
     ) -> str:
-        if block_input is None:
-            return BYPASSED
         if tokens.shape[:2] != block_input.shape[:2] or tokens.shape[1] != grid[0] * grid[1]:
             return OTHER_TOKENS
         if isinstance(self.timestep, tuple) and tokens.shape[0] != len(self.timestep):

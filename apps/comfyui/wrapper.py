@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +74,7 @@ class AgentWrapper:
 
     def __call__(
         self,
-        executor: Callable,
+        executor: Any,
         x: Tensor,
         t: Tensor,
         c_concat: Any = None,
@@ -127,7 +126,7 @@ class AgentWrapper:
         run.sigma = sigma
         return run
 
-    def _first_agent_sigma(self, sampling: nn.Module) -> float:
+    def _first_agent_sigma(self, sampling: Any) -> float:
         """The least noise of the agent phase. Computed once for a schedule, as ComfyUI reads it from the device."""
         sigmas = getattr(sampling, "sigmas", None)
         if self._boundary is None or self._boundary[0] is not sampling or self._boundary[1] is not sigmas:
@@ -151,7 +150,7 @@ class AgentWrapper:
             run.warn(f"{names[0]} runs unpatched{_and_more(names)}: {reason}")
 
 
-def _read(sigma: Tensor, sampling: nn.Module) -> tuple[list[float], list[float]]:
+def _read(sigma: Tensor, sampling: Any) -> tuple[list[float], list[float]]:
     """Noise levels and timesteps of the samples, in one copy from the device."""
     both = torch.stack([sigma.float().flatten(), sampling.timestep(sigma).float().flatten()])
     sigmas, timesteps = both.tolist()
