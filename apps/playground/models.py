@@ -11,7 +11,7 @@ import torch
 
 from agentsd import AgentConfig
 from agentsd.images.pipelines import ModelError, load_pipeline
-from agentsd.patch import find_layers, find_unet
+from agentsd.patch import find_layers, find_unet, get_patch
 
 from .previews import Preview
 
@@ -23,9 +23,9 @@ class Model:
     Attributes:
         name: as the app was started with.
         pipe: its pipeline, unpatched between requests.
-        size: (height, width) it draws at by itself, in pixels.
+        size: its own (height, width) in pixels.
         layers: (module name, downsampling of the latent) of every layer that some patch could reach.
-        preview: latents -> a small picture.
+        preview: latents -> a small image.
     """
 
     name: str
@@ -88,8 +88,9 @@ class Models:
         pipe = self._load(name, **self._options)
         try:
             unet = find_unet(pipe)
-        except TypeError as error:
-            raise ModelError(f"{name}: {error}") from error
+            refuse_patched(name, pipe)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{name}: {str(error).removeprefix(name + ': ')}") from error
         pipe.set_progress_bar_config(disable=True)
         sides = unet.config.sample_size
         height, width = (sides, sides) if isinstance(sides, int) else sides
@@ -101,6 +102,18 @@ class Models:
             tuple((layer, downsample) for layer, _, downsample in layers),
             Preview(pipe),
         )
+
+
+def refuse_patched(name: str, pipe: Any) -> None:
+    """Raise ValueError for a pipeline that is patched already: its images would be labelled as unpatched ones."""
+    unet = find_unet(pipe)
+    if get_patch(pipe) is not None:
+        remedy = "call agentsd.remove_patch(pipe) first"
+    elif any("ToMe" in type(module).__name__ for module in unet.modules()):
+        remedy = "call tomesd.remove_patch(pipe) first"
+    else:
+        return
+    raise ValueError(f"{name}: the pipeline is already patched, and would not give unpatched images: {remedy}")
 
 
 def free_memory() -> None:
