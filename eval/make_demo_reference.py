@@ -3,8 +3,8 @@
     python apps/train_demo_model.py data --preset cpu --grow-from runs/first/model --out runs/cpu
     python eval/make_demo_reference.py runs/cpu --grow-from runs/first/model
 
-The pictures are those the model was trained on: the first --per-name canvases of each icon of Fluent Emoji (MIT,
-Microsoft), or, with preset first, the icon on white. The file holds float16 features, from which mean and covariance
+The pictures are those the model was trained on: each icon of Fluent Emoji (MIT, Microsoft) on three light grounds, or,
+with preset first, on white. The file holds float16 features, from which mean and covariance
 for any choice of names, and KID, follow. For a model of another preset:
 
     python eval/make_demo_reference.py runs/first --preset first --out reference.npz
@@ -25,7 +25,7 @@ sys.path[0] = str(ROOT)
 sys.path.insert(1, str(ROOT / "apps"))
 
 from demo_training.icons import load_index  # noqa: E402
-from demo_training.pictures import CanvasSet, compose_picture  # noqa: E402
+from demo_training.images import training_images  # noqa: E402
 from demo_training.presets import CLEAR_NAMES  # noqa: E402
 from demo_training.run import UsageError  # noqa: E402
 from train_demo_model import make_run, parse_arguments  # noqa: E402
@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the --out of train_demo_model.py, whose data stage is done")
     parser.add_argument("--preset", default="cpu", help="it was trained with (default: %(default)s)")
     parser.add_argument("--grow-from", type=Path, help="the model it was grown from, as it was given to that script")
-    parser.add_argument("--per-name", type=int, default=3, help="canvases of each name (default: %(default)s)")
     parser.add_argument("--pictures", type=Path, help="also write the composed pictures to this folder")
     parser.add_argument("--out", type=Path, default=DEMO_REFERENCE, help="default: %(default)s")
     options = parser.parse_args()
@@ -53,16 +52,8 @@ def main() -> None:
     except UsageError as error:
         parser.error(str(error))
     icons = [icon for icon in index if icon.style == "fluent-emoji" and icon.name in CLEAR_NAMES]
-    if run.preset.canvases:
-        canvases = CanvasSet(run, icons, "pool")
-        numbers = range(options.per_name * len(icons))
-        pictures = [Image.fromarray(canvases.pixels([i])[0].permute(1, 2, 0).numpy()) for i in numbers]
-        names = [icons[i % len(icons)].name for i in numbers]
-    else:
-        pictures, names = [], [icon.name for icon in icons]
-        for icon in icons:
-            with Image.open(run.out / "data" / icon.file) as image:
-                pictures.append(compose_picture(image.convert("RGBA"), run.preset.image_size))
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in training_images(run, icons)]
+    names = [icons[i % len(icons)].name for i in range(len(pictures))]
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
         for number, (name, picture) in enumerate(zip(names, pictures)):

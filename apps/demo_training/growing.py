@@ -25,7 +25,7 @@ def grow(unet: nn.Module, small: dict[str, Tensor], old_levels: int) -> set[str]
 
     Every weight whose name and shape agree is copied. The rest is set so that the network starts as the smaller one
     applied to the 2 × 2 means of conv_in's features, its output enlarged: the new level's residual branches end in
-    zeros, its downsampler takes means, its upsampler repeats. An attn1 that reads the text instead of the picture
+    zeros, its downsampler takes means, its upsampler repeats. An attn1 that attends to the text
     starts with output zero.
 
     Args:

@@ -15,7 +15,7 @@ from .run import Run, UsageError
 
 
 def build_autoencoder(preset: Preset, scaling_factor: float = 1.0):
-    """An AutoencoderTiny: pictures [B, 3, H, W] in -1 … 1 to latents [B, 4, H/8, W/8]."""
+    """An AutoencoderTiny: images [B, 3, H, W] in -1 … 1 to latents [B, 4, H/8, W/8]."""
     from diffusers import AutoencoderTiny
 
     channels = (preset.autoencoder_channels,) * len(preset.autoencoder_encoder_blocks)

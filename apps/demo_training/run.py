@@ -1,4 +1,4 @@
-"""One invocation: its settings and draws, what it says, and the folder that it may write to, resume or must refuse."""
+"""One invocation: its settings and random numbers, and the folders that it may write to, resume or must refuse."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from .presets import Preset, UnetPhase
+from .presets import Preset
 
 
 class UsageError(ValueError):
@@ -36,7 +36,7 @@ class Run:
     checkpoint_seconds: float
 
     def generator(self, *key: object) -> torch.Generator:
-        """A CPU generator that depends on the seed and `key` alone: a resumed run draws what it would have drawn."""
+        """A CPU generator that depends on the seed and `key` alone: a resumed run gets the same numbers."""
         digest = hashlib.blake2b(repr((self.seed, *key)).encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -111,10 +111,8 @@ def training_settings(run: Run, stage: str) -> dict:
     """What must stay the same for `stage` to be continued; the device may change."""
     at_leisure = ("grid_steps", "checkpoint_seconds", "sample_steps", "guidance", "precision", "icon_size")
     at_leisure += ("grid_samples", "grows")
-    other = {"autoencoder": ("unet_", "text_", "ema_", "phases", "pool"), "unet": ("autoencoder_", "latent_noise")}[
-        stage
-    ]
-    settings = {key: value for key, value in recorded(run.preset).items() if key not in at_leisure}
+    other = {"autoencoder": ("unet_", "text_", "ema_", "phases"), "unet": ("autoencoder_", "latent_noise")}[stage]
+    settings = {key: value for key, value in asdict(run.preset).items() if key not in at_leisure}
     if run.grow_from:
         files = sorted(path for path in run.grow_from.rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
         settings["grown_from"] = [file_digest(path) for path in files]
@@ -135,20 +133,6 @@ def origin_of_unet(run: Run) -> dict[str, str]:
     weights = require(run, run.out / "autoencoder" / "weights.safetensors", "autoencoder")
     index = require(run, run.out / "data" / "index.json", "data")
     return {"data": file_digest(index), "autoencoder": file_digest(weights)}
-
-
-def recorded(settings: Preset | UnetPhase) -> dict:
-    """The fields of a dataclass without those left at a default of None: a folder from before them can be continued."""
-    values = {
-        field.name: getattr(settings, field.name)
-        for field in fields(settings)
-        if not (field.default is None and getattr(settings, field.name) is None)
-    }
-    if "phases" in values:
-        values["phases"] = [recorded(phase) for phase in values["phases"]]
-    if "canvases" in values:
-        values["canvases"] = asdict(values["canvases"])
-    return values
 
 
 def announce(stage: str, text: str) -> None:

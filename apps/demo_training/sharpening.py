@@ -12,7 +12,7 @@ def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
 
     From random weights, attention in a small network settles near the mean over all tokens, where its gradient is
     almost nothing, and stays there. After this it is a non-local mean: queries and keys are the same projection on the
-    principal components of the features within a picture, scaled so that the median query spreads its weights over
+    principal components of the features within an image, scaled so that the median query spreads its weights over
     `share` of the keys; what is averaged, and given out twofold, is the features themselves.
 
     Args:

@@ -82,7 +82,7 @@ def train(
     phase_steps: Sequence[int],
     peak_lrs: Sequence[float],
     loss_of: Callable[[int, torch.Generator], Tensor],
-    draw_grid: Callable[[], Image.Image],
+    sample_grid: Callable[[], Image.Image],
     prepare: Callable[[int, int], None] = lambda phase, local: None,
 ) -> None:
     """Trains modules in place, from the stage's checkpoint if there is one.
@@ -97,7 +97,7 @@ def train(
         phase_steps: optimiser steps of each phase.
         peak_lrs: peak learning rate of each phase.
         loss_of: (phase, generator) to a scalar loss; the generator is the step's own.
-        draw_grid: a picture of the present state, written to the stage's grids folder now and then.
+        sample_grid: an image of the present state, written to the stage's grids folder now and then.
         prepare: called before each step with the phase and the step's number within it.
     """
     preset, folder = run.preset, run.out / stage
@@ -159,7 +159,7 @@ def train(
                 saved_at = time.monotonic()
             if grid_due:
                 with replacing(grids / f"step_{step + 1:06d}.png") as part:
-                    draw_grid().save(part, format="png")
+                    sample_grid().save(part, format="png")
             if interrupts and step + 1 < total:
                 raise KeyboardInterrupt
 
