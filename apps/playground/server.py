@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import errno
+import logging
 import os
 import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +136,10 @@ def start(
     if block:
         try:
             print(f"agentsd: open {page.share_url or address} (Ctrl+C ends it)")
-            page.block_thread()
+            while page.is_running:  # not page.block_thread: it waits five seconds for open pages, and close() as many
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            print("agentsd: closing")
         finally:
             try:
                 stop(page, studio)
@@ -161,7 +166,14 @@ def _check_address(host: str, port: int) -> None:
 def stop(page: gr.Blocks, studio: Studio) -> None:
     """End a server that `start` began, and its run at its next step."""
     studio.worker.close()
-    page.close(verbose=False)
+    log = logging.getLogger("uvicorn.error")
+    before, log.disabled = log.disabled, True  # it reports every connection that is cut
+    try:
+        if page.server:
+            page.server.force_exit = True  # without it uvicorn waits for every page that is still open in a browser
+        page.close(verbose=False)
+    finally:
+        log.disabled = before
 
 
 def folder() -> str:
