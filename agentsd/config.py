@@ -116,6 +116,9 @@ class AgentConfig:
             raise TypeError(f"seed={self.seed!r}: must be an integer")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: must lie in 0 … 2**63 − 1")
+        for name in ("seed", "max_downsample"):  # NumPy's integers cannot be written as JSON
+            if _is_int(value := getattr(self, name)):
+                self._set(name, int(value))
         self._check_ratio_is_possible()
 
     def _set(self, name: str, value: object) -> None:

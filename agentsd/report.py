@@ -14,9 +14,10 @@ from diffusers.models.attention_processor import Attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import AgentConfig, Phase
-from .merging import grid_cells, tile_size
+from .layer_plan import plan_layer, token_grid
 from .patch import find_unet, get_patch
-from .unet.processor import AgentAttnProcessor, token_grid
+from .unet.call import is_ours
+from .unet.layers import class_name, own_latent_size
 
 _LATER = {"merge": "token merging", "downsample": "downsampled keys and values", "full": "unpatched"}
 
@@ -206,11 +207,10 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
                 layers.append(LayerReport(name, "not patched"))
     else:
         for layer in patch.layers:
-            processor = layer.attn.processor
-            active = isinstance(processor, AgentAttnProcessor)
-            status = "active" if active else f"replaced by {type(processor).__name__}: call apply_patch again"
+            active = is_ours(layer)
+            status = "active" if active else f"replaced by {class_name(layer.attn.processor)}: call apply_patch again"
             grid = token_grid(latent_height, latent_width, layer.state.downsample)
-            if active and not any(grid_cells(*grid, patch.config.stride(phase, grid)) for phase in Phase):
+            if active and not any(plan_layer(patch.config, phase, grid).num_dst for phase in Phase):
                 status = f"left alone: its {grid[0]}×{grid[1]} grid is smaller than a cell"
             layers.append(_layer_report(layer.state.name, status, layer.attn, grid, patch.config))
         layers += [LayerReport(name, f"left alone: {reason}") for name, reason in patch.skipped]
@@ -230,8 +230,7 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
 
 def _latent_size(model: Any, unet: UNet2DConditionModel, height: int | None, width: int | None) -> tuple[int, int, int]:
     scale = getattr(model, "vae_scale_factor", 8)
-    size = unet.config.sample_size or 64
-    default = size if isinstance(size, (tuple, list)) else (size, size)
+    default = own_latent_size(unet)
     latent = []
     for name, value, own in (("height", height, default[0]), ("width", width, default[1])):
         if value is None:
@@ -256,26 +255,18 @@ def _layer_report(name: str, status: str, attn: Attention, grid: tuple[int, int]
 def _phase_cost(
     phase: Phase, grid: tuple[int, int], channels: int, inner: int, config: AgentConfig, unpatched: int
 ) -> PhaseCost:
-    tokens = grid[0] * grid[1]
-    stride = config.stride(phase, grid)
-    num_dst = grid_cells(*grid, stride)
-    if num_dst == 0 or not config.acts_in(phase):
+    plan = plan_layer(config, phase, grid)
+    tokens, left, keys, agents = plan.num_tokens, plan.num_left, plan.num_keys, plan.num_agents
+    if plan.action == "none":
         return PhaseCost(tokens, tokens, 0, unpatched)
-    if phase is Phase.MERGE and config.late == "downsample":
-        multiply_adds = 2 * (tokens + num_dst) * channels * inner + 2 * tokens * num_dst * inner
-        return PhaseCost(tokens, num_dst, 0, multiply_adds)
-    num_src = tokens - num_dst
-    merged = tokens - min(num_src, config.num_merged(tokens))
-    if phase is Phase.MERGE and merged == tokens:
-        return PhaseCost(tokens, tokens, 0, unpatched)
-    tile = tile_size(*grid, stride, config.match_tile or max(grid))
-    matching = num_src * num_dst * channels * math.prod(tile) // tokens
-    projections = 4 * merged * channels * inner
-    if phase is Phase.MERGE:
-        return PhaseCost(merged, merged, 0, matching + projections + 2 * merged**2 * inner)
-    agents = tokens - config.num_merged_for_agents(tokens, num_src)
-    attention = 4 * merged * agents * inner + (merged * inner if config.alpha else 0)
-    return PhaseCost(merged, merged, agents, matching + projections + agents * channels * inner + attention)
+    if plan.action == "downsample":
+        return PhaseCost(left, keys, 0, 2 * (left + keys) * channels * inner + 2 * left * keys * inner)
+    matching = plan.num_src * plan.num_dst * channels * math.prod(plan.tile or grid) // tokens
+    projections = 4 * left * channels * inner
+    if plan.action == "merge":
+        return PhaseCost(left, keys, 0, matching + projections + 2 * left * keys * inner)
+    attention = 4 * left * agents * inner + (left * inner if config.alpha else 0)
+    return PhaseCost(left, keys, agents, matching + projections + agents * channels * inner + attention)
 
 
 def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_width: int) -> int | None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from .config import AgentConfig, Phase
 from .images.compare import generate
 from .images.request import Request
-from .merging import grid_cells, merge_tokens, merged_position
+from .layer_plan import plan_layer
+from .merging import merge_tokens, merged_position
 from .patch import get_patch, patched
-from .unet.processor import LayerState, merge_plan, project_key_value, project_queries
+from .unet.processor import LayerState, project_key_value, project_queries
 
 MOST_VIEWS = 24
 """How many UNet calls `look_through` records; of a longer run it takes so many, evenly spaced."""
@@ -172,7 +173,7 @@ def _record(
                 )
                 _check_budget(state, num_agent_calls, budget)
             if num_calls in chosen:
-                view = _view(state, attn, args[0], num_calls)
+                view = _view(pipe, state, attn, args[0], num_calls)
                 if view is not None:
                     views[num_calls] = view
             num_calls += 1
@@ -194,12 +195,10 @@ def _timesteps(pipe: Any) -> list[float]:
 
 def _check_budget(state: LayerState, num_agent_calls: int, budget: int | None) -> None:
     """Raise ValueError where a layer's agent attention in so many calls would take more bytes than the budget."""
-    grid = state.grid()
-    num_tokens = math.prod(grid)
-    cells = grid_cells(*grid, state.config.stride(Phase.AGENT, grid))
-    if budget is None or cells == 0:  # without a whole cell the layer runs unpatched
+    plan = plan_layer(state.config, Phase.AGENT, state.grid())
+    if budget is None or plan.action == "none":
         return
-    num_agents = num_tokens - state.config.num_merged_for_agents(num_tokens, num_tokens - cells)
+    num_agents, num_tokens = plan.num_agents, plan.num_tokens
     needed = num_agent_calls * num_agents * num_tokens * _KEPT.itemsize
     if needed > budget:
         raise ValueError(
@@ -221,20 +220,22 @@ def _choose_layer(pipe: Any, layer: int | str) -> tuple[LayerState, Any]:
 
 
 @torch.no_grad()
-def _view(state: LayerState, attn: Any, hidden_states: Tensor, call: int) -> LayerView | None:
+def _view(pipe: Any, state: LayerState, attn: Any, hidden_states: Tensor, call: int) -> LayerView | None:
     # With guidance the last sample of the batch is the one with the prompt.
-    plan = None if state.block_input is None else merge_plan(state, state.block_input)
-    if plan is None:
+    if state.block_input is None or state.parts[0].action not in ("agents", "merge"):
         return None
-    position = merged_position(plan.matching, plan.r)[-1]
+    part = state.parts[0]
+    matching, r = part.match(state.block_input), part.num_merged
+    position = merged_position(matching, r)[-1]
     agent_tokens = attention = None
-    if plan.r_agents is not None:
-        key, _ = project_key_value(attn, merge_tokens(hidden_states, plan.matching, plan.r))
-        agents = project_queries(attn, merge_tokens(hidden_states, plan.matching, plan.r_agents))
+    if part.action == "agents":
+        key, _ = project_key_value(attn, merge_tokens(hidden_states, matching, r))
+        agents = project_queries(attn, merge_tokens(hidden_states, matching, part.num_merged_for_agents))
         attention = _weights(agents[-1].float(), key[-1].float(), position)
-        agent_tokens = plan.matching.tokens[-1, plan.r_agents :].cpu()
+        agent_tokens = matching.tokens[-1, part.num_merged_for_agents :].cpu()
+    patch = get_patch(pipe)
     return LayerView(
-        state.name, call, state.run.timestep, state.run.phase, state.grid(), position.cpu(), agent_tokens, attention
+        state.name, call, patch.timestep, patch.phase, state.grid(), position.cpu(), agent_tokens, attention
     )
 
 

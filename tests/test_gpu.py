@@ -84,4 +84,4 @@ def test_model_offload(gpu):
     expected = call_unet(unet)
     cpu_offload_with_hook(unet, gpu)
     torch.testing.assert_close(call_unet(unet).cpu(), expected, atol=2e-3, rtol=2e-3)
-    assert get_patch(unet).layers[0].state.plan is not None
+    assert set(get_patch(unet).last_call.outcomes.values()) == {"active"}

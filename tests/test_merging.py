@@ -247,7 +247,7 @@ def matching_of(tokens: int):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: matching_of(15), "15 tokens.*4×4 grid"),
+        (lambda: matching_of(15), "15 tokens.*grid of 16"),
         (lambda: split_grid(2, 2, (4, 4)), "no 4×4 cell"),
         (lambda: split_grid(4, 4, (2, 2), torch.zeros(3)), "offsets"),
         (lambda: merge_tokens(torch.ones(1, 16, 2), matching_of(16), 13), "r must"),

@@ -10,7 +10,8 @@ import tomesd
 import torch
 
 from ..config import AgentConfig
-from ..patch import find_layers, find_unet, patched, why_none
+from ..patch import find_unet, patched
+from ..unet.layers import find_layers, why_none
 
 METHODS = {"sd": "Stable Diffusion", "tomesd": "ToMeSD", "agentsd": "AgentSD"}
 """Name on the command line: name in print."""

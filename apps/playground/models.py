@@ -11,7 +11,8 @@ import torch
 
 from agentsd import AgentConfig
 from agentsd.images.pipelines import ModelError, load_pipeline
-from agentsd.patch import find_layers, find_unet, get_patch
+from agentsd.patch import find_unet, get_patch
+from agentsd.unet.layers import find_layers, own_latent_size
 
 from .previews import Preview
 
@@ -92,8 +93,7 @@ class Models:
         except (TypeError, ValueError) as error:
             raise ModelError(f"{name}: {str(error).removeprefix(name + ': ')}") from error
         pipe.set_progress_bar_config(disable=True)
-        sides = unet.config.sample_size
-        height, width = (sides, sides) if isinstance(sides, int) else sides
+        height, width = own_latent_size(unet)
         layers, _ = find_layers(unet, AgentConfig(max_downsample=8))
         return Model(
             name,
