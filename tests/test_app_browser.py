@@ -404,6 +404,16 @@ def test_the_seed_is_kept_or_a_new_one(window):
     expect(field(window, "seed")).not_to_have_value(seed)
 
 
+def test_a_prompt_that_the_demo_model_does_not_know_is_told_at_once(window):
+    fill(window, "prompt", "an astronaut riding a hrose")
+    told(window, "#prompt-note", "knows 121 things and none of them is in this prompt")
+    window.locator("#prompt-note summary").click()
+    told(window, "#prompt-note details", "abacus, accordion")
+    expect(window.locator("#prompt-note details")).to_have_attribute("open", "")
+    window.get_by_role("button", name="castle", exact=True).click()
+    expect(window.locator("#prompt-note .message")).to_have_count(0)
+
+
 def test_an_example_changes_only_the_prompt(window):
     fill(window, "seed", 77)
     fill(window, "ratio", 0.6)

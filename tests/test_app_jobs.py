@@ -91,7 +91,7 @@ def test_each_image_comes_as_soon_as_it_is_ready(studio):
 
 def test_rounds_are_interleaved_and_their_times_collected(studio):
     reports, done = run_compare(studio, settings(rounds=3))
-    assert [report.case for report in reports if isinstance(report, Finished)] == [0, 1, 2] * 3
+    assert [report.case for report in reports if isinstance(report, Finished)] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
     assert all(len(one.all_seconds) == 3 for one in done.values())
     assert all(not report.preview for report in reports if isinstance(report, Stepped) and report.round > 1)
 
@@ -188,6 +188,18 @@ def test_what_the_model_does_not_read_is_told(studio):
     assert "longer than the model reads" in note.text and "“castle frog”" in note.text
     reports, _ = run_compare(studio, settings(prompt=" ".join(["zebra"] * 75)))
     assert not any(isinstance(report, Note) for report in reports)
+
+
+def test_a_prompt_the_demo_model_does_not_know_is_told():
+    studio = Studio(Models(["demo", "tiny"], load=CountingLoader()))
+    asked = {"prompt": "an astronaut riding a hrose", "steps": 1, "rounds": 1, "width": 64, "height": 64}
+    for values, told in (({}, True), ({"prompt": "a photograph of a zebra"}, False), ({"model": "tiny"}, False)):
+        wanted = check({"model": "demo", **asked, **values}, ["demo", "tiny"], Limits())
+        notes = [report.text for report in run_compare(studio, wanted)[0] if isinstance(report, Note)]
+        assert len(notes) == told, values
+        if told:
+            assert "knows 121 things" in notes[0] and "Nearest in spelling: " in notes[0] and "list" in notes[0]
+    studio.worker.close()
 
 
 # --- the models -------------------------------------------------------------------------------------------------------

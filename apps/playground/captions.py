@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from .figures import Figures, seconds_text, speed_word
@@ -86,6 +87,14 @@ def message_html(text: str, kind: str = "info") -> str:
     """A message above the images. kind: "info", "done", "note" or "error"; screen readers announce an error."""
     role = "alert" if kind == "error" else "status"
     return f"<div class='message {kind}' role='{role}'>{escape(text)}</div>"
+
+
+def unknown_html(note: str | None, names: Sequence[str]) -> str:
+    """The remark under a prompt of which the model knows nothing, with the list of what it knows; "" for None."""
+    if note is None:
+        return ""
+    listed = f"<details><summary>All {len(names)} things</summary>{escape(', '.join(names))}</details>"
+    return f"<div class='message note' role='status'>{escape(note)}{listed}</div>"
 
 
 def difference_html(left: str, right: str, text: str) -> str:

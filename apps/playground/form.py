@@ -10,11 +10,13 @@ from typing import Any
 import gradio as gr
 
 from agentsd.config import FIELD_NAMES, LATE
+from agentsd.images.demo_prompts import DEMO_NAMES
 from agentsd.images.pipelines import SCHEDULERS
 
 from . import captions
 from .context import PRIVATE, QUICK, Context
 from .models import Models
+from .prompts import unknown_note
 from .restore import link_values
 from .script import script
 from .settings import OWN_SCHEDULER, PATCH_FIELDS, ROUNDS, check, patch_help, request_fields
@@ -91,6 +93,7 @@ class Form:
         form["prompt"] = gr.Textbox(
             label="Prompt", lines=2, max_lines=6, elem_id="prompt", placeholder=_PROMPT.format("castle")
         )
+        self.prompt_note = gr.HTML(elem_id="prompt-note")
         with gr.Row():
             self.compare_button = gr.Button("Compare", variant="primary", elem_id="draw", min_width=120, scale=3)
             self.stop_button = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, scale=1)
@@ -163,14 +166,18 @@ class Form:
         self.controls[field.name] = control
 
     def wire_code(self, page: gr.Blocks, code: gr.Code, **event: Any) -> None:
-        """Keep the script up to date with the form."""
+        """Keep the script, and the remark on the prompt, up to date with the form."""
         changes = [control.change for control in self.inputs]
         event |= {"trigger_mode": "always_last"}
-        gr.on([page.load, *changes], self._script, self.inputs, code, preprocess=False, **event)
+        gr.on([page.load, *changes], self._answer, self.inputs, [code, self.prompt_note], preprocess=False, **event)
         self.random_button.click(lambda: random.randrange(2**31), None, self.controls["seed"], **event)
 
-    def _script(self, *given: Any) -> str:
+    def _answer(self, *given: Any) -> tuple[str, str]:
         values = self.values(given)
+        note = unknown_note(values["model"], str(values["prompt"] or ""))
+        return self._script(values), captions.unknown_html(note, DEMO_NAMES)
+
+    def _script(self, values: dict[str, Any]) -> str:
         if not str(values["prompt"] or "").strip():
             values["prompt"] = _PROMPT.format("castle")
         try:

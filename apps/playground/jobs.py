@@ -244,7 +244,7 @@ class Studio:
     # --- the jobs -----------------------------------------------------------------------------------------------------
 
     def generate(self, run: Run, settings: Settings, cases: Sequence[Case]) -> Iterator[Report]:
-        """Generate every case, each as soon as possible; then time them again in interleaved rounds.
+        """Generate every case, each as soon as possible; then time them again in interleaved rounds, in rotating order.
 
         The first run of a kind is slower than the rest, so each method is warmed up before its first image of a size.
         """
@@ -253,7 +253,10 @@ class Studio:
             with self._ready(settings, emit) as model:
                 done: dict[int, GeneratedImage] = {}
                 for number in range(1, settings.rounds + 1):
-                    for index, case in enumerate(cases):
+                    # Each round begins with another method, so that none always runs after the same one.
+                    first = (number - 1) % len(cases)
+                    for index in [*range(first, len(cases)), *range(first)]:
+                        case = cases[index]
                         if number == 1:
                             self._warm_up(model, settings, index, case, emit)
                         report = _step_reporter(model, index, number, emit)
@@ -309,7 +312,8 @@ class Studio:
 
     def _warm_up(self, model: Model, settings: Settings, index: int, case: Case, emit: Emit) -> None:
         request = settings.request
-        kind = (model.name, case.method, request.height, request.width, request.guidance > 1)
+        phases = case.config.early > 0, case.config.early < 1  # the warm-up runs the phases that are in use
+        kind = (model.name, case.method, request.height, request.width, request.guidance > 1, phases)
         if kind not in self._warm:
             warm_up(model.pipe, request, case.method, case.config, _step_reporter(model, index, 0, emit))
             self._warm.add(kind)
