@@ -15,6 +15,7 @@ from conftest import make_pipeline
 from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 from playground import restore as app_restore
+from playground import settings as app_settings
 from playground import sweeps
 from playground.restore import form_values, link_values, restore
 from playground.script import script
@@ -37,6 +38,7 @@ from agentsd.images.png import METADATA_KEY, save_image
 from agentsd.images.request import Request
 
 MODELS = ("demo", "other")
+PRESETS = {"paper": {}, "toy": {"ratio": 0.5, "agent_stride": (2, 4), "max_agents": 64}}
 LIMITS = Limits()
 
 
@@ -292,6 +294,21 @@ def test_a_bad_link_is_refused_by_name(query, message):
 def test_unknown_parameters_of_a_link_are_named_and_the_others_used(query):
     values, remarks = link_values(query, MODELS, LIMITS)
     assert values == {"seed": 3} and "does not know were left out: 'sed'" in " ".join(remarks)
+
+
+def test_a_preset_sets_its_fields_and_others_win(monkeypatch):
+    monkeypatch.setattr(app_settings, "PRESETS", {})
+    monkeypatch.setattr(app_restore, "PRESETS", PRESETS)
+    app_settings.PRESETS.update(PRESETS)
+    values, remarks = link_values("?preset=toy&alpha=0.2&prompt=a", MODELS, LIMITS)
+    settings = check(values, MODELS, LIMITS)
+    assert settings.config == AgentConfig(ratio=0.5, agent_stride=(2, 4), max_agents=64, alpha=0.2) and remarks == []
+    with pytest.raises(ValueError, match="preset='fats': must be one of paper, toy"):
+        link_values("?preset=fats", MODELS, LIMITS)
+    assert app_settings.preset_of(AgentConfig()) == "paper" and app_settings.preset_of(settings.config) is None
+    toy = check({"prompt": "a", **app_settings.preset_values("toy")}, MODELS, LIMITS)
+    assert app_settings.preset_of(toy.config) == "toy" and 'apply_patch(pipe, preset="toy")' in script(toy)
+    assert "preset" not in script(check({"prompt": "a"}, MODELS, LIMITS))
 
 
 # --- the script -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from .jobs import Case, Finished, Loading, Looked, Note, Report, Run, Stepped, S
 from .outputs import Outputs, file_name
 from .settings import (
     PATCH_FIELDS,
+    PRESETS,
     ROUNDS,
     SWEEP_RANGES,
     SWEEPABLE,
@@ -24,6 +25,7 @@ from .settings import (
     Settings,
     check,
     check_index,
+    preset_values,
     request_fields,
     sweep_values,
 )
@@ -44,7 +46,7 @@ class Api:
         self.outputs = outputs
         self.limits = limits
         self._request = list(request_fields(studio.models.names, limits).values())
-        self._patch = list(PATCH_FIELDS.values())
+        self._patch = [*([Field("preset", str, "")] if PRESETS else []), *PATCH_FIELDS.values()]
 
     def register(self, **event: Any) -> None:
         """Add the endpoints to the gr.Blocks being built; `event` goes to gr.api."""
@@ -143,7 +145,13 @@ class Api:
         }
 
     def _check(self, values: dict[str, Any]) -> Settings:
+        """Checked settings; fields of the patch left at their default take the preset's value."""
         try:
+            if values.get("preset"):
+                defaults = {field.name: field.default for field in PATCH_FIELDS.values()}
+                for name, value in preset_values(values["preset"]).items():
+                    if values.get(name) in (None, defaults[name]):
+                        values[name] = value
             return check(values, self.studio.models.names, self.limits)
         except (ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error

@@ -90,7 +90,7 @@ def message_html(text: str, kind: str = "info") -> str:
 
 
 def unknown_html(note: str | None, names: Sequence[str]) -> str:
-    """The remark under a prompt of which the model knows nothing, with the list of what it knows; "" for None."""
+    """The remark under a prompt that names nothing the model knows, with the list of what it knows; "" for None."""
     if note is None:
         return ""
     listed = f"<details><summary>All {len(names)} things</summary>{escape(', '.join(names))}</details>"

@@ -19,9 +19,21 @@ from .models import Models
 from .prompts import unknown_note
 from .restore import link_values
 from .script import script
-from .settings import OWN_SCHEDULER, PATCH_FIELDS, ROUNDS, check, patch_help, request_fields
+from .settings import (
+    OWN_SCHEDULER,
+    PATCH_FIELDS,
+    PRESETS,
+    ROUNDS,
+    check,
+    check_patch,
+    patch_help,
+    preset_of,
+    preset_values,
+    request_fields,
+)
 
-_IN_SIGHT = ("ratio", "early")  # the other settings of the patch stand under "Advanced"
+# The other settings of the patch are under "Advanced".
+_IN_SIGHT = tuple(name for name in ("ratio", "early", "cache_interval") if name in FIELD_NAMES)
 
 _SLIDERS = {
     # field: (low, high, step) that are useful; a saved image or a link may have others
@@ -30,6 +42,7 @@ _SLIDERS = {
     "alpha": (0.0, 1.0, 0.025),
     "broadcast_exponent": (-0.5, 0.0, 0.05),
     "agent_ratio": (0.0, 1.0, 0.05),
+    "cache_interval": (1, 8, 1),
 }
 _CHOICES = {
     "late": list(LATE),
@@ -39,6 +52,8 @@ _CHOICES = {
 
 _EXAMPLES = ["castle", "zebra", "strawberry", "ferris wheel"]
 _PROMPT = "a high quality photograph of a {}."
+
+_NO_PRESET = "own settings"
 
 _LINK = "Copy a link to these settings"
 
@@ -93,7 +108,7 @@ class Form:
         form["prompt"] = gr.Textbox(
             label="Prompt", lines=2, max_lines=6, elem_id="prompt", placeholder=_PROMPT.format("castle")
         )
-        self.prompt_note = gr.HTML(elem_id="prompt-note")
+        self.prompt_note = gr.HTML(visible=False, elem_id="prompt-note")
         with gr.Row():
             self.compare_button = gr.Button("Compare", variant="primary", elem_id="draw", min_width=120, scale=3)
             self.stop_button = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, scale=1)
@@ -112,6 +127,10 @@ class Form:
             form["guidance"] = gr.Number(
                 label="Guidance", value=defaults["guidance"], step=0.5, min_width=120, elem_id="guidance"
             )
+        self.preset = gr.Dropdown(
+            [*PRESETS, _NO_PRESET], value=_NO_PRESET, label="Preset", elem_id="preset", visible=bool(PRESETS),
+            info="sets the fields of the patch",
+        )  # fmt: skip
         for name in _IN_SIGHT:
             self._patch_control(name)
         with gr.Accordion("More settings", open=False, elem_id="more"):
@@ -169,13 +188,28 @@ class Form:
         """Keep the script, and the remark on the prompt, up to date with the form."""
         changes = [control.change for control in self.inputs]
         event |= {"trigger_mode": "always_last"}
-        gr.on([page.load, *changes], self._answer, self.inputs, [code, self.prompt_note], preprocess=False, **event)
+        outputs = [code, self.prompt_note, self.preset]
+        gr.on([page.load, *changes], self._answer, self.inputs, outputs, preprocess=False, **event)
+        patch = [self.controls[field.name] for field in PATCH_FIELDS.values()]
+        self.preset.input(self._choose_preset, self.preset, patch, **event)
         self.random_button.click(lambda: random.randrange(2**31), None, self.controls["seed"], **event)
 
-    def _answer(self, *given: Any) -> tuple[str, str]:
+    def _answer(self, *given: Any) -> tuple[str, Any, str]:
         values = self.values(given)
         note = unknown_note(values["model"], str(values["prompt"] or ""))
-        return self._script(values), captions.unknown_html(note, DEMO_NAMES)
+        remark = gr.update(value=captions.unknown_html(note, DEMO_NAMES), visible=note is not None)
+        try:
+            preset = preset_of(check_patch(values))
+        except (ValueError, TypeError):
+            preset = None  # the script says what is wrong
+        return self._script(values), remark, preset or _NO_PRESET
+
+    def _choose_preset(self, name: str) -> list[Any]:
+        """The values of the patch's controls under a preset."""
+        if name == _NO_PRESET:
+            return [gr.skip() for _ in PATCH_FIELDS]
+        values = preset_values(name)
+        return [values.get(field.name, field.default) for field in PATCH_FIELDS.values()]
 
     def _script(self, values: dict[str, Any]) -> str:
         if not str(values["prompt"] or "").strip():

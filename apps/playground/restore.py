@@ -16,7 +16,19 @@ from agentsd import AgentConfig
 from agentsd.images.pipelines import SCHEDULERS
 from agentsd.images.png import read_settings
 
-from .settings import OWN_SCHEDULER, PATCH_FIELDS, ROUNDS, Field, Limits, check, request_fields, short, written
+from .settings import (
+    OWN_SCHEDULER,
+    PATCH_FIELDS,
+    PRESETS,
+    ROUNDS,
+    Field,
+    Limits,
+    check,
+    preset_values,
+    request_fields,
+    short,
+    written,
+)
 
 _decoding = threading.Lock()  # one dropped image at a time: its pixels take more memory than its file
 _GRADIO = {"view", "deep_link", "logs"}  # parameters of Gradio's own, besides those that begin with "__"
@@ -112,7 +124,7 @@ def link_values(query: str, models: Sequence[str], limits: Limits) -> tuple[dict
 
     Args:
         query: what follows the address, with or without "?": one parameter per field ("prompt=a+castle&ratio=0.3"), or
-            `settings` with all of them as JSON, as "Copy a link" writes it.
+            `settings` with all of them as JSON, as "Copy a link" writes it. `preset` sets its fields; others win.
         models, limits: as `check`.
 
     Returns:
@@ -135,6 +147,8 @@ def link_values(query: str, models: Sequence[str], limits: Limits) -> tuple[dict
         given[name] = _typed(fields[name], text) if name in fields else text
     if "settings" in given:
         given |= _settings_parameter(given.pop("settings"))
+    if PRESETS and "preset" in given:
+        given = preset_values(given.pop("preset")) | given
     unknown = [name for name in given if name not in fields]
     values = {name: value for name, value in given.items() if name in fields}
     # The link of a page without a prompt is as good as others.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from .settings import OWN_SCHEDULER, Settings
+from agentsd import AgentConfig
+
+from .settings import OWN_SCHEDULER, Settings, preset_of
 
 
 def script(settings: Settings) -> str:
@@ -14,11 +16,12 @@ def script(settings: Settings) -> str:
     loading = [json.dumps(settings.model, ensure_ascii=False)]
     if settings.scheduler != OWN_SCHEDULER:
         loading.append(f'scheduler="{settings.scheduler}"')
-    patch = [f"ratio={config.ratio!r}"]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name != "ratio" and value != field.default:
-            patch.append(f"{field.name}={value!r}")
+    preset = preset_of(config)
+    if preset and config != AgentConfig():
+        patch = [f'preset="{preset}"']
+    else:
+        changed = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
+        patch = [f"{name}={getattr(config, name)!r}" for name in dict.fromkeys(["ratio", *changed])]
     call = [json.dumps(request.prompt, ensure_ascii=False)]
     if request.negative_prompt:
         call.append(f"negative_prompt={json.dumps(request.negative_prompt, ensure_ascii=False)}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentsd import AgentConfig
+from agentsd import AgentConfig, config
 from agentsd.config import FIELD_NAMES
 from agentsd.images.pipelines import SCHEDULERS
 from agentsd.images.request import Request
@@ -22,6 +22,9 @@ SWEEP_RANGES = {"ratio": (0.1, 0.7), "early": (0.0, 1.0), "alpha": (0.0, 0.3), "
 """Fields that a sweep may vary, where AgentConfig has them, each with a useful range."""
 
 SWEEPABLE = tuple(name for name in SWEEP_RANGES if name in FIELD_NAMES)
+
+PRESETS: dict[str, dict[str, Any]] = dict(getattr(config, "PRESETS", {}))
+"""Fields of AgentConfig by the name of the preset that sets them."""
 
 _OWN_SIZE = 1024  # SDXL's own size, which it generates at whatever the limits say
 
@@ -177,6 +180,22 @@ def check_patch(values: Mapping[str, Any]) -> AgentConfig:
             if values.get(field.name) is not None
         }
     )
+
+
+def preset_values(name: Any) -> dict[str, Any]:
+    """The form values of a preset's fields, by field name. Raises ValueError for an unknown preset."""
+    if name not in PRESETS:
+        raise ValueError(f"preset={short(name)}: must be one of {', '.join(PRESETS)}")
+    return {
+        field.name: written(PRESETS[name][key]) if field.kind is str else PRESETS[name][key]
+        for key, field in PATCH_FIELDS.items()
+        if key in PRESETS[name]
+    }
+
+
+def preset_of(config: AgentConfig) -> str | None:
+    """The preset that gives exactly this config, None where there is none."""
+    return next((name for name, fields in PRESETS.items() if AgentConfig(**fields) == config), None)
 
 
 def sweep_values(name: str, first: Any, last: Any, count: Any, limits: Limits) -> list[float]:
