@@ -12,8 +12,6 @@ similar srcs are averaged into their dst.
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from dataclasses import dataclass, field
 
 import torch
@@ -367,31 +365,6 @@ def merged_position(matching: TokenMatching, r: int) -> Tensor:
     dst = torch.arange(matching.num_dst, device=matching.tokens.device) + num_unmerged
     by_rank = torch.cat([src, dst.expand(matching.tokens.shape[0], -1)], dim=1)
     return torch.empty_like(matching.tokens).scatter(1, matching.tokens, by_rank)
-
-
-def draw_offsets(
-    seed: int, timestep: float, num_layers: int, cells: int, cell_size: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Draw the place of the dst in each cell, for every layer of one UNet call.
-
-    A stateless hash of (seed, timestep, layer, cell): the same arguments give the same draws on every device, no
-    generator is read or advanced, and nothing is copied between host and device.
-
-    Returns:
-        [num_layers, cells] int64, uniform over 0 … cell_size − 1.
-    """
-    digest = hashlib.blake2b(struct.pack("<qd", seed, timestep), digest_size=4).digest()
-    key = int.from_bytes(digest, "little")
-    layer_keys = _mix32(torch.arange(num_layers, dtype=torch.int64, device=device) ^ key)
-    drawn = _mix32(layer_keys[:, None] ^ torch.arange(cells, dtype=torch.int64, device=device))
-    return drawn * cell_size >> 32
-
-
-def _mix32(x: Tensor) -> Tensor:
-    """Scramble 32-bit integers held in int64. Both factors are below 2**31, so no product overflows."""
-    for factor in (0x7FEB352D, 0x297A2D39):
-        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 15)
 
 
 def _flat_position(matching: TokenMatching, r: int) -> Tensor:

@@ -93,11 +93,15 @@ def make_upscaler():
     return quiet(diffusers.StableDiffusionUpscalePipeline(**parts, **schedulers))
 
 
-def make_animatediff():
+def make_motion_adapter():
     torch.manual_seed(4)
-    adapter = diffusers.MotionAdapter(
+    return diffusers.MotionAdapter(
         block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=4
     ).eval()
+
+
+def make_animatediff():
+    adapter = make_motion_adapter()
     parts = dict(vae=make_vae(), text_encoder=make_text_encoder(), tokenizer=make_tokenizer(), unet=make_unet())
     return quiet(diffusers.AnimateDiffPipeline(**parts, motion_adapter=adapter, scheduler=DDIMScheduler(**SD_BETAS)))
 

@@ -9,7 +9,8 @@ import torch
 from conftest import call_unet, make_unet
 
 import agentsd
-from agentsd.merging import draw_offsets, match_tokens, merge_tokens, split_grid
+from agentsd.layer_plan import draw_offsets
+from agentsd.merging import match_tokens, merge_tokens, split_grid
 from agentsd.patch import get_patch
 
 pytestmark = pytest.mark.gpu

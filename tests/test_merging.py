@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 
 from agentsd import merging
+from agentsd.layer_plan import draw_offsets
 from agentsd.merging import (
-    draw_offsets,
     grid_cells,
     match_tokens,
     merge_tokens,

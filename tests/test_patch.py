@@ -505,13 +505,6 @@ def test_fused_projections():
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 FOR_LARGE_PICTURES = {"late": "downsample", "max_agents": 4, "max_keys": 9, "match_tile": 8, "merge_mlp": True}
 
 

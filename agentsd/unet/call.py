@@ -336,6 +336,8 @@ def _bypassed_by(layer: PatchedLayer) -> str:
     for what, module in (("attention", attn), ("block", layer.block)):
         if (forward := replaced_forward(module)) is not None:
             return f"its {what} has {forward}"
+    if not attn.forward.__module__.startswith("diffusers."):
+        return f"the class Attention has the forward {attn.forward.__module__}.{attn.forward.__qualname__}"
     if type(layer.block) is not BasicTransformerBlock:
         return f"its block is now a {class_name(layer.block)}"
     return "another tool computes its attention without calling its processor"
