@@ -32,7 +32,7 @@ from playground.settings import (
 )
 
 from agentsd import AgentConfig
-from agentsd.images.compare import GeneratedImage, generate, settings_of
+from agentsd.images.generate import GeneratedImage, generate, settings_of
 from agentsd.images.pipelines import set_scheduler
 from agentsd.images.png import METADATA_KEY, save_image
 from agentsd.images.request import Request

@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from agentsd.images.compare import GeneratedImage
-from agentsd.visualize import agent_map, merge_map
+from agentsd.images.generate import GeneratedImage
+from agentsd.maps import agent_map, merge_map
 
 from .figures import Figures, verdict
 from .jobs import Case, Finished, Loading, Looked, Note, Report, Run, Stepped, Studio, explain, methods_to_compare

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from agentsd.images.compare import GeneratedImage
+from agentsd.images.generate import GeneratedImage
 from agentsd.images.methods import METHODS
 
 from . import captions

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from agentsd.images.compare import STABLE, GeneratedImage, are_stable
+from agentsd.images.compare import STABLE, are_stable
+from agentsd.images.generate import GeneratedImage
 from agentsd.images.methods import METHODS
 
 from .images import distance

@@ -14,13 +14,14 @@ from typing import Any
 
 from PIL import Image
 
-from agentsd.config import AgentConfig
-from agentsd.images.compare import GeneratedImage, Step, generate, settings_of, warm_up
-from agentsd.images.methods import METHODS
+from agentsd.config import DEFAULT_NUM_TRAIN_TIMESTEPS, AgentConfig
+from agentsd.images.generate import GeneratedImage, Step, generate, settings_of
+from agentsd.images.methods import METHODS, refuse_patched
 from agentsd.images.pipelines import ModelError, set_scheduler
+from agentsd.images.warm_up import warm_up, warm_up_timesteps
 from agentsd.visualize import LayerView, look_inside, look_through
 
-from .models import Model, Models, free_memory, refuse_patched
+from .models import Model, Models, free_memory
 from .prompts import prompt_notes
 from .settings import OWN_SCHEDULER, Limits, Settings
 
@@ -299,7 +300,7 @@ class Studio:
         if self.models.loaded(settings.model) is None:
             emit(Loading(settings.model))
         model = self.models.get(settings.model)
-        refuse_patched(model.name, model.pipe)
+        refuse_patched(model.pipe)
         own = model.pipe.scheduler
         try:
             if settings.scheduler != OWN_SCHEDULER:
@@ -312,8 +313,8 @@ class Studio:
 
     def _warm_up(self, model: Model, settings: Settings, index: int, case: Case, emit: Emit) -> None:
         request = settings.request
-        phases = case.config.early > 0, case.config.early < 1  # the warm-up runs the phases that are in use
-        kind = (model.name, case.method, request.height, request.width, request.guidance > 1, phases)
+        calls = tuple(warm_up_timesteps(case.config, DEFAULT_NUM_TRAIN_TIMESTEPS))
+        kind = (model.name, case.method, request.height, request.width, request.guidance > 1, calls)
         if kind not in self._warm:
             warm_up(model.pipe, request, case.method, case.config, _step_reporter(model, index, 0, emit))
             self._warm.add(kind)

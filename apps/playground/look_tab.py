@@ -9,9 +9,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from agentsd.maps import agent_at, agent_map, agents_sheet, merge_map
 from agentsd.patch import find_unet
 from agentsd.unet.layers import find_layers
-from agentsd.visualize import MOST_VIEWS, LayerView, agent_at, agent_map, agents_sheet, merge_map
+from agentsd.visualize import MOST_VIEWS, LayerView
 
 from . import captions
 from .context import GENERATES, QUICK, Context, History, PastRun, failed, label, tell

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from agentsd import AgentConfig
+from agentsd.images.methods import refuse_patched
 from agentsd.images.pipelines import ModelError, load_pipeline
-from agentsd.patch import find_unet, get_patch
+from agentsd.patch import find_unet
 from agentsd.unet.layers import find_layers, own_latent_size
 
 from .previews import Preview
@@ -89,9 +90,9 @@ class Models:
         pipe = self._load(name, **self._options)
         try:
             unet = find_unet(pipe)
-            refuse_patched(name, pipe)
+            refuse_patched(pipe)
         except (TypeError, ValueError) as error:
-            raise ModelError(f"{name}: {str(error).removeprefix(name + ': ')}") from error
+            raise ModelError(f"{name}: {error}") from error
         pipe.set_progress_bar_config(disable=True)
         height, width = own_latent_size(unet)
         layers, _ = find_layers(unet, AgentConfig(max_downsample=8))
@@ -102,18 +103,6 @@ class Models:
             tuple((layer, downsample) for layer, _, downsample in layers),
             Preview(pipe),
         )
-
-
-def refuse_patched(name: str, pipe: Any) -> None:
-    """Raise ValueError for a pipeline that is patched already: its images would be labelled as unpatched ones."""
-    unet = find_unet(pipe)
-    if get_patch(pipe) is not None:
-        remedy = "call agentsd.remove_patch(pipe) first"
-    elif any("ToMe" in type(module).__name__ for module in unet.modules()):
-        remedy = "call tomesd.remove_patch(pipe) first"
-    else:
-        return
-    raise ValueError(f"{name}: the pipeline is already patched, and would not give unpatched images: {remedy}")
 
 
 def free_memory() -> None:

@@ -83,7 +83,7 @@ def _check_pixels(path: str | Path, limits: Limits) -> None:
 
 
 def form_values(settings: Mapping[str, Any], models: Sequence[str], limits: Limits) -> tuple[dict[str, Any], list[str]]:
-    """As `restore`, from the settings themselves (`agentsd.images.compare.settings_of`)."""
+    """As `restore`, from the settings themselves (`agentsd.images.generate.settings_of`)."""
     remarks = []
     values = {name: settings[name] for name in request_fields(models, limits) if name in settings}
     if values.get("model") not in models:

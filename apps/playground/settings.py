@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentsd import AgentConfig, config
+from agentsd import AgentConfig
 from agentsd.config import FIELD_NAMES
 from agentsd.images.pipelines import SCHEDULERS
 from agentsd.images.request import Request
+from agentsd.images.settings import PRESETS
 
 OWN_SCHEDULER = "model's own"
 """Stands for the scheduler that came with the model."""
@@ -22,9 +23,6 @@ SWEEP_RANGES = {"ratio": (0.1, 0.7), "early": (0.0, 1.0), "alpha": (0.0, 0.3), "
 """Fields that a sweep may vary, where AgentConfig has them, each with a useful range."""
 
 SWEEPABLE = tuple(name for name in SWEEP_RANGES if name in FIELD_NAMES)
-
-PRESETS: dict[str, dict[str, Any]] = dict(getattr(config, "PRESETS", {}))
-"""Fields of AgentConfig by the name of the preset that sets them."""
 
 _OWN_SIZE = 1024  # SDXL's own size, which it generates at whatever the limits say
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from agentsd.images.compare import GeneratedImage, are_stable
+from agentsd.images.compare import are_stable
+from agentsd.images.generate import GeneratedImage
 from agentsd.images.methods import METHODS
 
 from . import captions

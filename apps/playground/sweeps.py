@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from agentsd import AgentConfig
-from agentsd.images.compare import GeneratedImage, are_stable
+from agentsd.images.compare import are_stable
+from agentsd.images.generate import GeneratedImage
 from agentsd.images.methods import METHODS
 
 from .figures import CLEARLY, seconds_text, why_unstable
