@@ -29,7 +29,7 @@ def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
     tokens = tokens.float()
     spread = tokens - tokens.mean(dim=1, keepdim=True)
     components = torch.linalg.eigh(spread.flatten(0, 1).T @ spread.flatten(0, 1)).eigenvectors.flip(-1)
-    # The mean token's direction tells no token from another, and would make a few keys everyone's.
+    # The mean token's direction separates no tokens; with it a few keys would get the weight of every query.
     mean = nn.functional.normalize(tokens.mean(dim=(0, 1)), dim=0)
     components = components - mean[:, None] * (mean @ components)
     order = torch.arange(width).view(-1, attn.heads).T.flatten()  # strong and weak components for every head

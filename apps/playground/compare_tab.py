@@ -25,7 +25,7 @@ _GAIN = 4
 
 
 class CompareTab:
-    """Laid out where it is made.
+    """The tab; its components are laid out where it is constructed.
 
     Args:
         context: shared.
@@ -67,7 +67,7 @@ class CompareTab:
         """Paths of the three images that are shown, by method; None while it is the stored example."""
 
     def wire(self, begin: Any, run_id: gr.Textbox, history: History) -> None:
-        """Answer to the page; `begin` is the event that gives a run its number."""
+        """Connect the events; `begin` is the event that gives a run its key."""
         self.history = history
         begin.success(
             self.compare,

@@ -20,7 +20,7 @@ PRIVATE = {"api_visibility": "private"}
 QUICK = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 """For events that answer at once."""
 IN_LINE = {"concurrency_limit": 1, "concurrency_id": "generate"}
-"""For all that generates: requests wait in one line, and Gradio tells each visitor their place in it."""
+"""For all that generates: requests wait in one line, and Gradio shows each visitor their place in it."""
 _HISTORY = 30  # runs of a session that are kept
 GENERATES = {**PRIVATE, **IN_LINE, "show_progress": "full", "trigger_mode": "multiple", "preprocess": False}
 """For events of the page that generate. A second click ends the first one's run and takes its place. Values come as
@@ -28,7 +28,7 @@ they were typed, so that 2.5 steps are refused by name and not rounded."""
 
 
 class Recent:
-    """The last few values, each under a key nobody can guess.
+    """The last few values, each under a key that cannot be guessed.
 
     Args:
         size: how many are kept.

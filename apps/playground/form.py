@@ -76,7 +76,7 @@ _READ_LINK = "() => window.location.search"
 
 
 class Form:
-    """The controls of a request, in `controls` by field name; the column is laid out where it is made.
+    """The controls of a request, in `controls` by field name; the column is laid out where it is constructed.
 
     Args:
         context: shared.

@@ -14,7 +14,7 @@ from .restore import form_values, restore
 
 
 class HistoryTab:
-    """Laid out where it is made.
+    """The tab; its components are laid out where it is constructed.
 
     Args:
         context: shared.
@@ -46,7 +46,7 @@ class HistoryTab:
         self.history = History(gr.State([]), past)
 
     def wire(self) -> None:
-        """Answer to the page."""
+        """Connect the events."""
         self.dropped.upload(self.restore, self.dropped, [self.status, *self.form.inputs], **QUICK)
         self.history.gallery.select(
             self.recall, self.history.runs, [self.status, *self.compare.outputs, *self.form.inputs], **QUICK

@@ -39,7 +39,7 @@ class Look:
 
 
 class LookTab:
-    """Laid out where it is made.
+    """The tab; its components are laid out where it is constructed.
 
     Args:
         context: shared.
@@ -85,7 +85,7 @@ class LookTab:
         )  # fmt: skip
 
     def wire(self, begin: dict[str, Any], run_id: gr.Textbox, history: History) -> None:
-        """Answer to the page; `begin` are the arguments of the event that gives a run its number."""
+        """Connect the events; `begin` are the arguments of the event that gives a run its key."""
         self.history = history
         maps = [self.merge_map, self.agent_map, self.caption]
         self.button.click(**begin).success(
@@ -221,7 +221,7 @@ class LookTab:
 
 
 def layer_choices(model: Model | None) -> list[tuple[str, str]]:
-    """(label, value) of each layer; the first is whichever comes first under the settings in use."""
+    """(label, value) of each layer; "0" is the first layer that is patched with the settings in use."""
     layers = model.layers if model else ()
     return [("the first patched layer", "0")] + [
         (f"{name.removesuffix('.attn1')} (1/{downsample} of the latent's side)", name) for name, downsample in layers

@@ -43,7 +43,7 @@ class Models:
     Args:
         names: what `load_pipeline` takes; nothing else is ever loaded.
         device, dtype: as `load_pipeline`.
-        load: stands in for `load_pipeline`.
+        load: used in place of `load_pipeline`.
     """
 
     def __init__(

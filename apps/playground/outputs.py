@@ -18,7 +18,7 @@ _KEEP_SECONDS, _TIDY_EVERY = 24 * 3600.0, 600.0
 
 
 class Outputs:
-    """A folder of files, each in a folder with a name nobody can guess; what is older than a day is removed.
+    """A folder of files, each in a folder with a name that cannot be guessed; files older than a day are removed.
 
     Args:
         folder: made if missing.

@@ -17,7 +17,7 @@ from agentsd.images.request import Request
 from agentsd.images.settings import PRESETS
 
 OWN_SCHEDULER = "model's own"
-"""Stands for the scheduler that came with the model."""
+"""Name of the scheduler that came with the model."""
 
 SWEEP_RANGES = {"ratio": (0.1, 0.7), "early": (0.0, 1.0), "alpha": (0.0, 0.3), "cache_interval": (1, 4)}
 """Fields that a sweep may vary, where AgentConfig has them, each with a useful range."""
@@ -94,13 +94,13 @@ class Field:
 
 
 ROUNDS = Field("rounds", int, 3)
-"""How many times each method is timed; three rounds tell whether they agree."""
+"""How many times each method is timed; three rounds show whether they agree."""
 
 PATCH_FIELDS: dict[str, Field] = {}
 """Field by the name of the AgentConfig field. Made from the dataclass, so that a new setting appears by itself."""
 
 for _field in dataclasses.fields(AgentConfig):
-    # Both the noise and the random destinations have a seed; the command line tells them apart in the same way.
+    # Both the noise and the random destinations have a seed; the command line has the same two names.
     _name = "patch_seed" if _field.name == "seed" else _field.name
     if isinstance(_field.default, (bool, int, float)) and not str(_field.type).startswith(("int |", "bool |")):
         PATCH_FIELDS[_field.name] = Field(_name, type(_field.default), _field.default)
@@ -232,7 +232,7 @@ def check_index(name: str, value: Any) -> int:
 
 
 def with_value(config: AgentConfig, name: str, value: float) -> AgentConfig:
-    """The config with one field changed; an error tells which value of the sweep is impossible."""
+    """The config with one field changed; an error names the value of the sweep that is impossible."""
     return dataclasses.replace(config, **{name: value})
 
 

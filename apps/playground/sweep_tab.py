@@ -23,7 +23,7 @@ from .sweeps import sweep_cases, sweep_csv, sweep_label, sweep_rows, sweep_setti
 
 
 class SweepTab:
-    """Laid out where it is made.
+    """The tab; its components are laid out where it is constructed.
 
     Args:
         context: shared.
@@ -70,7 +70,7 @@ class SweepTab:
             self.table_file = gr.DownloadButton("Figures (CSV)", interactive=False, elem_id="table-file")
 
     def wire(self, begin: dict[str, Any], run_id: gr.Textbox, history: History) -> None:
-        """Answer to the page; `begin` are the arguments of the event that gives a run its number."""
+        """Connect the events; `begin` are the arguments of the event that gives a run its key."""
         self.history = history
         self.button.click(**begin).success(
             self.sweep,
