@@ -6,20 +6,49 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from torch import nn
+from typing_extensions import Unpack
 
-from .config import FIELD_NAMES, AgentConfig
+from .config import FIELD_NAMES, PRESETS, AgentConfig
 from .unet.call import NOISE_LEVELS
 from .unet.installation import PATCH_ATTRIBUTE, Installation
-from .unet.layers import NOT_SOFTMAX, RESET_ATTN1, UNet, find_layers, unwrap_unet, why_none
+from .unet.layers import NOT_SOFTMAX, RESET_ATTN1, UNet, find_layers, find_other_cache, unwrap_unet, why_none
 from .unet.schedule import Schedule
+from .unet.skipping import skipped_parts
 
 Model = TypeVar("Model")
 
 
-def apply_patch(model: Model, config: AgentConfig | None = None, **settings: Any) -> Model:
+class Settings(TypedDict, total=False):
+    """The fields of AgentConfig by name, for editors and type checkers."""
+
+    ratio: float
+    early: float
+    late: str
+    alpha: float
+    broadcast_exponent: float
+    agent_ratio: float
+    agent_stride: int | tuple[int, int]
+    merge_stride: int | tuple[int, int]
+    max_agents: int | None
+    max_keys: int | None
+    match_tile: int | None
+    max_downsample: int | str
+    cache_interval: int
+    cache_order: int
+    cache_depth: int | str
+    use_rand: bool
+    seed: int
+    merge_crossattn: bool
+    merge_mlp: bool
+    upcast: bool | None
+
+
+def apply_patch(
+    model: Model, config: AgentConfig | None = None, *, preset: str | None = None, **settings: Unpack[Settings]
+) -> Model:
     """Make a Stable Diffusion UNet use agent attention and token merging, in place.
 
     Args:
@@ -27,19 +56,28 @@ def apply_patch(model: Model, config: AgentConfig | None = None, **settings: Any
             ControlNet, img2img, inpainting …) or AnimateDiff's UNetMotionModel, or such a UNet itself, also compiled or
             wrapped by DataParallel, DistributedDataParallel, FSDP or peft.
         config: all settings at once; or
-        **settings: fields of AgentConfig by name, `ratio=0.4, early=0.4, …`. Both together: the fields override.
+        preset: "paper", "fast", "fastest" or "large": a set of fields from `agentsd.config.PRESETS`; or
+        **settings: fields of AgentConfig by name, `ratio=0.4, early=0.4, …`. They override config or preset.
 
     Returns:
         `model`, patched. Applying again replaces the former patch.
 
     Raises:
-        TypeError: the model has no such UNet, or a setting has the wrong type or an unknown name.
-        ValueError: a setting is out of its range, or ToMeSD's patch is on the model.
+        TypeError: the model has no such UNet, a setting has the wrong type or an unknown name, or there are both config
+            and preset.
+        ValueError: a setting is out of its range, or the model has ToMeSD's patch or, with step caching, another cache.
         Nothing is changed where an error is raised.
     """
-    config = _settings_to_config(config, settings)
+    config = _settings_to_config(config, preset, settings)
     unet, outer = unwrap_unet(model)
     _refuse_tomesd(unet)
+    if config.cache_interval > 1:
+        skipped_parts(unet, config.cache_depth)  # raises where the UNet has not so many
+        if (other := find_other_cache(unet)) is not None:
+            raise ValueError(
+                f"cache_interval={config.cache_interval}: {other} is on this model and caches too: turn it off first, "
+                "or use cache_interval=1"
+            )
     schedule = Schedule(model)
     if schedule.noise_levels:
         warnings.warn(NOISE_LEVELS, stacklevel=2)
@@ -82,13 +120,15 @@ def remove_patch(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def patched(model: Model, config: AgentConfig | None = None, **settings: Any) -> Iterator[Model]:
+def patched(
+    model: Model, config: AgentConfig | None = None, *, preset: str | None = None, **settings: Unpack[Settings]
+) -> Iterator[Model]:
     """`apply_patch` for the length of a `with` block; restores a patch that was there before.
 
     Arguments and errors as `apply_patch`; yields `model`.
     """
     before = get_patch(model)
-    apply_patch(model, config, **settings)
+    apply_patch(model, config, preset=preset, **settings)
     try:
         yield model
     finally:
@@ -107,10 +147,16 @@ def get_patch(model: Any) -> Installation | None:
     return getattr(find_unet(model), PATCH_ATTRIBUTE, None)
 
 
-def _settings_to_config(config: AgentConfig | None, settings: dict[str, Any]) -> AgentConfig:
+def _settings_to_config(config: AgentConfig | None, preset: str | None, settings: dict[str, Any]) -> AgentConfig:
     unknown = sorted(set(settings) - set(FIELD_NAMES))
     if unknown:
         raise TypeError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(FIELD_NAMES)}")
+    if preset is not None:
+        if config is not None:
+            raise TypeError("config and preset: give one of them; single settings go by name, as in ratio=0.4")
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r}: must be one of {', '.join(PRESETS)}")
+        settings = {**PRESETS[preset], **settings}
     if config is None:
         return AgentConfig(**settings)
     if not isinstance(config, AgentConfig):

@@ -71,6 +71,7 @@ class LastCall:
         height, width: size of the latent, in latent pixels.
         outcomes: "active" for each patched layer that did what the settings say, the reason for each other one.
         notes: what else is to be said of a layer, by its name.
+        cached: step caching reused a feature; the layers that were skipped have their outcome of the whole call.
     """
 
     phase: Phase
@@ -79,6 +80,7 @@ class LastCall:
     width: int
     outcomes: dict[str, str]
     notes: dict[str, str]
+    cached: bool = False
 
 
 class UNetHook:
@@ -115,24 +117,32 @@ class UNetHook:
         """
         self.patch.claim.enter()
         try:
-            sample, timestep = sample_and_timestep(args, kwargs)
-            self._begin(sample, timestep)
+            self._begin(args, kwargs)
         except BaseException:
             self.patch.end_call()
             raise
 
-    def _begin(self, sample: Tensor, timestep: Tensor | float) -> None:
+    def _begin(self, args: tuple, kwargs: dict) -> None:
         patch = self.patch
-        call = patch.call
+        call, cache, unet = patch.call, patch.cache, patch.unet()
+        sample, timestep = sample_and_timestep(args, kwargs)
         call.height, call.width = sample.shape[-2:]
         call.batch = sample.shape[0]
-        by_sample = _read_timesteps(timestep)
+        similarities = None if cache is None else cache.similarities(unet, args, kwargs, sample)
+        by_sample, similarities = _read_timesteps(timestep, similarities)
         timesteps = by_sample if isinstance(by_sample, tuple) else (by_sample,)
         patch.schedule.refresh()
         self._check_schedule(timesteps, timestep)
         phases = tuple(patch.config.phase_at(one, patch.schedule.num_train_timesteps) for one in timesteps)
         patch.timestep = min(timesteps)
         patch.phase = Phase.MERGE if Phase.MERGE in phases else Phase.AGENT
+        patch.cached = False
+        if cache is not None:
+            if isinstance(by_sample, tuple):
+                cache.pass_by(patch.timestep)
+            else:
+                length = patch.schedule.num_train_timesteps
+                patch.cached = cache.begin(unet, sample, patch.timestep, patch.phase, length, similarities)
         self._plan_layers(by_sample, phases, sample.device)
         self._warn_where_replaced()
         call.active = True
@@ -232,18 +242,24 @@ class UNetHook:
         try:
             if patch.call.active:
                 self._note_outcomes(completed)
+                if patch.cache is not None:
+                    patch.cache.end(completed, patch.compiled, patch.schedule.last_timestep())
         finally:
             patch.end_call()
 
     def _note_outcomes(self, completed: bool) -> None:
         patch = self.patch
         outcomes = {layer.state.name: _outcome(layer) for layer in patch.layers}
+        if patch.cached:  # what was skipped did what it did in the whole call
+            skipped = {layer.state.name for layer in patch.layers if layer.state.outcome == NOT_REACHED}
+            outcomes.update({name: patch.last_call.outcomes[name] for name in skipped})
         notes = {}
         for layer in patch.layers:
             attn2 = layer.block.attn2
             if patch.config.merge_crossattn and attn2 is not None and knows_places(attn2):
                 notes[layer.state.name] = why_unmerged(attn2)
-        patch.last_call = LastCall(patch.phase, patch.timestep, patch.call.height, patch.call.width, outcomes, notes)
+        size = patch.call.height, patch.call.width
+        patch.last_call = LastCall(patch.phase, patch.timestep, *size, outcomes, notes, patch.cached)
         for kind in (CROSS, MASK, NO_INPUT, OTHER_TOKENS):
             self._warn_of(kind, kind, "ran unpatched")
         for layer in patch.layers:
@@ -254,7 +270,7 @@ class UNetHook:
                 )
         if completed:
             self._warn_of(BYPASSED, BYPASSED, "were bypassed")
-            if not patch.completed_once:
+            if not patch.completed_once and not patch.cached:
                 self._warn_of(NOT_REACHED, NOT_REACHED, "were not reached by a whole UNet call")
             patch.completed_once = True
         for note in sorted(set(notes.values())):
@@ -304,14 +320,24 @@ def sample_and_timestep(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | flo
     return sample, timestep
 
 
-def _read_timesteps(timestep: Tensor | float) -> float | tuple[float, ...]:
-    """The timestep of a call, or one for each sample where they differ: the call's one synchronisation."""
+def _read_timesteps(timestep: Tensor | float, others: Tensor | None) -> tuple[float | tuple[float, ...], list[float]]:
+    """Read the timestep of a call, or one for each sample where they differ: the one synchronisation with the device.
+
+    Args:
+        timestep: a number, or a tensor of one or of several.
+        others: [n] more to read at once.
+    """
     if not isinstance(timestep, Tensor):
-        return float(timestep)
-    if timestep.numel() == 1:
-        return float(timestep.item())
-    values = tuple(float(value) for value in timestep.flatten().tolist())
-    return values[0] if len(set(values)) == 1 else values
+        return float(timestep), [] if others is None else others.tolist()
+    if others is None:
+        values = [timestep.item()] if timestep.numel() == 1 else timestep.flatten().tolist()
+        read = []
+    else:
+        precise = torch.float32 if others.device.type == "mps" else torch.float64
+        both = torch.cat([timestep.flatten().to(others.device, precise), others.to(precise)]).tolist()
+        values, read = both[: timestep.numel()], both[timestep.numel() :]
+    timesteps = tuple(float(value) for value in values)
+    return timesteps[0] if len(set(timesteps)) == 1 else timesteps, read
 
 
 def _outcome(layer: PatchedLayer) -> str:

@@ -25,7 +25,7 @@ class _CompiledEntry:
         patch, completed = self.hook.patch, False
         self.hook.prepare(args, kwargs)
         _expect_more_sizes(patch, args, kwargs)
-        patch.prepared = True
+        patch.prepared = patch.compiled = True
         try:
             output = self.compiled(*args, **kwargs)
             completed = True
@@ -86,7 +86,7 @@ class EagerEntry:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.hook.prepare(args, kwargs)
         _expect_more_sizes(self.hook.patch, args, kwargs)
-        self.hook.patch.prepared = True
+        self.hook.patch.prepared = self.hook.patch.compiled = True
 
 
 class EagerExit:

@@ -21,6 +21,7 @@ from .compiled import EagerEntry, EagerExit, unwatch_compilation, watch_compilat
 from .merge_around import MergeAround
 from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, CallInProgress, LayerState
 from .schedule import Schedule
+from .step_cache import StepCache
 from .weak_link import WeakLink
 
 PATCH_ATTRIBUTE = "_agentsd_patch"
@@ -45,8 +46,11 @@ class Installation:
         layers: the patched self-attention layers, in the order of the UNet's modules.
         skipped: (layer name, reason) of every self-attention layer that was left alone.
         call: the UNet call in progress, shared with the layers.
+        cache: the step cache, None with cache_interval=1.
         claim: which thread is inside the UNet.
         prepared: a caller outside a compiled graph has prepared the call, so that the graph need not.
+        compiled: calls run in a graph of the whole UNet.
+        cached: the call in progress, or the last one, skips what a kept feature stands for.
         phase, timestep: of the call in progress or the last one; the least noisy sample's. None before the first call.
         last_call: what happened in the last call, None before the first.
         first_size: (height, width) of the latent in the first compiled call.
@@ -74,6 +78,8 @@ class Installation:
         self.call = CallInProgress()
         self.claim = Claim(unet)
         self.prepared = False
+        self.compiled = False
+        self.cached = False
         self.phase: Phase = Phase.MERGE
         self.timestep: float | None = None
         self.last_call: LastCall | None = None
@@ -81,7 +87,8 @@ class Installation:
         self.first_size: tuple[int, int] | None = None
         self.replaced_by = ""
         self._warned: set[str] = set()
-        self._unet = WeakLink(unet, pickled=True)
+        self.cache = StepCache(config) if config.cache_interval > 1 else None
+        self.unet = WeakLink(unet, pickled=True)
         self._outer = WeakLink(outer, pickled=True)
         self._handles: list[Any] = []
         keeps_matching = config.merge_crossattn or config.merge_mlp
@@ -112,7 +119,7 @@ class Installation:
 
     def install(self) -> None:
         """Put the processors and hooks on the UNet."""
-        unet, outer = self._unet(), self._outer()
+        unet, outer = self.unet(), self._outer()
         processor = AgentAttnProcessor()  # it has no state, so one serves all layers
         for layer in self.layers:
             attn, block, state = layer.attn, layer.block, layer.state
@@ -137,16 +144,20 @@ class Installation:
             self._handles.append(outer.register_forward_hook(EagerExit(hook), always_call=True))
         if getattr(unet, "conv_out", None) is not None:
             self._handles.append(unet.conv_out.register_state_dict_pre_hook(_warn_where_rebuilt))
+        if self.cache is not None:
+            self.cache.install(unet)
         setattr(unet, PATCH_ATTRIBUTE, self)
         watch_compilation(unet, hook)
 
     def uninstall(self) -> None:
         """Restore the original processors and remove every hook. A processor that someone set after the patch stays."""
-        unet = self._unet()
+        unet = self.unet()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         unwatch_checkpoints(unet)
+        if self.cache is not None:
+            self.cache.uninstall()
         for layer in self.layers:
             if is_ours(layer):
                 layer.attn.set_processor(layer.original)
@@ -164,7 +175,7 @@ class Installation:
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
         """Have this patch on the UNet for a `with` block; for a backward pass after it was removed or replaced."""
-        unet = self._unet()
+        unet = self.unet()
         current: Installation | None = getattr(unet, PATCH_ATTRIBUTE, None)
         if current is self:
             yield

@@ -71,6 +71,20 @@ def replaced_forward(module: nn.Module) -> str | None:
     return f"the forward {name}"
 
 
+def find_other_cache(unet: nn.Module) -> str | None:
+    """Name another tool that skips or reuses parts of a UNet (DeepCache, T-GATE, a hook of diffusers), or None."""
+    for module in unet.modules():
+        for name in (getattr(vars(module).get("forward"), "__module__", None), type(module).forward.__module__):
+            for tool, what in (("DeepCache", "DeepCache"), ("tgate", "T-GATE")):
+                if name is not None and name.split(".")[0] == tool:
+                    return what
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", {}):
+            if "cache" in hook or "attention_broadcast" in hook or "skip" in hook:
+                return f"diffusers' hook {hook}"
+    return None
+
+
 def own_latent_size(unet: UNet) -> tuple[int, int]:
     """(height, width) of the latents that a UNet was made for, in latent pixels; 64 × 64 where it does not say."""
     size = unet.config.sample_size

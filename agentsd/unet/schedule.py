@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..config import DEFAULT_NUM_TRAIN_TIMESTEPS
 from .weak_link import WeakLink
 
@@ -23,11 +25,26 @@ class Schedule:
         self.assumed = True
         self._read(getattr(model, "scheduler", None))
         self._pipeline = WeakLink(None if self.assumed else model)
+        self._timesteps: Tensor | None = None
+        self._last: tuple[float, int] | None = None
 
     def refresh(self) -> Schedule:
         """Read the scheduler that the pipeline has now; returns itself."""
         self._read(getattr(self._pipeline(), "scheduler", None))
         return self
+
+    def last_timestep(self) -> tuple[float, int] | None:
+        """The last timestep of the run that the scheduler is set to, and how many calls it takes; None if unknown.
+
+        Reads the timesteps from the device once per run.
+        """
+        timesteps = getattr(getattr(self._pipeline(), "scheduler", None), "timesteps", None)
+        if not isinstance(timesteps, Tensor) or timesteps.numel() == 0:
+            return None
+        if self._timesteps is not timesteps:
+            values = timesteps.tolist()
+            self._timesteps, self._last = timesteps, (float(values[-1]), values.count(values[-1]))
+        return self._last
 
     def _read(self, scheduler: Any) -> None:
         if scheduler is None:
