@@ -21,6 +21,7 @@ from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from agentsd import AgentConfig  # noqa: E402
+from agentsd.config import PRESETS  # noqa: E402
 from agentsd.images.compare import generate  # noqa: E402
 from agentsd.images.methods import METHODS  # noqa: E402
 from agentsd.images.png import read_settings  # noqa: E402
@@ -120,6 +121,12 @@ def test_sweep(app, client):
     assert type(app[1].models.get("tiny").pipe.scheduler).__name__ == "PNDMScheduler"
 
 
+def test_a_preset_with_single_settings_beside_it(client):
+    values = {"steps": 1, "rounds": 1, "width": 64, "height": 64, "preset": "fastest", "cache_interval": 2}
+    patch = client.predict("a zebra", **values, api_name="/compare")["agentsd"]["settings"]["patch"]
+    assert AgentConfig(**patch) == AgentConfig(**{**PRESETS["fastest"], "cache_interval": 2})
+
+
 @pytest.mark.parametrize(
     "endpoint, values, message",
     [
@@ -137,6 +144,9 @@ def test_sweep(app, client):
         ("/inspect", {"call": None}, "call=None"),
         ("/sweep", {"field": "prompt"}, "field='prompt'"),
         ("/sweep", {"count": 1000}, "count=1000"),
+        ("/compare", {"preset": "fats"}, "preset='fats': must be one of paper, fast"),
+        ("/compare", {"cache_interval": 0}, "cache_interval=0"),
+        ("/sweep", {"field": "cache_interval", "first": 1, "last": 2, "count": 4}, "fewer integers from 1 to 2"),
         ("/sweep", {"first": 0.1, "last": 0.9}, "ratio=0.9: at most 0.75"),
     ],
 )

@@ -425,6 +425,25 @@ def test_an_example_changes_only_the_prompt(window):
     holds(window, "ratio", 0.6)
 
 
+def test_a_preset_sets_the_form_and_its_runs_say_what_was_cached(window, tmp_path):
+    rounds(window, 1)
+    window.locator("#preset input").click()
+    window.get_by_role("option", name="fast", exact=True).click()
+    holds(window, "cache_interval", 3)
+    told(window, "#code", 'agentsd.apply_patch(pipe, preset="fast")')
+    fill(window, "ratio", 0.3)
+    expect(window.locator("#preset input")).to_have_value("own settings")
+    told(window, "#code", "ratio=0.3, cache_interval=3")
+    compare(window, "a castle", 12)
+    told(window, "#caption-agentsd", re.compile(r"\d+ of 13 UNet calls whole, \d+ cached"))
+    told(window, "#status", "Step caching: ")
+    path = download(window, window.locator("#picture-agentsd [aria-label=Download]"), tmp_path)
+    assert sum(read_settings(path)["unet_calls"].values()) == 13
+    tab(window, "Sweep")
+    window.get_by_label("cache_interval", exact=True).first.check()
+    holds(window, "last", 4)
+
+
 def test_a_link_brings_the_settings_back(window, app):
     window.get_by_role("button", name="zebra", exact=True).click()  # an example fills a field that is changed again
     holds(window, "prompt", "a high quality photograph of a zebra.")

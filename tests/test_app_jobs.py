@@ -26,10 +26,12 @@ from playground.look_tab import LookTab, layer_choices
 from playground.models import Models
 from playground.outputs import Outputs, file_name
 from playground.page import Page
-from playground.settings import Limits, check
+from playground.restore import form_values
+from playground.settings import PATCH_FIELDS, Limits, check
 
 import agentsd
 from agentsd import AgentConfig
+from agentsd.config import PRESETS
 from agentsd.images.generate import GeneratedImage, generate
 from agentsd.images.methods import METHODS
 from agentsd.images.pipelines import ModelError, set_scheduler
@@ -179,6 +181,51 @@ def test_looking_inside(studio):
     with pytest.raises(ValueError, match="ratio above 0"):
         list(studio.look(Run(), settings(ratio=0, early=0), 1))
     assert is_clean(studio)
+
+
+def test_step_caching_is_counted_and_shown(studio):
+    usual = {"steps": 20, "width": 64, "height": 64, "scheduler": "ddim", "early": 0.0}
+    wanted = settings(**usual, cache_interval=3)
+    _, done = run_compare(studio, wanted)
+    ours = done["agentsd"]
+    # Whole are the first call and every third after it.
+    assert ours.settings["unet_calls"] == {"whole": 7, "cached": 13} and "unet_calls" not in done["sd"].settings
+    assert "7 of 20 UNet calls whole, 13 cached" in captions.figures_html(figures.Figures.of(ours, done["sd"]))
+    assert "Step caching: 7 of 20 UNet calls whole" in figures.verdict([done["sd"], ours])
+    values, remarks = form_values(ours.settings, ["tiny"], Limits())  # as the history does
+    assert values["cache_interval"] == 3 and remarks == []
+    assert np.array_equal(np.asarray(ours.image), np.asarray(generate_with(studio, wanted).image))
+
+    _, few = run_compare(studio, settings(**{**usual, "steps": 4}, cache_interval=3))
+    assert "all 4 UNet calls whole, none cached" in captions.figures_html(figures.Figures.of(few["agentsd"], few["sd"]))
+    _, without = run_compare(studio, settings(**{**usual, "steps": 4}))
+    assert "unet_calls" not in without["agentsd"].settings
+
+    cases = sweeps.sweep_cases(wanted.config, "cache_interval", [1, 4])
+    reports = studio.generate(Run(), wanted, cases)
+    swept = {report.case: report.generated for report in reports if isinstance(report, Finished)}
+    ordered = [swept[i] for i in range(3)]
+    rows = sweeps.sweep_rows([None, 1, 4], ordered)
+    table = list(csv.DictReader(io.StringIO(sweeps.sweep_csv("cache_interval", rows, ordered))))
+    assert [row["cache_interval"] for row in table] == ["", "1", "4"]
+    assert [row["unet_calls_cached"] for row in table] == ["", "", "15"]
+
+    reports = list(studio.look(Run(), wanted, 0))
+    assert [view.call for view in reports[-1].views] == list(range(20))  # each call by its number: no cached ones
+    assert reports[-1].settings["patch"]["cache_interval"] == 1
+    assert any("without step caching" in report.text for report in reports if isinstance(report, Note))
+    assert is_clean(studio)
+
+
+def generate_with(studio, wanted):
+    """AgentSD's image of a request, without the app."""
+    pipe = studio.models.get("tiny").pipe
+    own = pipe.scheduler
+    set_scheduler(pipe, wanted.scheduler)
+    try:
+        return generate(pipe, wanted.request, "agentsd", wanted.config)
+    finally:
+        pipe.scheduler = own
 
 
 def test_what_the_model_does_not_read_is_told(studio):
@@ -419,6 +466,28 @@ def test_recent_forgets_an_owner():
     of_ann, of_bob, of_nobody = recent.add(1, "ann"), recent.add(2, "bob"), recent.add(3)
     recent.forget("ann")
     assert [recent.get(key) for key in (of_ann, of_bob, of_nobody)] == [None, 2, 3]
+
+
+def test_a_preset_fills_the_controls_and_is_recognised(tmp_path):
+    studio = Studio(tiny_models())
+    with gr.Blocks():
+        form = Form(Context(studio, Outputs(tmp_path), Limits()))
+    assert form.preset.visible and [name for name, _ in form.preset.choices][:2] == ["paper", "fast"]
+    interval = form.controls["cache_interval"]
+    assert isinstance(interval, gr.Slider) and (interval.minimum, interval.maximum, interval.value) == (1, 8, 1)
+
+    given = {name: control.value for name, control in form.controls.items()}
+    for name in ("fastest", "fast", "paper"):  # each takes back what the one before it has set
+        given |= dict(zip([field.name for field in PATCH_FIELDS.values()], form._choose_preset(name)))
+        wanted = check({**given, "prompt": "a"}, ["tiny"], Limits())
+        assert wanted.config == AgentConfig(**PRESETS[name])
+        code, _, shown = form._answer(*given.values())
+        assert shown == name and (f'preset="{name}"' in code) == (name != "paper")
+    _, _, shown = form._answer(*{**given, "ratio": 0.3}.values())
+    assert shown == "own settings"
+    _, _, shown = form._answer(*{**given, "ratio": "wrong"}.values())
+    assert shown == "own settings"
+    studio.worker.close()
 
 
 # --- the end of the app -----------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .figures import Figures, seconds_text, speed_word
+from .figures import Figures, calls_text, seconds_text, speed_word
 
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto; }
@@ -64,6 +64,8 @@ def figures_html(figures: Figures) -> str:
         details.append(f"memory of the whole app: at most {figures.peak_gb:.2f} GB")
     if figures.distance is not None:
         details.append(f"distance {figures.distance:.1f} of 255")
+    if figures.calls is not None:
+        details.append(calls_text(figures.calls))
     lines += [f"<span class='quiet'>{detail}</span>" for detail in details]
     return f"<div class='caption'>{'<br>'.join(lines)}</div>"
 

@@ -31,6 +31,7 @@ class Figures:
         on_gpu: whether that is the GPU's memory; otherwise it is the memory of the whole process.
         distance: to the first image (`images.distance`); None for the first itself.
         stable: whether both methods ran more than once and their rounds agree.
+        calls: (whole, cached) UNet calls of a run with step caching; None for others.
     """
 
     seconds: float
@@ -40,6 +41,7 @@ class Figures:
     on_gpu: bool
     distance: float | None
     stable: bool
+    calls: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, generated: GeneratedImage, first: GeneratedImage | None) -> Figures:
@@ -53,7 +55,22 @@ class Figures:
             str(generated.settings.get("device", "")).startswith("cuda"),
             None if is_first else distance(first.image, generated.image),
             are_stable([generated] if first is None else [first, generated]),
+            unet_calls(generated),
         )
+
+
+def unet_calls(generated: GeneratedImage) -> tuple[int, int] | None:
+    """(whole, cached) UNet calls of a run with step caching; None for others."""
+    calls = generated.settings.get("unet_calls")
+    return (calls["whole"], calls["cached"]) if calls else None
+
+
+def calls_text(calls: tuple[int, int]) -> str:
+    """UNet calls in print: "8 of 21 UNet calls whole, 13 cached"."""
+    whole, cached = calls
+    if not cached:
+        return f"all {whole} UNet calls whole, none cached"
+    return f"{whole} of {whole + cached} UNet calls whole, {cached} cached"
 
 
 def seconds_text(seconds: float, stable: bool) -> str:
@@ -90,6 +107,9 @@ def verdict(generated: Sequence[GeneratedImage]) -> str:
     width, height = last.image.size
     if word != "faster" and max(width, height) <= 512:
         text += f" At {width} × {height} px these layers have little to save."
+    calls = unet_calls(last)
+    if calls:
+        text += f" Step caching: {calls_text(calls)}."
     if stable:
         return text + f" Medians of {len(first.all_seconds)} interleaved rounds after a warm-up, which agree."
     return f"{text} {why_unstable(generated)}"

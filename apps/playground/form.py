@@ -43,6 +43,7 @@ _SLIDERS = {
     "broadcast_exponent": (-0.5, 0.0, 0.05),
     "agent_ratio": (0.0, 1.0, 0.05),
     "cache_interval": (1, 8, 1),
+    "cache_order": (0, 1, 1),
 }
 _CHOICES = {
     "late": list(LATE),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from agentsd.images.generate import GeneratedImage, Step, generate, settings_of
 from agentsd.images.methods import METHODS, refuse_patched
 from agentsd.images.pipelines import ModelError, set_scheduler
 from agentsd.images.warm_up import warm_up, warm_up_timesteps
+from agentsd.patch import get_patch
 from agentsd.visualize import LayerView, look_inside, look_through
 
 from .models import Model, Models, free_memory
@@ -260,10 +263,13 @@ class Studio:
                         case = cases[index]
                         if number == 1:
                             self._warm_up(model, settings, index, case, emit)
-                        report = _step_reporter(model, index, number, emit)
+                        calls = Counter()
+                        report = _step_reporter(model, index, number, emit, calls)
                         one = generate(model.pipe, settings.request, case.method, case.config, report)
                         one = done[index].with_run(one) if index in done else one
                         one.settings.update(_as_asked(settings))
+                        if case.method == "agentsd" and case.config.cache_interval > 1:
+                            one.settings["unet_calls"] = {kind: calls[kind] for kind in ("whole", "cached")}
                         done[index] = one
                         emit(Finished(index, one))
 
@@ -272,20 +278,26 @@ class Studio:
     def look(self, run: Run, settings: Settings, layer: int | str, call: int | None = None) -> Iterator[Report]:
         """Generate with the patch and record a layer, in one UNet call or (None) in all, as far as `look_through` goes.
 
+        Step caching is off, as a cached call skips most layers.
+
         Raises:
             ValueError: as look_inside and look_through, also where the recording would exceed limits.recording.
         """
 
         def work(emit: Emit) -> None:
+            config = settings.config
+            if config.cache_interval > 1:
+                config = dataclasses.replace(config, cache_interval=1)
+                emit(Note("Recorded without step caching: a cached call skips most layers."))
             with self._ready(settings, emit) as model:
-                asked = (model.pipe, settings.request, settings.config, layer)
+                asked = (model.pipe, settings.request, config, layer)
                 options = {"budget": self.limits.recording, "on_step": _step_reporter(model, 0, 1, emit)}
                 if call is None:
                     image, views = look_through(*asked, **options)
                 else:
                     image, view = look_inside(*asked, call, **options)
                     views = [view]
-                about = settings_of(model.pipe, settings.request, "agentsd", settings.config)
+                about = settings_of(model.pipe, settings.request, "agentsd", config)
                 emit(Looked(image, views, {**about, **_as_asked(settings)}))
 
         return self.worker.reports(run, work)
@@ -320,11 +332,17 @@ class Studio:
             self._warm.add(kind)
 
 
-def _step_reporter(model: Model, case: int, number: int, emit: Emit) -> Callable[[Step], None]:
+def _step_reporter(
+    model: Model, case: int, number: int, emit: Emit, calls: Counter[str] | None = None
+) -> Callable[[Step], None]:
+    """An on_step that emits Stepped; `calls` counts the UNet calls of a patched run, "whole" and "cached"."""
     shown = 0.0
 
     def report(step: Step) -> None:
         nonlocal shown
+        patch = get_patch(model.pipe)
+        if calls is not None and patch is not None and patch.last_call is not None:
+            calls["cached" if patch.last_call.cached else "whole"] += 1
         preview = None
         if number == 1 and step.number < step.total and time.monotonic() - shown >= _PREVIEW_EVERY:
             preview = model.preview(step.latents)

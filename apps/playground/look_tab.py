@@ -17,7 +17,7 @@ from agentsd.visualize import MOST_VIEWS, LayerView
 from . import captions
 from .context import GENERATES, QUICK, Context, History, PastRun, failed, label, tell
 from .form import Form
-from .jobs import Case, Looked
+from .jobs import Case, Looked, Note
 from .models import Model
 from .outputs import file_name
 from .settings import Settings, check
@@ -121,6 +121,7 @@ class LookTab:
         yield {self.status: captions.message_html("")}
         cases = [Case("AgentSD", "agentsd", settings.config)]
         looked: Looked | None = None
+        notes: list[str] = []
         layer = str(layer or "0")
         try:
             run = self.context.run(run_id)
@@ -128,6 +129,8 @@ class LookTab:
                 tell(progress, report, cases)
                 if isinstance(report, Looked):
                     looked = report
+                elif isinstance(report, Note):
+                    notes.append(report.text)
                 else:
                     yield {self.status: gr.skip()}
         except Exception as error:
@@ -145,6 +148,7 @@ class LookTab:
             "brighter a place, the more the agent aggregates from it. Move the step and the agent, or click a place in "
             "the image to see its agent."
         )
+        text = " ".join([text, *notes])
         yield {
             self.status: captions.message_html(text, "done"),
             self.look_id: self.context.keep_look(run, look, look.num_bytes),

@@ -17,7 +17,7 @@ from agentsd.images.compare import are_stable
 from agentsd.images.generate import GeneratedImage
 from agentsd.images.methods import METHODS
 
-from .figures import CLEARLY, seconds_text, why_unstable
+from .figures import CLEARLY, seconds_text, unet_calls, why_unstable
 from .images import distance, psnr
 from .jobs import Case
 from .settings import with_value
@@ -65,12 +65,14 @@ def sweep_csv(field: str, rows: Sequence[SweepRow], generated: Sequence[Generate
     rounds = max(len(one.all_seconds) for one in generated)
     writer.writerow(
         ["method", field, "seconds", "speed_up", "rmse_to_unpatched", "psnr_to_unpatched_db"]
+        + ["unet_calls_whole", "unet_calls_cached"]
         + [f"seconds_round_{i + 1}" for i in range(rounds)]
     )
     for row, one in zip(rows, generated):
         value = "" if row.value is None else f"{row.value:g}"
         figures = [f"{row.seconds:.4f}", f"{row.speed_up:.4f}", f"{row.distance:.4f}", f"{row.psnr:.3f}"]
-        writer.writerow([one.method, value, *figures, *(f"{s:.4f}" for s in one.all_seconds)])
+        calls = unet_calls(one) or ("", "")
+        writer.writerow([one.method, value, *figures, *calls, *(f"{s:.4f}" for s in one.all_seconds)])
     return out.getvalue()
 
 
