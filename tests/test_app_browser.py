@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import re
 import shutil
@@ -472,19 +473,18 @@ def test_a_link_brings_the_settings_back(window, app):
     told(window, "#code", "use_rand=False")
 
 
-@pytest.mark.parametrize("theme, background", [("light", 200), ("dark", 60)])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_it_fits_a_desk_and_a_phone_in_light_and_dark(window, app, theme, background, width, tmp_path):
-    window.set_viewport_size({"width": width, "height": 844})
-    window.goto(f"{app[0]}?__theme={theme}")
-    window.wait_for_selector("#draw")
-    for name in ("Look inside", "Sweep", "History", "Compare"):
-        tab(window, name)
-        assert window.evaluate("document.documentElement.scrollWidth") <= width
-    window.screenshot(path=tmp_path / "page.png")
-    with Image.open(tmp_path / "page.png") as image:
-        shade = np.asarray(image.convert("L"))[:, :6].mean()
-    assert shade > background if theme == "light" else shade < background
+def test_it_fits_a_desk_and_a_phone_in_light_and_dark(window, app, tmp_path):
+    for theme, width in itertools.product(("light", "dark"), (1280, 390)):
+        window.set_viewport_size({"width": width, "height": 844})
+        window.goto(f"{app[0]}?__theme={theme}")
+        window.wait_for_selector("#draw")
+        for name in ("Look inside", "Sweep", "History", "Compare"):
+            tab(window, name)
+            assert window.evaluate("document.documentElement.scrollWidth") <= width, (theme, width, name)
+        window.screenshot(path=tmp_path / "page.png")
+        with Image.open(tmp_path / "page.png") as image:
+            shade = np.asarray(image.convert("L"))[:, :6].mean()
+        assert shade > 200 if theme == "light" else shade < 60, (theme, width)
 
 
 def test_results_fit_a_phone(window):
