@@ -3,8 +3,8 @@
     python apps/train_demo_model.py data --preset cpu --grow-from runs/first/model --out runs/cpu
     python eval/make_demo_reference.py runs/cpu --grow-from runs/first/model
 
-The pictures are those the model was trained on: each icon of Fluent Emoji (MIT, Microsoft) on three light grounds, or,
-with preset first, on white. The file holds float16 features, from which mean and covariance
+The pictures are those the model was trained on: the first --per-name canvases of each icon of Fluent Emoji (MIT,
+Microsoft), or, with preset first, the icon on white. The file holds float16 features, from which mean and covariance
 for any choice of names, and KID, follow. For a model of another preset:
 
     python eval/make_demo_reference.py runs/first --preset first --out reference.npz
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the --out of train_demo_model.py, whose data stage is done")
     parser.add_argument("--preset", default="cpu", help="it was trained with (default: %(default)s)")
     parser.add_argument("--grow-from", type=Path, help="the model it was grown from, as it was given to that script")
+    parser.add_argument("--per-name", type=int, default=3, help="canvases of each name (default: %(default)s)")
     parser.add_argument("--pictures", type=Path, help="also write the composed pictures to this folder")
     parser.add_argument("--out", type=Path, default=DEMO_REFERENCE, help="default: %(default)s")
     options = parser.parse_args()
@@ -52,7 +53,8 @@ def main() -> None:
     except UsageError as error:
         parser.error(str(error))
     icons = [icon for icon in index if icon.style == "fluent-emoji" and icon.name in CLEAR_NAMES]
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in training_images(run, icons)]
+    pixels = training_images(run, icons)[: options.per_name * len(icons)]
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
     names = [icons[i % len(icons)].name for i in range(len(pictures))]
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
