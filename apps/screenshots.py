@@ -26,7 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
     parser.add_argument("--browser", default=shutil.which("chromium"), help="default: chromium")
+    parser.add_argument("--example", action="store_true", help="only generate the start page's stored castle anew")
     options = parser.parse_args(arguments)
+    if options.example:
+        from playground.example import EXAMPLE, store_example
+
+        store_example()
+        print(EXAMPLE)
+        return 0
     if not options.browser:
         print("screenshots: no chromium found: install it, or name one with --browser", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Trains a small text-to-image model in Stable Diffusion's format from two emoji icon sets, on a CPU or a GPU.
+"""Train a small text-to-image model in Stable Diffusion's format from two emoji icon sets, on a CPU or a GPU.
 
 Usage:
 

@@ -58,7 +58,7 @@ def icons_by_caption(icon_set: dict) -> dict[str, str]:
 
 
 def read_icon_set(path: Path) -> dict:
-    """Reads an icons.json, alone or inside an npm package file (.tgz).
+    """Read an icons.json, alone or inside an npm package file (.tgz).
 
     Raises:
         UsageError: there is no such file, or it is not an Iconify set.
@@ -80,7 +80,7 @@ def read_icon_set(path: Path) -> dict:
 
 
 def download_packages(folder: Path) -> list[Path]:
-    """Fetches PACKAGES with `npm pack` into `folder`; returns the package files.
+    """Fetch PACKAGES with `npm pack` into `folder`; returns the package files.
 
     Raises:
         UsageError: npm is not there, or it failed.
@@ -184,7 +184,7 @@ def icon_sources(run: Run, files: Sequence[Path]) -> dict[str, dict[str, Callabl
 
 
 def data_stage(run: Run) -> None:
-    """Rasterises the icons: data/<style>/<name>.png (RGBA) and, when all are there, data/index.json."""
+    """Rasterise the icons: data/<style>/<name>.png (RGBA) and, when all are there, data/index.json."""
     folder = run.out / "data"
     index = folder / "index.json"
     settings = {

@@ -108,12 +108,12 @@ def build_pipeline(vae, text_encoder, tokenizer, unet):
 
 
 def seed_initial_weights(run: Run, stage: str) -> None:
-    """Seeds the global generator, which the models' constructors draw their first weights from."""
+    """Seed the global generator, which the models' constructors draw their first weights from."""
     torch.manual_seed(run.generator(stage, "initial weights").initial_seed())
 
 
 def take_over(model: nn.Module, path: Path) -> None:
-    """Fills a whole model from a safetensors file.
+    """Fill a whole model from a safetensors file.
 
     Raises:
         UsageError: the file is of a model of another format.

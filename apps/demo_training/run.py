@@ -49,7 +49,7 @@ class Run:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, which takes `path`'s place at the end: a reader never sees half a file."""
+    """Yield a path to write to, which takes `path`'s place at the end: a reader never sees half a file."""
     part = path.with_name(path.name + ".part")
     yield part
     with part.open("rb+") as file:
@@ -58,7 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes `value` as JSON, whole or not at all."""
+    """Write `value` as JSON, whole or not at all."""
     with replacing(path) as part:
         part.write_text(json.dumps(value, indent=1) + "\n")
 
@@ -69,7 +69,7 @@ def file_digest(path: Path) -> str:
 
 
 def claim_folder(folder: Path, settings: dict) -> None:
-    """Makes `folder` for work with `settings`, or checks that the work in it was done with the same.
+    """Make `folder` for work with `settings`, or checks that the work in it was done with the same.
 
     Raises:
         UsageError: the folder was made with other settings.
@@ -83,7 +83,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
 
 
 def check_folder(folder: Path, settings: dict, besides: tuple[str, ...] = ()) -> None:
-    """Checks that the work in `folder`, which `claim_folder` has claimed, was done with `settings`.
+    """Check that the work in `folder`, which `claim_folder` has claimed, was done with `settings`.
 
     Args:
         besides: keys that may differ.
@@ -136,7 +136,7 @@ def origin_of_unet(run: Run) -> dict[str, str]:
 
 
 def announce(stage: str, text: str) -> None:
-    """Says how a stage ended."""
+    """Say how a stage ended."""
     print(f"{stage}: {text}", flush=True)
 
 

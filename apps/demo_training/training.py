@@ -28,7 +28,7 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
 
 
 def save_checkpoint(path: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Writes modules, optimiser state and the number of steps done as one safetensors file."""
+    """Write modules, optimiser state and the number of steps done as one safetensors file."""
     tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items()}
@@ -37,7 +37,7 @@ def save_checkpoint(path: Path, step: int, modules: dict[str, nn.Module], optimi
 
 
 def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Fills modules and optimiser from `save_checkpoint`'s file; returns the number of steps done."""
+    """Fill modules and optimiser from `save_checkpoint`'s file; returns the number of steps done."""
     tensors = load_file(path)
     for name, module in modules.items():
         module.load_state_dict(part_of(tensors, name))
@@ -62,7 +62,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def noting_interrupts() -> Iterator[list[int]]:
-    """Yields a list that gets the signal number of a Ctrl-C or SIGTERM, so that a step is finished before stopping."""
+    """Yield a list that gets the signal number of a Ctrl-C or SIGTERM, so that a step is finished before stopping."""
     received: list[int] = []
     previous = {
         number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
@@ -85,7 +85,7 @@ def train(
     sample_grid: Callable[[], Image.Image],
     prepare: Callable[[int, int], None] = lambda phase, local: None,
 ) -> None:
-    """Trains modules in place, from the stage's checkpoint if there is one.
+    """Train modules in place, from the stage's checkpoint if there is one.
 
     AdamW with betas 0.9 and 0.99, gradients clipped to norm 1. Each phase has its own warm-up and cosine; a phase
     after the first starts from the averaged weights with a fresh optimiser.
@@ -165,7 +165,7 @@ def train(
 
 
 def finish(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a stage's weights.safetensors, which says that it is finished, then drops its checkpoint."""
+    """Write a stage's weights.safetensors, which says that it is finished, then drops its checkpoint."""
     with replacing(folder / "weights.safetensors") as part:
         save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part, metadata=metadata)
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)

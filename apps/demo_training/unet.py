@@ -133,7 +133,7 @@ def loss_weight(alphas: Tensor) -> Tensor:
 
 
 def grow_models(run: Run, models: dict[str, nn.Module]) -> None:
-    """Fills UNet and text encoder from the model folder that this one grows from.
+    """Fill UNet and text encoder from the model folder that this one grows from.
 
     Raises:
         UsageError: that model's format does not fit.
@@ -159,7 +159,7 @@ def change_attention(
     timesteps: Tensor,
     texts: Tensor,
 ) -> None:
-    """Sharpens or calibrates the UNet's self-attention layers, from the first to the last, each on what it is given.
+    """Sharpen or calibrates the UNet's self-attention layers, from the first to the last, each on what it is given.
 
     Args:
         models: "unet" and "text_encoder".
@@ -188,7 +188,7 @@ def self_attention_layers(unet: nn.Module) -> list[nn.Module]:
 
 
 def use_key_subset(unet: nn.Module, subset: SubsetAttnProcessor) -> None:
-    """Gives the full-resolution self-attention layers that processor."""
+    """Give the full-resolution self-attention layers that processor."""
     tops = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
     for name, module in unet.named_modules():
         if name.startswith(tops) and name.endswith(".attn1"):

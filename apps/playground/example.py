@@ -6,7 +6,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from agentsd.images.generate import generate
 from agentsd.images.methods import METHODS
+from agentsd.images.pipelines import load_pipeline
+from agentsd.images.request import Request
 
 EXAMPLE = Path(__file__).with_name("example.webp")
 """The demo model's castle (25 steps, guidance 5, seed 3) by each method from left to right, 256 px each, lossless."""
@@ -21,10 +24,13 @@ def example_images() -> dict[str, Image.Image]:
         }
 
 
-def save_example(images: dict[str, Image.Image]) -> None:
-    """Store other images by method, reduced to 256 px, as the example."""
+def store_example() -> None:
+    """Generate the example anew: `python apps/screenshots.py --example`."""
+    pipe = load_pipeline("demo")
+    request = Request("a high quality photograph of a castle.", steps=25, guidance=5.0, seed=3)
     side = 256
     strip = Image.new("RGB", (side * len(METHODS), side))
     for i, method in enumerate(METHODS):
-        strip.paste(images[method].convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (i * side, 0))
+        image = generate(pipe, request, method).image
+        strip.paste(image.resize((side, side), Image.Resampling.LANCZOS), (i * side, 0))
     strip.save(EXAMPLE, lossless=True, quality=100, method=6)

@@ -1,4 +1,4 @@
-"""Starts the app: its private folder, its headers, its address."""
+"""Start the app: its private folder, its headers, its address."""
 
 from __future__ import annotations
 
