@@ -6,11 +6,10 @@ import argparse
 import dataclasses
 import os
 import sys
-import warnings
-from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import AgentConfig
+from . import commands
+from .config import PRESETS, AgentConfig, make_config
 
 _METHODS = ("sd", "tomesd", "agentsd")
 
@@ -19,9 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 interrupted or failed, 2 wrong input."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    # Heavy imports happen in the commands, so that --help and wrong arguments answer at once.
     try:
-        return options.run(options)
+        config = _config(options)
+        _refuse_unused(options)
+        return options.run(options, config)
     except KeyboardInterrupt:
         return _fail("stopped; nothing was written", 1)
     except BrokenPipeError:
@@ -51,12 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Faster Stable Diffusion without training, by token-merged agent attention.",
     )
     parser.add_argument("--version", action="version", version=f"agentsd {_version()}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    generate = commands.add_parser(
+    generate = subparsers.add_parser(
         "generate", help="generate an image", description="Generate an image and save it as a PNG."
     )
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=commands.generate)
     generate.add_argument("prompt", help="what the image shows")
     generate.add_argument("-o", "--output", required=True, metavar="FILE.png", help="where to save it")
     method = generate.add_mutually_exclusive_group()
@@ -73,10 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(generate)
     _add_patch(generate)
 
-    info = commands.add_parser(
+    info = subparsers.add_parser(
         "info", help="what would be patched, and what it saves", description="Patch a model and describe the patch."
     )
-    info.set_defaults(run=_info)
+    info.set_defaults(run=commands.info)
     form = info.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as JSON")
     form.add_argument("--layers", action="store_true", help="every layer by name, with the number that visualize takes")
@@ -85,12 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(info)
     _add_patch(info)
 
-    visualize = commands.add_parser(
+    visualize = subparsers.add_parser(
         "visualize",
         help="show what a layer merges and what its agents attend to",
         description="Generate an image, and maps of what one layer did in one of its UNet calls.",
     )
-    visualize.set_defaults(run=_visualize)
+    visualize.set_defaults(run=commands.visualize)
     visualize.add_argument("prompt", help="what the image shows")
     visualize.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="folder for the images; made if missing"
@@ -102,12 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(visualize)
     _add_patch(visualize)
 
-    prompts = commands.add_parser(
+    prompts = subparsers.add_parser(
         "prompts",
         help="list what the built-in demo model knows",
         description="List what the built-in demo model knows.",
     )
-    prompts.set_defaults(run=_prompts)
+    prompts.set_defaults(run=commands.prompts)
     return parser
 
 
@@ -162,11 +162,8 @@ _FIELD_OPTIONS = {"seed": "--patch-seed", "use_rand": "--rand"}
 
 def _add_patch(parser: argparse.ArgumentParser) -> None:
     """Add an option for each field of AgentConfig, by its type; the preset decides the fields that are not given."""
-    from .images.settings import PRESETS
-
     group = parser.add_argument_group("the patch (the fields of agentsd.AgentConfig)")
-    if PRESETS:
-        group.add_argument("--preset", choices=list(PRESETS), help="settings to start from; single options win over it")
+    group.add_argument("--preset", choices=list(PRESETS), help="settings to start from; single options win over it")
     for field in dataclasses.fields(AgentConfig):
         option = _FIELD_OPTIONS.get(field.name, "--" + field.name.replace("_", "-"))
         text = _FIELD_HELP.get(field.name, "see AgentConfig")
@@ -207,162 +204,22 @@ class _Converter:
 
 
 def _config(options: argparse.Namespace) -> AgentConfig:
-    from .images.settings import make_config
-
-    fields = {name.removeprefix("patch_"): value for name, value in vars(options).items() if name.startswith("patch_")}
-    return make_config(preset=getattr(options, "preset", None), **fields)
+    return make_config(preset=getattr(options, "preset", None), **_given_fields(options))
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
+def _given_fields(options: argparse.Namespace) -> dict[str, Any]:
+    return {name.removeprefix("patch_"): value for name, value in vars(options).items() if name.startswith("patch_")}
 
 
-def _generate(options: argparse.Namespace) -> int:
-    config = _config(options)
-    if options.rounds is not None and not 1 <= options.rounds <= 100:
-        raise ValueError(f"rounds={options.rounds}: must lie in 1 … 100")
-    if options.rounds is not None and not options.compare:
-        raise ValueError("rounds: belongs to --compare; a single image is generated once")
-    from .images import compare, png, progress
-    from .images.methods import METHODS
-
-    request = _request(options)
-    output = png.check_output(options.output)
-    pipe = _load(options)
-    if not options.compare:
-        progress.Progress(pipe, request.steps).single(METHODS[options.method])
-        result = compare.generate(pipe, request, options.method, config)
-        png.save_image(result.image, output, result.settings)
-        print(f"{output}: {METHODS[options.method]}, {result.seconds:.2f} s")
-        return 0
-    shown = progress.ComparisonProgress(pipe, request.steps, _METHODS, options.rounds)
-    comparison = compare.compare_methods(pipe, request, config, _METHODS, options.rounds, shown)
-    shown.finish()
-    comparison.save(output)
-    print(comparison)
-    print(output)
-    return 0
-
-
-def _info(options: argparse.Namespace) -> int:
-    import json
-    import shutil
-
-    config = _config(options)
-    from .patch import apply_patch
-    from .report import describe
-    from .report_text import USUAL_WIDTH, as_text, every_layer
-
-    pipe = _load(options)
-    report = describe(apply_patch(pipe, config), options.height, options.width)
-    if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    elif options.layers:
-        print(every_layer(report))
-    else:
-        print(as_text(report, min(USUAL_WIDTH, shutil.get_terminal_size((USUAL_WIDTH, 24)).columns)))
-    return 0
-
-
-def _prompts(options: argparse.Namespace) -> int:
-    import shutil
-    import textwrap
-
-    from .images.demo_prompts import DEMO_NAMES
-
-    width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    about = f'The demo model knows {len(DEMO_NAMES)} things. A prompt for it: "a high quality photograph of a castle."'
-    print(textwrap.fill(about, width))
-    print()
-    print(textwrap.fill(", ".join(DEMO_NAMES), width))
-    return 0
-
-
-def _visualize(options: argparse.Namespace) -> int:
-    config = _config(options)
-    if options.call < 0:
-        raise ValueError(f"call={options.call}: must be 0 or more, the number of a UNet call")
-    if not 1 <= options.agents <= 256:
-        raise ValueError(f"agents={options.agents}: must lie in 1 … 256")
-    from . import visualize
-    from .images import png, progress
-    from .images.generate import settings_of
-
-    request = _request(options)
-    folder = Path(options.output)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output={options.output!r}: is a file; give a folder")
-    made_by_us = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        for name in ("image", "merge_map", "agents"):
-            png.check_output(folder / f"{name}.png")
-        pipe = _load(options)
-        progress.Progress(pipe, request.steps).single("AgentSD")
-        layer = int(options.layer) if options.layer.isdigit() else options.layer
-        image, view = visualize.look_inside(pipe, request, config, layer, options.call)
-    except BaseException:
-        for path in made_by_us:
-            path.rmdir()
-        raise
-    settings = settings_of(pipe, request, "agentsd", config)
-    settings["view"] = {"layer": view.layer, "call": view.call, "timestep": view.timestep, "phase": view.phase.value}
-    sheets = {"image": image, "merge_map": visualize.merge_map(view, image)}
-    if view.agent_attention is not None:
-        sheets["agents"] = visualize.agents_sheet(view, image, options.agents)
-    for name, sheet in sheets.items():
-        png.save_image(sheet, folder / f"{name}.png", settings)
-    if "agents" not in sheets:
-        (folder / "agents.png").unlink(missing_ok=True)  # left by an earlier run, for another image
-    agents = "no agents" if view.agent_attention is None else f"{len(view.agent_attention)} agents"
-    height, width = view.grid
-    print(f"{view.layer} at timestep {view.timestep:g} ({view.phase.value} phase): {height * width} tokens, {agents}")
-    if view.agent_attention is None:
-        print(f"--call: {view.where_agents_are}")
-    print("\n".join(str(folder / f"{name}.png") for name in sheets))
-    return 0
-
-
-def _request(options: argparse.Namespace) -> Any:
-    from .images.request import Request
-
-    return Request(
-        prompt=options.prompt,
-        negative_prompt=options.negative_prompt,
-        steps=options.steps,
-        guidance=options.guidance,
-        seed=options.seed,
-        height=options.height,
-        width=options.width,
-    )
-
-
-def _load(options: argparse.Namespace) -> Any:
-    # Deprecations between libraries are nothing that a user of the command can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from .images.pipelines import load_pipeline
-
-    prompt = getattr(options, "prompt", None)
-    if options.model == "demo" and prompt is not None:
-        from .images.demo_prompts import unknown_subject
-
-        unknown = unknown_subject(prompt)
-        if unknown:
-            print(f"agentsd: {unknown}", file=sys.stderr)
-    if not sys.stderr.isatty():
-        _no_bars()
-    scheduler = getattr(options, "scheduler", None)
-    return load_pipeline(options.model, device=options.device, dtype=options.dtype, scheduler=scheduler)
-
-
-def _no_bars() -> None:
-    """Switch off the bars of downloads and of loading, hundreds of frames in a file or a pipe."""
-    import diffusers
-    import huggingface_hub
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.disable_progress_bars()
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """Raise ValueError for settings of the patch that the chosen method would ignore."""
+    if getattr(options, "compare", True) or options.method == "agentsd":
+        return
+    used = ("ratio", "use_rand", "seed") if options.method == "tomesd" else ()
+    unused = [name for name in _given_fields(options) if name not in used]
+    unused += ["preset"] if getattr(options, "preset", None) and not used else []
+    if unused:
+        raise ValueError(f"{', '.join(unused)}: no setting of --method {options.method}; leave it out or use agentsd")
 
 
 def _version() -> str:

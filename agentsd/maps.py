@@ -88,7 +88,7 @@ def _agents(view: LayerView) -> tuple[Tensor, Tensor]:
 
 
 def agents_sheet(view: LayerView, image: Image.Image, count: int = 16) -> Image.Image:
-    """Maps of `count` agents spread evenly over the picture, as one labelled image."""
+    """Maps of `count` agents spread evenly over the image, on one labelled sheet."""
     tokens, _ = _agents(view)
     chosen = _agents_spread_over(view, count)
     columns = math.ceil(math.sqrt(len(chosen)))

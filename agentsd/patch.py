@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any, TypedDict, TypeVar
@@ -11,7 +10,7 @@ from typing import Any, TypedDict, TypeVar
 from torch import nn
 from typing_extensions import Unpack
 
-from .config import FIELD_NAMES, PRESETS, AgentConfig
+from .config import AgentConfig, make_config
 from .unet.call import NOISE_LEVELS
 from .unet.installation import PATCH_ATTRIBUTE, Installation
 from .unet.layers import NOT_SOFTMAX, RESET_ATTN1, UNet, find_layers, find_other_cache, unwrap_unet, why_none
@@ -68,7 +67,7 @@ def apply_patch(
         ValueError: a setting is out of its range, or the model has ToMeSD's patch or, with step caching, another cache.
         Nothing is changed where an error is raised.
     """
-    config = _settings_to_config(config, preset, settings)
+    config = make_config(config, preset, **settings)
     unet, outer = unwrap_unet(model)
     _refuse_tomesd(unet)
     if config.cache_interval > 1:
@@ -145,23 +144,6 @@ def find_unet(model: Any) -> UNet:
 def get_patch(model: Any) -> Installation | None:
     """The patch on a pipeline or UNet, or None."""
     return getattr(find_unet(model), PATCH_ATTRIBUTE, None)
-
-
-def _settings_to_config(config: AgentConfig | None, preset: str | None, settings: dict[str, Any]) -> AgentConfig:
-    unknown = sorted(set(settings) - set(FIELD_NAMES))
-    if unknown:
-        raise TypeError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(FIELD_NAMES)}")
-    if preset is not None:
-        if config is not None:
-            raise TypeError("config and preset: give one of them; single settings go by name, as in ratio=0.4")
-        if preset not in PRESETS:
-            raise ValueError(f"preset={preset!r}: must be one of {', '.join(PRESETS)}")
-        settings = {**PRESETS[preset], **settings}
-    if config is None:
-        return AgentConfig(**settings)
-    if not isinstance(config, AgentConfig):
-        raise TypeError(f"config={config!r}: must be an AgentConfig; single settings go by name, as in ratio=0.4")
-    return dataclasses.replace(config, **settings)
 
 
 def _refuse_tomesd(unet: nn.Module) -> None:

@@ -74,6 +74,8 @@ class LastCall:
         timestep: noise level of the least noisy sample.
         phase: of that sample.
         notes: what else happened on a layer, by its name.
+        cached: step caching reused a feature of an earlier call.
+        whole_calls, cached_calls: numbers of UNet calls of this run so far; None without step caching.
     """
 
     height: int
@@ -81,11 +83,19 @@ class LastCall:
     timestep: float
     phase: Phase
     notes: dict[str, str]
+    cached: bool = False
+    whole_calls: int | None = None
+    cached_calls: int | None = None
 
     @classmethod
-    def of(cls, call: UNetCall, scale: int) -> LastCall:
+    def of(cls, patch: Installation, scale: int) -> LastCall | None:
         """From what the patch noted, with the pixels per latent pixel."""
-        return cls(call.height * scale, call.width * scale, call.timestep, call.phase, dict(call.notes))
+        call, cache = patch.last_call, patch.cache
+        if call is None:
+            return None
+        counts = (cache.counts.whole, cache.counts.cached) if cache else (None, None)
+        size = (call.height * scale, call.width * scale)
+        return cls(*size, call.timestep, call.phase, dict(call.notes), call.cached, *counts)
 
 
 @dataclass(frozen=True, repr=False)
@@ -195,7 +205,7 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
         ),
         unet_multiply_adds=_unet_multiply_adds(unet, latent_height, latent_width),
         assumed_timesteps=patch.num_train_timesteps if patch and patch.schedule.refresh().assumed else None,
-        last_call=LastCall.of(call, scale) if call else None,
+        last_call=LastCall.of(patch, scale) if patch else None,
     )
 
 

@@ -40,13 +40,20 @@ def as_text(report: Report, width: int = USUAL_WIDTH) -> str:
 
 def as_html(report: Report) -> str:
     """The report for a notebook: paragraphs and tables."""
-    out = [f"<p>{html.escape(part)}</p>" for part in _introduction(report)]
-    for title, rows in _tables(report):
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-        out.append(
-            f"<table><caption>{html.escape(title)}</caption>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-        )
-    return "\n".join([*out, *(f"<p>{html.escape(part)}</p>" for part in [*_closing(report), *_others(report)])])
+
+    def paragraphs(parts: list[str]) -> list[str]:
+        return [f"<p>{html.escape(part)}</p>" for part in parts]
+
+    def row(cells: tuple[str, ...], kind: str) -> str:
+        first, *numbers = (html.escape(cell) for cell in cells)
+        aligned = "".join(f'<{kind} style="text-align:right">{cell}</{kind}>' for cell in numbers)
+        return f"<tr><{kind}>{first}</{kind}>{aligned}</tr>"
+
+    out = paragraphs(_introduction(report))
+    for title, (header, *rows) in _tables(report):
+        body = row(header, "th") + "".join(row(cells, "td") for cells in rows)
+        out += [*paragraphs([title]), f"<table>{body}</table>"]
+    return "\n".join([*out, *paragraphs(_closing(report)), *paragraphs(_others(report))])
 
 
 def every_layer(report: Report) -> str:
@@ -64,6 +71,11 @@ def _introduction(report: Report) -> list[str]:
     lines = [f"{report.model} at {report.width}×{report.height} px: {_headline(report)}"]
     if report.config is not None:
         lines.append("settings: " + _settings(report.config))
+        if report.config.cache_interval > 1:
+            lines.append(
+                f"step caching: up to {report.config.cache_interval} calls in a row share one whole call; the others "
+                "recompute the end of the UNet alone. The figures below are those of a whole call"
+            )
     if report.last_call is not None:
         lines.append(_last_call(report))
         notes: dict[str, int] = {}
@@ -108,10 +120,14 @@ def _last_call(report: Report) -> str:
     assert call is not None
     installed = [layer for layer in report.layers if layer.last_call]
     active = sum(layer.last_call == "active" for layer in installed)
-    return (
-        f"last call: {call.width}×{call.height} px, timestep {call.timestep:g}, {call.phase.value} phase: active on "
-        f"{active} of {len(installed)} patched layers"
+    phase = f"{call.phase.value} phase" + (", cached" if call.cached else "")
+    text = (
+        f"last call: {call.width}×{call.height} px, timestep {call.timestep:g}, {phase}: active on {active} of "
+        f"{len(installed)} patched layers"
     )
+    if call.whole_calls is not None:
+        text += f"; this run: {call.whole_calls} whole and {call.cached_calls} cached calls"
+    return text
 
 
 def _tables(report: Report) -> list[tuple[str, list[tuple[str, ...]]]]:

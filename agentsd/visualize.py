@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from .images.request import Request
 from .layer_plan import plan_layer
 from .maps import agent_at, agent_map, agents_sheet, merge_map
 from .merging import merge_tokens, merged_position
-from .patch import get_patch, patched
+from .patch import find_unet, get_patch, patched
 from .unet.installation import Installation
 from .unet.processor import LayerState, project_key_value, project_queries
 
@@ -56,8 +56,8 @@ class LayerView:
         agent_tokens: [num_agents] the token at whose place each agent stands; None in the merge phase.
         agent_attention: [num_agents, N] bfloat16, what each agent aggregates from each token, averaged over heads: the
             weight of the token's group, shared by its members, so each row sums to 1; None in the merge phase.
-        calls_with_agents: numbers of the UNet calls of this run that are in the agent phase.
-        num_calls: of the run, one per timestep.
+        calls_with_agents: numbers of the UNet calls of this run in which the layer used agents.
+        num_calls: number of UNet calls of the run.
     """
 
     layer: str
@@ -76,15 +76,26 @@ class LayerView:
         """Which calls of the run have agents, in words."""
         if not self.calls_with_agents:
             return f"none of the {self.num_calls} calls of this run has agents; raise early"
-        first, last = self.calls_with_agents[0], self.calls_with_agents[-1]
-        which = f"calls {first} … {last}" if last > first else f"only call {first}"
-        return f"{which} of 0 … {self.num_calls - 1} {'have' if last > first else 'has'} agents"
+        which = _ranges(self.calls_with_agents)
+        verb = "calls {} have" if len(self.calls_with_agents) > 1 else "only call {} has"
+        return f"{verb.format(which)} agents, of 0 … {self.num_calls - 1}"
 
     @property
     def num_bytes(self) -> int:
         """Memory that its tensors take."""
         tensors = (self.position, self.agent_tokens, self.agent_attention)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers with those in a row as a range: "0 … 3, 6"."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return ", ".join(f"{group[0]} … {group[-1]}" if len(group) > 1 else str(group[0]) for group in groups)
 
 
 def look_inside(
@@ -124,8 +135,8 @@ def look_inside(
     view = views.get(call)
     if view is None:
         raise ValueError(
-            f"call={call}: layer {layer} merges nothing in this call with these settings; choose an earlier call or a "
-            "ratio above 0"
+            f"call={call}: layer {layer} merges nothing in this call with these settings, or step caching skips it; "
+            "choose an earlier call, a ratio above 0 or cache_interval=1"
         )
     return image, view
 
@@ -179,39 +190,47 @@ def _record(
         The others: as look_inside takes them.
     """
     views: dict[int, LayerView] = {}
-    num_calls = 0
-    chosen: Collection[int] = ()
-    with_agents: tuple[int, ...] = ()
-    num_timesteps = 0
+    num_calls = 0  # of the UNet, which step caching may take past the layer
+    with_agents: list[int] = []
+    chosen: Collection[int] | None = None
     with patched(pipe, config):
         patch = get_patch(pipe)
         assert patch is not None
         state, attn = _choose_layer(patch, layer)
-        num_train_timesteps = patch.num_train_timesteps
 
-        def record(module, args):
-            nonlocal num_calls, chosen, with_agents, num_timesteps
-            if num_calls == 0:  # the timesteps and the size are known from the first call on
-                timesteps = _timesteps(pipe)
-                num_timesteps = len(timesteps)
-                chosen = choose(num_timesteps)
-                phases = [config.phase_at(timestep, num_train_timesteps) for timestep in timesteps]
-                with_agents = tuple(call for call, phase in enumerate(phases) if phase is Phase.AGENT)
-                # Some pipelines call the UNet more than once a timestep: of a later call the phase is not known.
-                num_agent_calls = sum(call >= num_timesteps or call in with_agents for call in chosen)
-                _check_budget(state, num_agent_calls, budget)
-            if num_calls in chosen:
-                view = _view(patch, state, attn, args[0], num_calls)
-                if view is not None:
-                    views[num_calls] = replace(view, calls_with_agents=with_agents, num_calls=num_timesteps)
+        def count(module: Any, args: Any) -> None:
+            nonlocal num_calls
             num_calls += 1
 
-        handle = attn.register_forward_pre_hook(record)
+        def record(module: Any, args: Any) -> None:
+            nonlocal chosen
+            call = num_calls - 1
+            if chosen is None:  # the timesteps and the size are known from the first call on
+                timesteps = _timesteps(pipe)
+                chosen = choose(len(timesteps))
+                # Some pipelines call the UNet more than once a timestep: of a later call the phase is not known.
+                num_agent_calls = sum(
+                    call >= len(timesteps) or config.phase_at(timesteps[call], patch.num_train_timesteps) is Phase.AGENT
+                    for call in chosen
+                )
+                _check_budget(state, num_agent_calls, budget)
+            if any(part.action == "agents" for part in state.parts):
+                with_agents.append(call)
+            if call in chosen:
+                view = _view(patch, state, attn, args[0], call)
+                if view is not None:
+                    views[call] = view
+
+        handles = [find_unet(pipe).register_forward_pre_hook(count), attn.register_forward_pre_hook(record)]
         try:
             image, _, _ = run_pipeline(pipe, request, **extra)
         finally:
-            handle.remove()
-    return image, views, num_calls
+            for handle in handles:
+                handle.remove()
+    found = {
+        call: replace(view, calls_with_agents=tuple(with_agents), num_calls=num_calls) for call, view in views.items()
+    }
+    return image, found, num_calls
 
 
 def _timesteps(pipe: Any) -> list[float]:

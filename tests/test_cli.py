@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from agentsd import AgentConfig, cli
-from agentsd.images import settings
+from agentsd.config import PRESETS
 from agentsd.images.png import read_settings
 
 QUICK = ["--steps", "4", "--height", "64", "--width", "64"]
@@ -48,8 +48,16 @@ def test_generate(capsys, tmp_path):
 
 def test_generate_compare(capsys, tmp_path):
     path = tmp_path / "compare.png"
-    code, out, _ = run(capsys, "generate", "a zebra", "-o", path, *QUICK, "--compare", "--rounds", "1")
+    code, out, err = run(capsys, "generate", "a zebra", "-o", path, *QUICK, "--compare", "--rounds", "1")
     assert code == 0
+    # Off a terminal there is a line a run, and no bar.
+    told = err.splitlines()
+    assert (
+        told[0] == "3 methods, 1 round of 4 steps, after a warm-up" and "\r" not in err and len(told) == 1 + 3 + 3 + 1
+    )
+    assert re.match(r"Stable Diffusion, warm-up: [\d.]+ s$", told[1])
+    assert re.match(r"ToMeSD, round 1 of 1: [\d.]+ s; \d+ s left in all$", told[4])
+    assert re.match(r"Stable Diffusion, round 1 of 1: [\d.]+ s$", told[6]) and told[7].endswith(" s in all")
     lines = out.splitlines()
     assert [line.split("  ")[0] for line in lines[:3]] == ["Stable Diffusion", "ToMeSD", "AgentSD"]
     assert "1.00x" in lines[0] and "unstable" in out and lines[-1] == str(path)
@@ -75,23 +83,21 @@ def test_every_setting_has_an_option_with_help():
     given = (
         "--ratio 0.3 --early 1 --late full --alpha 0 --broadcast-exponent -0.5 --agent-ratio 0.9 --agent-stride 8x4 "
         "--merge-stride 3 --max-agents 100 --max-keys none --match-tile 16 --max-downsample 2 --no-rand --patch-seed 9 "
-        "--merge-crossattn --merge-mlp --no-upcast"
+        "--merge-crossattn --merge-mlp --no-upcast --cache-interval 3 --cache-order 0 --cache-depth 2"
     )
     options = cli._parser().parse_args(["info", *given.split()])
     assert cli._config(options) == AgentConfig(
         ratio=0.3, early=1.0, late="full", alpha=0.0, broadcast_exponent=-0.5, agent_ratio=0.9, agent_stride=(8, 4),
         merge_stride=3, max_agents=100, max_keys=None, match_tile=16, max_downsample=2, use_rand=False, seed=9,
-        merge_crossattn=True, merge_mlp=True, upcast=False,
+        merge_crossattn=True, merge_mlp=True, upcast=False, cache_interval=3, cache_order=0, cache_depth=2,
     )  # fmt: skip
     assert cli._config(cli._parser().parse_args(["info"])) == AgentConfig()
 
 
-def test_a_preset_is_the_start_and_single_options_win(monkeypatch):
-    monkeypatch.setattr(settings, "PRESETS", {"coarse": {"ratio": 0.6, "early": 0.1}, "fine": {"ratio": 0.1}})
-    options = cli._parser().parse_args(["info", "--preset", "coarse", "--early", "0.9"])
-    assert cli._config(options) == AgentConfig(ratio=0.6, early=0.9)
-    with pytest.raises(ValueError, match="preset='magic': must be one of coarse, fine"):
-        settings.make_config(preset="magic")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_the_start_and_single_options_win(preset):
+    options = cli._parser().parse_args(["info", "--preset", preset, "--early", "0.9"])
+    assert cli._config(options) == AgentConfig(**{**PRESETS[preset], "early": 0.9})
 
 
 def test_a_prompt_that_the_demo_model_does_not_know(capsys, tmp_path):
@@ -102,21 +108,6 @@ def test_a_prompt_that_the_demo_model_does_not_know(capsys, tmp_path):
     assert "knows" not in err
     code, out, _ = run(capsys, "prompts")
     assert code == 0 and "121 things" in out and "zebra" in out
-
-
-def test_off_a_terminal_there_is_a_line_a_run_and_no_bar(tmp_path):
-    arguments = ["generate", "a frog", "-o", "a.png", *QUICK[2:], "--steps", "2", "--compare", "--rounds", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "agentsd", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert "\r" not in done.stderr
-    # Installed libraries may log something of their own when they are imported.
-    lines = [line for line in done.stderr.splitlines() if re.match("3 methods|Stable|ToMeSD|AgentSD|[0-9]+ s in", line)]
-    assert lines[0] == "3 methods, 2 rounds of 2 steps, after a warm-up"
-    assert len(lines) == 1 + 3 + 2 * 3 + 1
-    assert re.match(r"Stable Diffusion, warm-up: [\d.]+ s$", lines[1])
-    assert re.match(r"ToMeSD, round 1 of 2: [\d.]+ s; \d+ s left in all$", lines[4])
-    assert re.match(r"ToMeSD, round 2 of 2: [\d.]+ s$", lines[9]) and lines[-1].endswith(" s in all")
 
 
 def test_visualize(capsys, tmp_path):
@@ -130,7 +121,7 @@ def test_visualize(capsys, tmp_path):
     assert view["layer"].startswith("up_blocks.3.attentions.1") and view["call"] == 0
     code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--call", "4")
     assert code == 0 and sorted(os.listdir(folder)) == ["image.png", "merge_map.png"]  # no agents, none left over
-    assert "no agents\n--call: only call 0 of 0 … 4 has agents" in out
+    assert "no agents\n--call: only call 0 has agents, of 0 … 4" in out
     (folder / "agents.png").mkdir()
     before = (folder / "image.png").read_bytes()
     code, _, err = run(capsys, "visualize", "a frog", "-o", folder, *QUICK, "--call", "0")
@@ -174,6 +165,8 @@ def test_models_from_folders(capsys, tmp_path):
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--rounds", "2"], "rounds: belongs to --compare"),
         (["--compare", "--rounds", "0"], "rounds=0"),
+        (["--method", "sd", "--ratio", "0.3"], "ratio: no setting of --method sd"),
+        (["--method", "tomesd", "--ratio", "0.3", "--early", "1"], "early: no setting of --method tomesd"),
         (["--model", "nobody/nothing"], "could not be fetched"),
         (["--model", "./nowhere"], "there is no folder"),
     ],

@@ -106,9 +106,9 @@ def make_animatediff():
     return quiet(diffusers.AnimateDiffPipeline(**parts, motion_adapter=adapter, scheduler=DDIMScheduler(**SD_BETAS)))
 
 
-def draw_frames(pipe) -> torch.Tensor:
+def draw_frames(pipe, steps: int = 4) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    settings = dict(num_frames=3, num_inference_steps=4, guidance_scale=5.0, output_type="latent")
+    settings = dict(num_frames=3, num_inference_steps=steps, guidance_scale=5.0, output_type="latent")
     return pipe("a zebra", height=128, width=128, generator=generator, **settings).frames
 
 

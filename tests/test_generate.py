@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import agentsd
 from agentsd import AgentConfig, Phase
+from agentsd.config import PRESETS
 from agentsd.images.compare import Comparison, are_stable, comparison_image
 from agentsd.images.generate import GeneratedImage, generate, settings_of
 from agentsd.images.methods import METHODS, use_method
@@ -34,8 +34,8 @@ def pipe():
     return make_pipeline()
 
 
-def pixels(drawing):
-    return np.asarray(drawing.image)
+def pixels(result):
+    return np.asarray(result.image)
 
 
 def test_methods_differ_and_repeat_exactly(pipe):
@@ -117,10 +117,13 @@ def test_settings_of_a_comparison_by_name_and_by_config(pipe):
         pipe, "a zebra", steps=1, rounds=1, methods=["agentsd"], config=AgentConfig(seed=5, ratio=0.2), ratio=0.3
     )
     assert comparison["agentsd"].settings["patch"] == dataclasses.asdict(AgentConfig(seed=5, ratio=0.3))
+    fast = agentsd.compare(pipe, "a zebra", steps=1, rounds=1, methods=["agentsd"], preset="fast", ratio=0.3)
+    assert fast["agentsd"].settings["patch"] == dataclasses.asdict(AgentConfig(**PRESETS["fast"], ratio=0.3))
     for arguments, error, message in [
         ({"rato": 0.3}, TypeError, "unknown setting rato; the settings are ratio"),
         ({"config": 0.3}, TypeError, "config=0.3: must be an AgentConfig"),
-        ({"preset": "magic"}, ValueError, "preset='magic'"),
+        ({"preset": "magic"}, ValueError, "preset='magic': must be one of paper, fast"),
+        ({"preset": "fast", "config": AgentConfig()}, TypeError, "config and preset"),
         ({"rounds": 0}, ValueError, "rounds=0: must lie in 1 … 100"),
         ({"rounds": 1.5}, TypeError, "rounds=1.5"),
         ({"methods": []}, ValueError, "methods="),
@@ -164,8 +167,13 @@ def test_a_compiled_unet_is_refused_by_compare():
 def test_speed_up_is_over_the_first():
     results = results_in((4.0, 2.0, 3.0), (1.5,))
     assert results[0].seconds == 3.0
-    from agentsd.images.compare import _timing
+    from agentsd.images.compare import _timing, _title
 
+    patch = dataclasses.asdict(AgentConfig(cache_interval=3))
+    assert _title(dataclasses.replace(results[1], method="agentsd", settings={"patch": patch})) == (
+        "AgentSD  ratio 0.4, caching 3"
+    )
+    assert _title(results[0]) == "Stable Diffusion"
     assert _timing(results[0], results[0]) == "3.00 s"
     assert _timing(results[1], results[0]) == "1.50 s,  2.00x as fast"
 
@@ -178,11 +186,11 @@ def test_unstable_timings_are_called_unstable():
     assert (unstable < 200).sum() > (stable < 200).sum()  # the caption says so too
 
 
-def test_saved_picture_can_be_drawn_again_from_itself(pipe, tmp_path):
+def test_saved_image_can_be_generated_again_from_itself(pipe, tmp_path):
     config = AgentConfig(ratio=0.3, merge_stride=(2, 4), seed=7)
-    drawing = generate(pipe, REQUEST, "agentsd", config)
+    result = generate(pipe, REQUEST, "agentsd", config)
     path = tmp_path / "zebra.png"
-    save_image(drawing.image, path, drawing.settings)
+    save_image(result.image, path, result.settings)
     settings = read_settings(path)
     fields = {name: settings[name] for name in Request.__dataclass_fields__}
     patch = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["patch"].items()}
@@ -307,17 +315,17 @@ def test_each_step_is_told_and_does_not_count(pipe):
         steps.append(step)
         time.sleep(0.3)
 
-    drawing = generate(pipe, REQUEST, "agentsd", None, slow)
+    result = generate(pipe, REQUEST, "agentsd", None, slow)
     plain = generate(pipe, REQUEST, "agentsd")
-    assert np.array_equal(pixels(drawing), pixels(plain))
+    assert np.array_equal(pixels(result), pixels(plain))
     assert [step.number for step in steps] == [1, 2, 3, 4, 5] and {step.total for step in steps} == {5}  # PLMS
     assert [step.timestep for step in steps] == sorted((step.timestep for step in steps), reverse=True)
     assert steps[-1].latents.shape == (1, 4, 16, 16) and not torch.equal(steps[0].latents, steps[-1].latents)
-    assert drawing.seconds < 5 * 0.3 + plain.seconds * 0.9  # the sleeps alone took 1.5 s
+    assert result.seconds < 5 * 0.3 + plain.seconds * 0.9  # the sleeps alone took 1.5 s
 
 
 @pytest.mark.parametrize("method", ["sd", "tomesd", "agentsd"])
-def test_what_a_step_raises_ends_the_drawing_and_leaves_the_model(pipe, method):
+def test_what_a_step_raises_ends_the_run_and_leaves_the_model(pipe, method):
     class Enough(Exception):
         pass
 
@@ -368,13 +376,21 @@ def test_an_interrupted_warm_up_leaves_the_pipeline(pipe):
     assert pipe.scheduler is before and get_patch(pipe) is None
 
 
-def test_warm_up_with_step_caching_makes_whole_and_cached_calls_in_each_phase():
-    config = SimpleNamespace(cache_interval=3, phase_at=AgentConfig(early=0.4).phase_at)
-    assert warm_up_timesteps(config, 1000) == [999, 998, 997, 996, 995, 4, 3, 2, 1, 0]
+def test_warm_up_with_step_caching_makes_whole_and_cached_calls_in_each_phase(pipe):
+    config = AgentConfig(cache_interval=3)
+    assert warm_up_timesteps(config, 1000) == [999, 998, 1, 0]
     assert warm_up_timesteps(None, 1000) == [999]
+    seen = []
+
+    def record(step):
+        call = get_patch(pipe).last_call
+        seen.append((call.phase.value, call.cached))
+
+    warm_up(pipe, REQUEST, "agentsd", config, record)
+    assert seen == [("agent", False), ("agent", True), ("merge", False), ("merge", True)]
 
 
-def test_runs_of_one_drawing_are_collected():
+def test_runs_of_one_image_are_collected():
     image = Image.new("RGB", (8, 8))
     one = GeneratedImage("sd", image, (1.0,), {}, 5).with_run(GeneratedImage("sd", image, (3.0,), {}, 9))
     assert (one.all_seconds, one.peak_bytes) == ((1.0, 3.0), 9)
@@ -389,7 +405,7 @@ def test_the_end_of_a_prompt_that_is_not_read(pipe):
     assert unread_part(object(), "a zebra") == ""
 
 
-def test_damaged_pictures(tmp_path):
+def test_damaged_images(tmp_path):
     path = tmp_path / "a.png"
     save_image(Image.effect_noise((64, 64), 90), path, {"prompt": "a"})
     whole = path.read_bytes()

@@ -30,7 +30,8 @@ def test_the_bar_shows_its_rate_at_any_width(monkeypatch, columns):
     pipe, stream = Bars(), Terminal()
     shown = ComparisonProgress(pipe, 999, ("sd", "agentsd"), 3, stream)
     monkeypatch.setattr(Progress, "_columns", lambda self: columns)
-    shown("sd", 1)
+    shown("agentsd", 1)
+    shown("sd", 1)  # by now the label has the time left too
     stream.truncate(0)
     with tqdm(total=999, file=stream, ncols=columns, mininterval=0, initial=990, **pipe.config) as bar:
         time.sleep(0.05)

@@ -163,6 +163,18 @@ def test_what_happened_in_the_last_call_is_told():
     assert json.loads(json.dumps(report.to_dict()))["last_call"]["phase"] == "agent"
 
 
+def test_step_caching_is_told_with_its_calls():
+    unet = agentsd.apply_patch(make_unet(), cache_interval=3)
+    for timestep in (900, 890, 880, 870):
+        call_unet(unet, timestep=timestep)
+    text = as_text(agentsd.describe(unet), 500)
+    assert "step caching: up to 3 calls in a row share one whole call" in text
+    assert "agent phase: active on 3 of 3 patched layers; this run: 2 whole and 2 cached calls" in text
+    call_unet(unet, timestep=860)
+    assert "agent phase, cached: active on 3 of 3" in as_text(agentsd.describe(unet), 500)
+    json.dumps(agentsd.describe(unet).to_dict())
+
+
 def test_a_call_that_had_nothing_to_do_says_nothing_against_the_patch():
     unet = agentsd.apply_patch(make_unet(), late="full")
     call_unet(unet, timestep=1)

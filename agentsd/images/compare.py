@@ -13,12 +13,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import AgentConfig
+from ..config import AgentConfig, make_config
 from .generate import GeneratedImage, Step, generate, settings_of
 from .methods import METHODS, check_method, refuse_patched
 from .png import save_image
 from .request import Request
-from .settings import make_config
 from .warm_up import warm_up
 
 __all__ = [
@@ -118,6 +117,7 @@ def compare(
     prompt: str,
     *,
     config: AgentConfig | None = None,
+    preset: str | None = None,
     negative_prompt: str = "",
     steps: int = 50,
     guidance: float = 7.5,
@@ -138,12 +138,13 @@ def compare(
         pipe: an unpatched text-to-image pipeline with a UNet; unpatched again afterwards.
         prompt: what the image shows.
         config: settings of the patch; None takes the defaults.
+        preset: a name from `agentsd.config.PRESETS`, in place of a config.
         negative_prompt, steps, guidance, seed, height, width: as in `Request`; `seed` is that of the initial noise.
         methods: keys of METHODS: "sd" (the model as it is), "tomesd" (ToMeSD), "agentsd". Speed-ups are over the first.
         rounds: how many times each method is timed; None times three times, or fewer once five minutes have passed.
         on_round: called with (method, round) before each run; round 0 is the warm-up.
-        **settings: fields of AgentConfig by name (`ratio=0.5`), or `preset="fast"`; they win over `config`. The seed of
-            the patch is set by `config`.
+        **settings: fields of AgentConfig by name (`ratio=0.5`); they win over config or preset. The seed of the patch
+            is set by `config`.
 
     Returns:
         A Comparison: print it, index it by method, or show its `figure()`.
@@ -157,7 +158,7 @@ def compare(
         >>> comparison.speed_up("agentsd"), comparison["agentsd"].image
     """
     request = Request(prompt, negative_prompt, steps, guidance, seed, height, width)
-    return compare_methods(pipe, request, make_config(config, **settings), methods, rounds, on_round)
+    return compare_methods(pipe, request, make_config(config, preset, **settings), methods, rounds, on_round)
 
 
 def compare_methods(
@@ -199,27 +200,39 @@ def are_stable(results: Iterable[GeneratedImage]) -> bool:
 
 
 def comparison_image(results: Iterable[GeneratedImage]) -> Image.Image:
-    """The images side by side; under each its method, seconds ("unstable" if they vary) and speed-up over the first."""
+    """The images side by side; under each its method, seconds, speed-up over the first, and "unstable" if they vary."""
     results = list(results)
     width, height = results[0].image.size
     size = max(13, width // 18)
-    margin, caption = max(8, width // 32), int(size * 3.6)
-    canvas = Image.new("RGB", ((width + margin) * len(results) + margin, height + caption + margin), "white")
+    margin, line = max(8, width // 32), int(size * 1.3)
+    lines = 2 if are_stable(results) else 3
+    canvas = Image.new("RGB", ((width + margin) * len(results) + margin, height + 2 * margin + line * lines), "white")
     pen = ImageDraw.Draw(canvas)
-    large, small = ImageFont.load_default(size), ImageFont.load_default(int(size * 0.85))
     for i, result in enumerate(results):
-        left = margin + i * (width + margin)
+        left, top = margin + i * (width + margin), 2 * margin + height - size // 3
         canvas.paste(result.image, (left, margin))
-        top = margin + height + size // 3
-        pen.text((left, top), _title(result), font=large, fill="black")
-        timing = _timing(result, results[0]) + ("" if are_stable(results) else " (unstable)")
-        pen.text((left, top + size * 1.4), timing, font=small, fill="#555555")
+        caption = [(_title(result), 1.0, "black"), (_timing(result, results[0]), 0.85, "#555555")]
+        caption += [("unstable timing", 0.85, "#555555")] * (lines - 2)
+        for row, (text, scale, colour) in enumerate(caption):
+            pen.text((left, top + row * line), text, font=_fitting_font(text, int(size * scale), width), fill=colour)
     return canvas
+
+
+def _fitting_font(text: str, size: int, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of a size, or of the largest below it that keeps a text within a width."""
+    font = ImageFont.load_default(size)
+    while size > 6 and font.getlength(text) > width:
+        size -= 1
+        font = ImageFont.load_default(size)
+    return font
 
 
 def _title(result: GeneratedImage) -> str:
     patch = result.settings.get("patch")
-    return METHODS[result.method] + (f"  ratio {patch['ratio']:g}" if patch else "")
+    if not patch:
+        return METHODS[result.method]
+    interval = patch.get("cache_interval", 1)
+    return f"{METHODS[result.method]}  ratio {patch['ratio']:g}" + (f", caching {interval}" if interval > 1 else "")
 
 
 def _timing(result: GeneratedImage, base: GeneratedImage) -> str:

@@ -79,15 +79,12 @@ class ComparisonProgress(Progress):
     def __call__(self, method: str, number: int) -> None:
         """A run begins."""
         if self.run is None and not self.seconds:
-            self.say(
-                f"{len(self.methods)} methods, {self.total_rounds()} rounds of {self.steps} steps, after a warm-up"
-            )
+            rounds = "1 round" if self.total_rounds() == 1 else f"{self.total_rounds()} rounds"
+            self.say(f"{len(self.methods)} methods, {rounds} of {self.steps} steps, after a warm-up")
         self._end_run()
-        name, rounds, left = METHODS[method], self.total_rounds(), self.seconds_left()
-        label = f"{name}, round {number} of {rounds}" if number else f"{name}, warm-up"
-        if left is not None:
-            label += f" ({duration(left)} left in all)"
-        self._set_bar(label, f"{name} {number}/{rounds}" if number else f"{name} warm-up")
+        name, left = METHODS[method], self.seconds_left()
+        short = f"{name} {number}/{self.total_rounds()}" if number else f"{name} warm-up"
+        self._set_bar(short if left is None else f"{short} ({duration(left)} left in all)", short)
         self.run, self.run_began = (method, number), time.perf_counter()
 
     def finish(self) -> None:

@@ -25,8 +25,8 @@ def warm_up(
 ) -> None:
     """Run the whole pipeline with the fewest UNet calls that go through every phase in use.
 
-    One step per phase, whatever the scheduler and the settings; with step caching enough of them for whole and cached
-    calls. Its image has no meaning.
+    One step per phase, whatever the scheduler and the settings; with step caching two, for a whole call and a cached
+    one. Its image has no meaning.
 
     Arguments and errors as `generate`.
     """
@@ -63,9 +63,7 @@ def warm_up_timesteps(config: AgentConfig | None, num_train_timesteps: int) -> l
     """Falling timesteps that go through every phase which the settings use; a single one where there is no patch."""
     if config is None:
         return [num_train_timesteps - 1]
-    interval = getattr(config, "cache_interval", 1)
-    # With step caching: a whole call, the cached ones, a second whole one and a cached one that extrapolates.
-    calls = 1 if interval == 1 else interval + 2
+    calls = 1 if config.cache_interval == 1 else 2  # with step caching a whole call and a cached one
     highest = {Phase.AGENT: num_train_timesteps - 1, Phase.MERGE: calls - 1}
     timesteps = []
     for phase, top in highest.items():

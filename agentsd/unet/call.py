@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import Phase
 from ..layer_plan import draw_splits, layer_call, plan_layer
 from .checkpointing import watch_checkpoints
-from .layers import RESET_ATTN1, class_name, is_plain_softmax, replaced_forward
+from .layers import RESET_ATTN1, class_name, find_other_cache, is_plain_softmax, replaced_forward, stores_attention
 from .merge_around import knows_places, why_unmerged
 from .processor import (
     BYPASSED,
@@ -138,7 +138,7 @@ class UNetHook:
         patch.phase = Phase.MERGE if Phase.MERGE in phases else Phase.AGENT
         patch.cached = False
         if cache is not None:
-            if isinstance(by_sample, tuple):
+            if isinstance(by_sample, tuple) or not self._may_cache(unet):
                 cache.pass_by(patch.timestep)
             else:
                 length = patch.schedule.num_train_timesteps
@@ -146,6 +146,17 @@ class UNetHook:
         self._plan_layers(by_sample, phases, sample.device)
         self._warn_where_replaced()
         call.active = True
+
+    def _may_cache(self, unet: nn.Module) -> bool:
+        """Whether nothing on the UNet forbids step caching; a warning says what does."""
+        reason = None
+        if (other := find_other_cache(unet)) is not None:
+            reason = f"{other} was put on this UNet after the patch and caches too. Use one of the two"
+        elif stores_attention(unet):
+            reason = "self-attention guidance (SAG) reads the attention of every call. Use sag_scale=0 to cache"
+        if reason is not None:
+            self.patch.warn_once("may not cache", f"agentsd: step caching is off: {reason}")
+        return reason is None
 
     def _check_schedule(self, timesteps: tuple[float, ...], given: Tensor | float) -> None:
         """Warn once where the timesteps cannot be those of the schedule that phases are computed from."""
@@ -243,7 +254,7 @@ class UNetHook:
             if patch.call.active:
                 self._note_outcomes(completed)
                 if patch.cache is not None:
-                    patch.cache.end(completed, patch.compiled, patch.schedule.last_timestep())
+                    patch.cache.end(patch.unet(), completed, patch.compiled, patch.schedule.last_timestep())
         finally:
             patch.end_call()
 

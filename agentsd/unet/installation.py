@@ -157,7 +157,7 @@ class Installation:
         self._handles.clear()
         unwatch_checkpoints(unet)
         if self.cache is not None:
-            self.cache.uninstall()
+            self.cache.uninstall(unet)
         for layer in self.layers:
             if is_ours(layer):
                 layer.attn.set_processor(layer.original)

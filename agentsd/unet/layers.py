@@ -85,6 +85,13 @@ def find_other_cache(unet: nn.Module) -> str | None:
     return None
 
 
+def stores_attention(unet: nn.Module) -> bool:
+    """Whether the middle block's attention is stored for somebody who reads it after each call, as SAG does."""
+    attentions = getattr(unet.mid_block, "attentions", None) or []
+    processors = (module.processor for part in attentions for module in part.modules() if isinstance(module, Attention))
+    return any("Store" in type(processor).__name__ for processor in processors)
+
+
 def own_latent_size(unet: UNet) -> tuple[int, int]:
     """(height, width) of the latents that a UNet was made for, in latent pixels; 64 × 64 where it does not say."""
     size = unet.config.sample_size

@@ -76,7 +76,13 @@ def _like(output: Any) -> Any:
     return output.new_zeros(1).expand(output.shape)
 
 
-def install_skipping(unet: nn.Module, cache: StepCache, depth: int | str) -> list[SkippableForward]:
+def skippable_forwards(unet: nn.Module) -> list[SkippableForward]:
+    """What `install_skipping` put on a UNet."""
+    found = (vars(module).get("forward") for module in unet.modules())
+    return [forward for forward in found if isinstance(forward, SkippableForward)]
+
+
+def install_skipping(unet: nn.Module, cache: StepCache, depth: int | str) -> None:
     """Wrap everything that a cached call of a UNet skips.
 
     Args:
@@ -88,12 +94,8 @@ def install_skipping(unet: nn.Module, cache: StepCache, depth: int | str) -> lis
         ValueError: the last up block has fewer pairs.
     """
     parts, keeper = skipped_parts(unet, depth)
-    forwards = []
     for module in parts:
-        forward = SkippableForward(module, cache, module is keeper)
-        module.forward = forward
-        forwards.append(forward)
-    return forwards
+        module.forward = SkippableForward(module, cache, module is keeper)
 
 
 def skipped_parts(unet: nn.Module, depth: int | str) -> tuple[list[nn.Module], nn.Module]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config import AgentConfig, Phase
 from .conditioning import Conditioning, find_adapter_layers, model_state
-from .skipping import SkippableForward, install_skipping
+from .skipping import install_skipping, skippable_forwards
 
 # Consecutive latents of one run are alike, those of two runs are not: independent noise has a cosine of 0, one step of
 # an ancestral sampler in 12 steps of about 0.7.
@@ -50,6 +50,7 @@ class _Branch:
         conditioning: what it was computed for.
         signature: batch, size, dtype, device and the model's state.
         phase, timestep, sample: of the last call.
+        first_timestep: of the run.
         features: (timestep, feature) of the last whole calls, the newest first.
         cached_in_a_row: cached calls since the last whole one.
         last_calls: calls at the run's last timestep so far.
@@ -59,6 +60,7 @@ class _Branch:
     signature: tuple
     phase: Phase
     timestep: float
+    first_timestep: float
     sample: Tensor
     features: list[tuple[float, Tensor]] = dataclasses.field(default_factory=list)
     cached_in_a_row: int = 0
@@ -86,19 +88,17 @@ class StepCache:
         self._branches: list[_Branch] = []
         self._current: _Branch | None = None
         self._timestep: float | None = None  # of the last call
-        self._forwards: list[SkippableForward] = []
         self._conditioning: Conditioning | None = None
         self._adapters: tuple[tuple[str, ...], list[nn.Module]] = ((), [])
 
     def install(self, unet: nn.Module) -> None:
         """Make the skippable parts of the UNet skippable."""
-        self._forwards = install_skipping(unet, self, self.depth)
+        install_skipping(unet, self, self.depth)
 
-    def uninstall(self) -> None:
+    def uninstall(self, unet: nn.Module) -> None:
         """Undo `install` and free the features."""
-        for forward in self._forwards:
+        for forward in skippable_forwards(unet):
             forward.remove()
-        self._forwards.clear()
         self.clear()
 
     def clear(self) -> None:
@@ -151,7 +151,10 @@ class StepCache:
         found = next((pair for pair in zip(self._branches, similarities) if pair[1] != _OTHER), None)
         branch = None if found is None else found[0]
         if found is not None and not (
-            branch.signature == signature and timestep <= branch.timestep and found[1] >= _LEAST_SIMILARITY
+            branch.signature == signature
+            # The second call at a run's first timestep begins another run: a walk through latents of one-step models.
+            and (timestep < branch.timestep or branch.timestep < branch.first_timestep and timestep == branch.timestep)
+            and found[1] >= _LEAST_SIMILARITY
         ):
             self._branches = [one for one in self._branches if one is not branch]
             branch = None
@@ -162,7 +165,7 @@ class StepCache:
             self.pass_by(timestep)
             return False
         if branch is None:
-            branch = _Branch(self._conditioning.copied(), signature, phase, timestep, sample)
+            branch = _Branch(self._conditioning.copied(), signature, phase, timestep, timestep, sample)
             self._branches = [branch, *self._branches[: _MOST_BRANCHES - 1]]
         self.skipping = (
             bool(branch.features)
@@ -189,10 +192,11 @@ class StepCache:
         self.counts.whole += 1
         self._timestep = timestep
 
-    def end(self, completed: bool, compiled: bool, last_timesteps: tuple[float, int] | None) -> None:
+    def end(self, unet: nn.Module, completed: bool, compiled: bool, last_timesteps: tuple[float, int] | None) -> None:
         """Keep what a whole call computed; free what the run needs no more.
 
         Args:
+            unet: the UNet.
             completed: the call returned.
             compiled: it ran in a graph, whose outputs the next run of the graph may overwrite.
             last_timesteps: (timestep, how many calls) at the run's end, where the scheduler is known.
@@ -209,7 +213,7 @@ class StepCache:
             older = [entry for entry in branch.features if entry[0] != branch.timestep]
             branch.features = [newest, *older][: self.order + 1]
             if compiled:
-                for forward in self._forwards:
+                for forward in skippable_forwards(unet):
                     forward.leave_graph()
         if last_timesteps is not None and branch.timestep == last_timesteps[0]:
             branch.last_calls += 1
