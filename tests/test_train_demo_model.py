@@ -124,7 +124,7 @@ def test_icons_grids_and_contact_sheet_are_left_to_look_at(finished):
     for path in ("autoencoder/grids/step_000040.png", "unet/grids/step_000060.png", "samples.png"):
         assert (finished / path).read_bytes().startswith(b"\x89PNG")
     assert not list(finished.rglob("checkpoint.safetensors")), "a finished stage keeps no checkpoint"
-    assert not list(finished.rglob("*.part"))
+    assert not list(finished.rglob("*.part")) and not list(finished.rglob("*.tmp"))
 
 
 def test_an_interrupted_and_killed_run_goes_on_to_the_same_weights(finished, tmp_path, capsys):

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from .presets import SMOKE_NAMES, Preset
-from .run import Run, UsageError, announce, claim_folder, file_digest, replacing, require, write_json
+from .run import Run, UsageError, announce, claim_folder, file_digest, require, write_json, write_png
 
 PACKAGES = {"fluent-emoji": "@iconify-json/fluent-emoji@1.2.7", "noto": "@iconify-json/noto@1.2.9"}
 """Icon set (the `prefix` inside icons.json) to the npm package that holds it."""
@@ -207,8 +207,7 @@ def data_stage(run: Run) -> None:
         path = folder / style / f"{name.replace(' ', '-')}.png"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            with replacing(path) as part:
-                sources[style][name]().save(part, format="png")
+            write_png(path, sources[style][name]())
         icons.append(Icon(name, style, str(path.relative_to(folder)), file_digest(path)))
     write_json(index, [asdict(icon) for icon in icons])
     announce("data", f"{len(icons)} icons of {len({icon.name for icon in icons})} names in {folder}")

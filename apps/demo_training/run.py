@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
+
+from agentsd.files import write_atomically
 
 from .presets import Preset
 
@@ -47,20 +48,14 @@ class Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which takes `path`'s place at the end: a reader never sees half a file."""
-    part = path.with_name(path.name + ".part")
-    yield part
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON, whole or not at all."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n")
+    """Write `value` as JSON, atomically."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Write an image as PNG, atomically."""
+    write_atomically(path, lambda file: image.save(file, format="PNG"))
 
 
 def file_digest(path: Path) -> str:

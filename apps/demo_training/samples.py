@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from .run import Run, announce, check_folder, replacing, require, training_settings
+from .run import Run, announce, check_folder, require, training_settings, write_png
 
 
 def samples_stage(run: Run) -> None:
@@ -29,8 +29,7 @@ def samples_stage(run: Run) -> None:
     pipeline.set_progress_bar_config(disable=True)
     names = evenly(run.preset.phases[-1].names, run.count)
     sheet = contact_sheet(run, pipeline, names, columns=min(8, len(names)), progress=True)
-    with replacing(run.out / "samples.png") as part:
-        sheet.save(part, format="png")
+    write_png(run.out / "samples.png", sheet)
     announce("samples", f"{len(names)} images in {run.out / 'samples.png'}")
 
 

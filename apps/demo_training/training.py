@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .run import Run, UsageError, replacing
+from agentsd.files import write_atomically
+
+from .run import Run, UsageError, write_png
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -32,8 +34,8 @@ def save_checkpoint(path: Path, step: int, modules: dict[str, nn.Module], optimi
     tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items()}
-    with replacing(path) as part:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, part, metadata={"step": str(step)})
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    write_atomically(path, save(contiguous, metadata={"step": str(step)}))
 
 
 def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
@@ -158,14 +160,13 @@ def train(
                 save_checkpoint(checkpoint, step + 1, modules, optimizer)
                 saved_at = time.monotonic()
             if grid_due:
-                with replacing(grids / f"step_{step + 1:06d}.png") as part:
-                    sample_grid().save(part, format="png")
+                write_png(grids / f"step_{step + 1:06d}.png", sample_grid())
             if interrupts and step + 1 < total:
                 raise KeyboardInterrupt
 
 
 def finish(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a stage's weights.safetensors, which says that it is finished, then drops its checkpoint."""
-    with replacing(folder / "weights.safetensors") as part:
-        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part, metadata=metadata)
+    contiguous = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    write_atomically(folder / "weights.safetensors", save(contiguous, metadata=metadata))
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import queue
 import threading
@@ -278,26 +277,22 @@ class Studio:
     def look(self, run: Run, settings: Settings, layer: int | str, call: int | None = None) -> Iterator[Report]:
         """Generate with the patch and record a layer, in one UNet call or (None) in all, as far as `look_through` goes.
 
-        Step caching is off, as a cached call skips most layers.
+        Step caching skips most layers in its cached calls: there is nothing to record in those.
 
         Raises:
             ValueError: as look_inside and look_through, also where the recording would exceed limits.recording.
         """
 
         def work(emit: Emit) -> None:
-            config = settings.config
-            if config.cache_interval > 1:
-                config = dataclasses.replace(config, cache_interval=1)
-                emit(Note("Recorded without step caching: a cached call skips most layers."))
             with self._ready(settings, emit) as model:
-                asked = (model.pipe, settings.request, config, layer)
+                asked = (model.pipe, settings.request, settings.config, layer)
                 options = {"budget": self.limits.recording, "on_step": _step_reporter(model, 0, 1, emit)}
                 if call is None:
                     image, views = look_through(*asked, **options)
                 else:
                     image, view = look_inside(*asked, call, **options)
                     views = [view]
-                about = settings_of(model.pipe, settings.request, "agentsd", config)
+                about = settings_of(model.pipe, settings.request, "agentsd", settings.config)
                 emit(Looked(image, views, {**about, **_as_asked(settings)}))
 
         return self.worker.reports(run, work)

@@ -67,7 +67,7 @@ class LookTab:
         )
         self.look_id = gr.State(None)
         with gr.Row():
-            self.step = gr.Slider(0, 1, value=0, step=1, label="Step (UNet call)", elem_id="step", interactive=False)
+            self.step = gr.Slider(0, 1, value=0, step=1, label="Recorded UNet call", elem_id="step", interactive=False)
             self.agent = gr.Slider(0, 1, value=0, step=1, label="Agent", elem_id="agent", interactive=False)
         self.caption = gr.HTML(elem_id="look-caption")
         with gr.Row():

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentsd import AgentConfig
-from agentsd.config import FIELD_NAMES
+from agentsd.config import FIELD_NAMES, PRESETS
 from agentsd.images.pipelines import SCHEDULERS
 from agentsd.images.request import Request
-from agentsd.images.settings import PRESETS
 
 OWN_SCHEDULER = "model's own"
 """Name of the scheduler that came with the model."""
