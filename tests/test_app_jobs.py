@@ -472,7 +472,7 @@ def test_a_preset_fills_the_controls_and_is_recognised(tmp_path):
     studio = Studio(tiny_models())
     with gr.Blocks():
         form = Form(Context(studio, Outputs(tmp_path), Limits()))
-    assert form.preset.visible and [name for name, _ in form.preset.choices][:2] == ["paper", "fast"]
+    assert [name for name, _ in form.preset.choices][:2] == ["paper", "fast"]
     interval = form.controls["cache_interval"]
     assert isinstance(interval, gr.Slider) and (interval.minimum, interval.maximum, interval.value) == (1, 8, 1)
 
@@ -481,11 +481,11 @@ def test_a_preset_fills_the_controls_and_is_recognised(tmp_path):
         given |= dict(zip([field.name for field in PATCH_FIELDS.values()], form._choose_preset(name)))
         wanted = check({**given, "prompt": "a"}, ["tiny"], Limits())
         assert wanted.config == AgentConfig(**PRESETS[name])
-        code, _, shown = form._answer(*given.values())
+        code, _, shown = form._derived(*given.values())
         assert shown == name and (f'preset="{name}"' in code) == (name != "paper")
-    _, _, shown = form._answer(*{**given, "ratio": 0.3}.values())
+    _, _, shown = form._derived(*{**given, "ratio": 0.3}.values())
     assert shown == "own settings"
-    _, _, shown = form._answer(*{**given, "ratio": "wrong"}.values())
+    _, _, shown = form._derived(*{**given, "ratio": "wrong"}.values())
     assert shown == "own settings"
     studio.worker.close()
 

@@ -297,9 +297,7 @@ def test_unknown_parameters_of_a_link_are_named_and_the_others_used(query):
 
 
 def test_a_preset_sets_its_fields_and_others_win(monkeypatch):
-    monkeypatch.setattr(app_settings, "PRESETS", {})
-    monkeypatch.setattr(app_restore, "PRESETS", PRESETS)
-    app_settings.PRESETS.update(PRESETS)
+    monkeypatch.setattr(app_settings, "PRESETS", PRESETS)
     values, remarks = link_values("?preset=toy&alpha=0.2&prompt=a", MODELS, LIMITS)
     settings = check(values, MODELS, LIMITS)
     assert settings.config == AgentConfig(ratio=0.5, agent_stride=(2, 4), max_agents=64, alpha=0.2) and remarks == []

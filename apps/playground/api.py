@@ -16,7 +16,6 @@ from .jobs import Case, Finished, Loading, Looked, Note, Report, Run, Stepped, S
 from .outputs import Outputs, file_name
 from .settings import (
     PATCH_FIELDS,
-    PRESETS,
     ROUNDS,
     SWEEP_RANGES,
     SWEEPABLE,
@@ -46,7 +45,7 @@ class Api:
         self.outputs = outputs
         self.limits = limits
         self._request = list(request_fields(studio.models.names, limits).values())
-        self._patch = [*([Field("preset", str, "")] if PRESETS else []), *PATCH_FIELDS.values()]
+        self._patch = [Field("preset", str, ""), *PATCH_FIELDS.values()]
 
     def register(self, **event: Any) -> None:
         """Add the endpoints to the gr.Blocks being built; `event` goes to gr.api."""

@@ -33,7 +33,7 @@ from .settings import (
 )
 
 # The other settings of the patch are under "Advanced".
-_IN_SIGHT = tuple(name for name in ("ratio", "early", "cache_interval") if name in FIELD_NAMES)
+_IN_SIGHT = ("ratio", "early", "cache_interval")
 
 _SLIDERS = {
     # field: (low, high, step) that are useful; a saved image or a link may have others
@@ -129,9 +129,8 @@ class Form:
                 label="Guidance", value=defaults["guidance"], step=0.5, min_width=120, elem_id="guidance"
             )
         self.preset = gr.Dropdown(
-            [*PRESETS, _NO_PRESET], value=_NO_PRESET, label="Preset", elem_id="preset", visible=bool(PRESETS),
-            info="sets the fields of the patch",
-        )  # fmt: skip
+            [*PRESETS, _NO_PRESET], value="paper", label="Preset", elem_id="preset", info="sets fields of the patch"
+        )
         for name in _IN_SIGHT:
             self._patch_control(name)
         with gr.Accordion("More settings", open=False, elem_id="more"):
@@ -190,12 +189,13 @@ class Form:
         changes = [control.change for control in self.inputs]
         event |= {"trigger_mode": "always_last"}
         outputs = [code, self.prompt_note, self.preset]
-        gr.on([page.load, *changes], self._answer, self.inputs, outputs, preprocess=False, **event)
+        gr.on([page.load, *changes], self._derived, self.inputs, outputs, preprocess=False, **event)
         patch = [self.controls[field.name] for field in PATCH_FIELDS.values()]
         self.preset.input(self._choose_preset, self.preset, patch, **event)
         self.random_button.click(lambda: random.randrange(2**31), None, self.controls["seed"], **event)
 
-    def _answer(self, *given: Any) -> tuple[str, Any, str]:
+    def _derived(self, *given: Any) -> tuple[str, Any, str]:
+        """What follows from the form: the script, the remark on the prompt, the name of the preset."""
         values = self.values(given)
         note = unknown_note(values["model"], str(values["prompt"] or ""))
         remark = gr.update(value=captions.unknown_html(note, DEMO_NAMES), visible=note is not None)

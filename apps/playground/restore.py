@@ -19,7 +19,6 @@ from agentsd.images.png import read_settings
 from .settings import (
     OWN_SCHEDULER,
     PATCH_FIELDS,
-    PRESETS,
     ROUNDS,
     Field,
     Limits,
@@ -147,7 +146,7 @@ def link_values(query: str, models: Sequence[str], limits: Limits) -> tuple[dict
         given[name] = _typed(fields[name], text) if name in fields else text
     if "settings" in given:
         given |= _settings_parameter(given.pop("settings"))
-    if PRESETS and "preset" in given:
+    if "preset" in given:
         given = preset_values(given.pop("preset")) | given
     unknown = [name for name in given if name not in fields]
     values = {name: value for name, value in given.items() if name in fields}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentsd import AgentConfig
-from agentsd.config import FIELD_NAMES, PRESETS
+from agentsd.config import PRESETS
 from agentsd.images.pipelines import SCHEDULERS
 from agentsd.images.request import Request
 
@@ -19,9 +19,9 @@ OWN_SCHEDULER = "model's own"
 """Name of the scheduler that came with the model."""
 
 SWEEP_RANGES = {"ratio": (0.1, 0.7), "early": (0.0, 1.0), "alpha": (0.0, 0.3), "cache_interval": (1, 4)}
-"""Fields that a sweep may vary, where AgentConfig has them, each with a useful range."""
+"""Fields that a sweep may vary, each with a useful range."""
 
-SWEEPABLE = tuple(name for name in SWEEP_RANGES if name in FIELD_NAMES)
+SWEEPABLE = tuple(SWEEP_RANGES)
 
 _OWN_SIZE = 1024  # SDXL's own size, which it generates at whatever the limits say
 
