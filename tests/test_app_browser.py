@@ -471,6 +471,10 @@ def test_a_link_brings_the_settings_back(window, app):
     told(window, "#status", "Parameters that this app does not know were left out: 'seeed'")
     holds(window, "prompt", "a zebra")
     told(window, "#code", "use_rand=False")
+    window.goto(app[0] + "?preset=fast&early=0.6")
+    holds(window, "cache_interval", 3)
+    holds(window, "early", 0.6)
+    told(window, "#status", "The settings of this link are in the form.")
 
 
 def test_it_fits_a_desk_and_a_phone_in_light_and_dark(window, app, tmp_path):
