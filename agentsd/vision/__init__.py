@@ -1,0 +1,13 @@
+"""Agent-DeiT, Agent-PVT, Agent-Swin and Agent-CSwin for timm: importing this package registers them."""
+
+from __future__ import annotations
+
+try:
+    import timm as _timm  # noqa: F401
+except ImportError as error:
+    raise ImportError("agentsd.vision needs timm, which its extra brings: pip install 'agentsd[vision]'") from error
+
+from .attention import AgentAttention, AgentCore, SeparateAgentAttention
+from .deit import AgentDeit
+
+__all__ = ["AgentAttention", "AgentCore", "AgentDeit", "SeparateAgentAttention"]
