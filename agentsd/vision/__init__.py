@@ -9,5 +9,6 @@ except ImportError as error:
 
 from .attention import AgentAttention, AgentCore, SeparateAgentAttention
 from .deit import AgentDeit
+from .pvt import AgentPvt
 
-__all__ = ["AgentAttention", "AgentCore", "AgentDeit", "SeparateAgentAttention"]
+__all__ = ["AgentAttention", "AgentCore", "AgentDeit", "AgentPvt", "SeparateAgentAttention"]
