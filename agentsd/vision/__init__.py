@@ -10,5 +10,6 @@ except ImportError as error:
 from .attention import AgentAttention, AgentCore, SeparateAgentAttention
 from .deit import AgentDeit
 from .pvt import AgentPvt
+from .swin import AgentSwin
 
-__all__ = ["AgentAttention", "AgentCore", "AgentDeit", "AgentPvt", "SeparateAgentAttention"]
+__all__ = ["AgentAttention", "AgentCore", "AgentDeit", "AgentPvt", "AgentSwin", "SeparateAgentAttention"]
