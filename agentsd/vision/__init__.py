@@ -8,8 +8,9 @@ except ImportError as error:
     raise ImportError("agentsd.vision needs timm, which its extra brings: pip install 'agentsd[vision]'") from error
 
 from .attention import AgentAttention, AgentCore, SeparateAgentAttention
+from .cswin import AgentCswin
 from .deit import AgentDeit
 from .pvt import AgentPvt
 from .swin import AgentSwin
 
-__all__ = ["AgentAttention", "AgentCore", "AgentDeit", "AgentPvt", "AgentSwin", "SeparateAgentAttention"]
+__all__ = ["AgentAttention", "AgentCore", "AgentCswin", "AgentDeit", "AgentPvt", "AgentSwin", "SeparateAgentAttention"]
