@@ -8,9 +8,24 @@ except ImportError as error:
     raise ImportError("agentsd.vision needs timm, which its extra brings: pip install 'agentsd[vision]'") from error
 
 from .attention import AgentAttention, AgentCore, SeparateAgentAttention
+from .checkpoints import LoadedCheckpoint, load_official_checkpoint, official_state_dict, save_safetensors
 from .cswin import AgentCswin
 from .deit import AgentDeit
 from .pvt import AgentPvt
+from .registry import VARIANTS
 from .swin import AgentSwin
 
-__all__ = ["AgentAttention", "AgentCore", "AgentCswin", "AgentDeit", "AgentPvt", "AgentSwin", "SeparateAgentAttention"]
+__all__ = [
+    "VARIANTS",
+    "AgentAttention",
+    "AgentCore",
+    "AgentCswin",
+    "AgentDeit",
+    "AgentPvt",
+    "AgentSwin",
+    "LoadedCheckpoint",
+    "SeparateAgentAttention",
+    "load_official_checkpoint",
+    "official_state_dict",
+    "save_safetensors",
+]

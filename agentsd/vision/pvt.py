@@ -123,7 +123,7 @@ class AgentPvt(Pyramid):
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns that group the parameters by depth, for layer-wise learning rates."""
         return {
-            "stem": r"^(patch|pos)_embed1",
+            "stem": r"^(?:patch|pos)_embed1",
             "blocks": r"^(?:block|patch_embed|pos_embed)(\d)"
             if coarse
             else [(r"^block(\d)\.(\d+)", None), (r"^(?:patch|pos)_embed(\d)", (0,))],
