@@ -11,6 +11,8 @@ from .attention import AgentAttention, AgentCore, SeparateAgentAttention
 from .checkpoints import LoadedCheckpoint, load_official_checkpoint, official_state_dict, save_safetensors
 from .cswin import AgentCswin
 from .deit import AgentDeit
+from .dense import FeaturePyramid, dense_backbone
+from .maps import ClassifierView, look_into_classifier
 from .pvt import AgentPvt
 from .registry import VARIANTS
 from .swin import AgentSwin
@@ -23,9 +25,13 @@ __all__ = [
     "AgentDeit",
     "AgentPvt",
     "AgentSwin",
+    "ClassifierView",
+    "FeaturePyramid",
     "LoadedCheckpoint",
     "SeparateAgentAttention",
+    "dense_backbone",
     "load_official_checkpoint",
+    "look_into_classifier",
     "official_state_dict",
     "save_safetensors",
 ]
