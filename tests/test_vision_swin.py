@@ -12,8 +12,8 @@ from timm.models.swin_transformer import SwinTransformer
 from agentsd.vision import AgentSwin
 
 TINY = dict(
-    img_size=48, embed_dim=8, depths=(1, 1, 3, 2), num_heads=(1, 2, 2, 4), mlp_ratio=2, agents=(4, 9, 4, 4),
-    agent_blocks=(1, 1, 1, 0), window_size=2, num_classes=5,
+    img_size=96, embed_dim=8, depths=(1, 1, 3, 2), num_heads=(1, 2, 2, 4), mlp_ratio=2, agents=(4, 9, 4, 4),
+    agent_blocks=(1, 1, 1, 0), window_size=4, num_classes=5,
 )  # fmt: skip
 HEADS = TINY["num_heads"]
 
@@ -35,15 +35,15 @@ def official(model):
     }
 
 
-def image(height=48, width=48, channels=3):
+def image(height=96, width=96, channels=3):
     return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_equals_the_equations(dynamic):
-    model = make(dynamic_img_size=dynamic)  # grids 12, 6, 3, 2: windows padded in stage 3, one window in stage 4
-    logits, _ = reference.swin(official(model), image(), HEADS, window=2)
+    model = make(dynamic_img_size=dynamic)  # grids 24, 12, 6, 3: windows padded in stage 3, one window in stage 4
+    logits, _ = reference.swin(official(model), image(), HEADS, window=4)
     torch.testing.assert_close(model(image()), logits, rtol=1e-4, atol=1e-4)
 
 
@@ -64,7 +64,7 @@ def test_timms_order_of_roll_and_padding_differs():
     """Guards the test above: timm's own block, on the same weights, is far off."""
     model = make(dynamic_img_size=True, always_partition=True, window_size=3, agent_blocks=0)
     settings = {name: value for name, value in TINY.items() if "agent" not in name}
-    plain = SwinTransformer(**{**settings, "window_size": 3}, dynamic_img_size=True, always_partition=True).eval()
+    plain = SwinTransformer(**{**settings, "window_size": 3}, strict_img_size=False, always_partition=True).eval()
     plain.load_state_dict(model.state_dict())
     ours, theirs = (m.forward_intermediates(image(52, 76), intermediates_only=True)[3] for m in (model, plain))
     assert (ours - theirs).norm() / ours.norm() > 0.05
@@ -76,7 +76,7 @@ def test_is_timms_transformer_with_other_blocks():
     kinds = [[type(block).__name__[0] for block in stage.blocks] for stage in model.layers]
     assert kinds == [["A"], ["A"], ["A", "W", "W"], ["W", "W"]]
     shifts = [[getattr(block, "shift_size", None) for block in stage.blocks] for stage in model.layers]
-    assert shifts[2][1:] == [(1, 1), (0, 0)] and shifts[3] == [(0, 0), (0, 0)]
+    assert shifts[2][1:] == [(2, 2), (0, 0)] and shifts[3] == [(0, 0), (0, 0)]
     settings = {name: value for name, value in TINY.items() if "agent" not in name}
     plain = set(SwinTransformer(**settings).state_dict())
     ours = set(model.state_dict())
@@ -100,16 +100,15 @@ def test_odd_sizes_lose_no_pixel():
 
 def test_set_input_size_regains_the_shift():
     model = make()
-    model.set_input_size((96, 96), window_size=2)
-    assert model.layers[3].blocks[1].shift_size == (1, 1)  # a map of 3 × 3 is larger than a window
-    assert model(image(96, 96)).shape == (2, 5)
+    model.set_input_size((128, 128), window_size=2)
+    assert model.layers[3].blocks[1].shift_size == (1, 1)  # a map of 4 × 4 is larger than a window
     with torch.no_grad():
-        logits, _ = reference.swin(official(model), image(96, 96), HEADS, window=2)
-        torch.testing.assert_close(model(image(96, 96)), logits, rtol=1e-4, atol=1e-4)
+        logits, _ = reference.swin(official(model), image(128, 128), HEADS, window=2)
+        torch.testing.assert_close(model(image(128, 128)), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_sizes_and_settings_are_explained():
-    with pytest.raises(ValueError, match="64×48.*built for 48×48"):
+    with pytest.raises(ValueError, match="64×48.*built for 96×96"):
         make()(image(64, 48))
     with pytest.raises(ValueError, match="at least 32"):
         make(dynamic_img_size=True)(image(31, 48))

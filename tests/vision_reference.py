@@ -172,7 +172,8 @@ def swin(w, image, heads, window, patch=4, always_partition=False, pooled=(None,
                 y = linear(w, f"{name}.attn.proj", y).reshape(x.shape)
             else:
                 fits = min(height, width) <= window and not always_partition
-                y = window_attention(w, f"{name}.attn", y, heads[s], window, 0 if fits or i % 2 == 0 else window // 2)
+                side = min(height, width) if fits else window
+                y = window_attention(w, f"{name}.attn", y, heads[s], side, 0 if fits or i % 2 == 0 else window // 2)
             x = x + y
             x = x + mlp(w, f"{name}.mlp", norm(w, f"{name}.norm2", x, 1e-5))
             i += 1

@@ -85,6 +85,7 @@ class AgentSwin(SwinTransformer):
         agent_blocks: tuple[int, ...] = (2, 2, 6, 0),
         agent_grid: int | tuple[int | None, ...] | None = None,
         depths: tuple[int, ...] = (2, 2, 6, 2),
+        dynamic_img_size: bool = False,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         device=None,
@@ -102,6 +103,7 @@ class AgentSwin(SwinTransformer):
         super().__init__(
             img_size=img_size,
             depths=depths,
+            strict_img_size=not dynamic_img_size,
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
             embed_layer=partial(AnySizePatchEmbed, least=least),
