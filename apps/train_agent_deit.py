@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--rows", default=",".join(ROWS), help="default: %(default)s")
     add("--icons", type=Path, metavar="FILE.tgz", help=f"the npm package {PACKAGE}; left out, npm fetches it")
     add("--classes", type=int, default=50, help="default: %(default)s")
-    add("--steps", type=int, default=400, help="default: %(default)s")
+    add("--steps", type=int, default=1000, help="default: %(default)s")
     add("--batch-size", type=int, default=64, help="default: %(default)s")
     add("--test-images", type=int, default=4096, help="default: %(default)s")
     add("--smoke", action="store_true", help="shapes in place of icons, and few steps")
