@@ -79,6 +79,9 @@ def test_intermediates_and_pruning():
         image(), 1, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True, stop_early=True
     )
     assert [part.shape for part in pairs[0]] == [(2, 48, 16), (2, 1, 16)]
+    named = model.forward_intermediates(image(), [0, 2], return_prefix_tokens=True, norm=True, output_dict=True)
+    torch.testing.assert_close(named["image_intermediates"], maps)
+    torch.testing.assert_close(named["image_intermediates_prefix"][1], named["image_features"][:, :1])
     assert model.prune_intermediate_layers([1]) == [1] and len(model.blocks) == 2
     with pytest.raises(ValueError, match="output_fmt"):
         model.forward_intermediates(image(), output_fmt="NHWC")

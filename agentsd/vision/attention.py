@@ -172,6 +172,12 @@ def to_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
+def grid_of(image: Tensor) -> tuple[int, int]:
+    """(height, width) of [B, C, h, w]."""
+    height, width = image.shape[-2:]
+    return height, width
+
+
 def from_image(image: Tensor) -> Tensor:
     """[B, C, h, w] -> [B, h·w, C], the inverse of to_image."""
     return image.flatten(2).transpose(1, 2)

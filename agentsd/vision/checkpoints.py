@@ -163,7 +163,8 @@ def _plain_name(name: str, model: nn.Module) -> str:
 
 def _part(name: str) -> str:
     """The stage, block or layer that a name belongs to."""
-    return re.match(r"(layers|blocks)\.\d+|[^.]+", name)[0]
+    found = re.match(r"(layers|blocks)\.\d+|[^.]+", name)
+    return found[0] if found else name
 
 
 # ---- fitting ----
@@ -183,7 +184,7 @@ def _fit(
     """
     state = _our_names(state)
     target = {_plain_name(name, model): (name, value) for name, value in model.state_dict().items()}
-    held = model.model if isinstance(model, FeatureGetterNet) else model
+    held: Any = model.model if isinstance(model, FeatureGetterNet) else model
     parts = {_part(name) for name in target}
     is_wrapped = held is not model or isinstance(model, FeatureDictNet)
     others = [name for name in state if name not in target]
@@ -230,7 +231,7 @@ def _mismatch(source: str, model: nn.Module, missing: list[str], strangers: list
     return text + "Build the model under the name of the published file (list: agentsd/vision/README.md)"
 
 
-def _resized(name: str, value: Tensor, like: Tensor, model: nn.Module, timm_adapts: bool) -> Tensor | None:
+def _resized(name: str, value: Tensor, like: Tensor, model: Any, timm_adapts: bool) -> Tensor | None:
     """A tensor in the shape of the model's, by the authors' interpolation; None where that is impossible."""
     kind = name.rsplit(".", 1)[-1]
     if kind in _GRID_AXIS:

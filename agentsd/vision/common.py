@@ -31,6 +31,14 @@ def check_image_size(image: Tensor, img_size: tuple[int, int] | None, least: int
         )
 
 
+def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or as two."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
+
+
 def refuse(settings: dict[str, Any], names: tuple[str, ...], reason: str) -> None:
     """Raise ValueError where one of timm's settings is given that a model with agent attention cannot follow."""
     for name in names:
@@ -84,9 +92,9 @@ class AnySizePatchEmbed(PatchEmbed):
         Others: as in timm.
     """
 
-    def __init__(self, *args, least: int = 1, strict_img_size: bool = True, dynamic_img_pad: bool = False, **settings):
+    def __init__(self, least: int = 1, strict_img_size: bool = True, dynamic_img_pad: bool = False, **settings: Any):
         padded = dynamic_img_pad or not strict_img_size
-        super().__init__(*args, strict_img_size=strict_img_size, dynamic_img_pad=padded, **settings)
+        super().__init__(strict_img_size=strict_img_size, dynamic_img_pad=padded, **settings)
         self.least = least
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ Sources: Han et al., "Agent Attention", ECCV 2024 (arXiv 2312.08874); Dong et al
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, Mlp, to_2tuple
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from ..attention import softmax_attention
-from .attention import AgentCore, depthwise_conv, from_image, to_image
-from .common import per_stage, refuse
+from .attention import AgentCore, depthwise_conv, from_image, grid_of, to_image
+from .common import both_sides, per_stage, refuse
 from .stages import Pyramid, drop_path_rates, initialize, make_head
 
 
@@ -72,7 +72,7 @@ class StripeBranch(nn.Module):
         stripe = (height, width) if self.vertical else (width, along)
         query, key, value = (self._cut(image, stripe) for image in images)
         local = self.get_v(value)
-        out = softmax_attention(*(self._heads(part) for part in (query, key, value)))
+        out = softmax_attention(self._heads(query), self._heads(key), self._heads(value))
         out = out.transpose(2, 3).reshape(local.shape) + local
         return self._join(out, batch, (height, along))
 
@@ -133,7 +133,7 @@ class Merge(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """[B, C, h, w] -> tokens [B, N, out_dim] and their grid."""
         image = self.conv(image)
-        return self.norm(from_image(image)), tuple(image.shape[-2:])
+        return self.norm(from_image(image)), grid_of(image)
 
 
 class AgentCswin(Pyramid):
@@ -177,7 +177,7 @@ class AgentCswin(Pyramid):
         refuse({"attn_drop_rate": attn_drop_rate}, ("attn_drop_rate",), "agent attention has no such thing")
         factory = {"device": device, "dtype": dtype}
         dims = tuple(embed_dim * 2**i for i in range(self.num_stages))
-        super().__init__(to_2tuple(img_size), dynamic_img_size, in_chans, num_classes, global_pool, dims, drop_rate)
+        super().__init__(both_sides(img_size), dynamic_img_size, in_chans, num_classes, global_pool, dims, drop_rate)
         agents = per_stage("agents", agents, self.num_stages)
         agent_grid = per_stage("agent_grid", agent_grid, self.num_stages)
         rates = drop_path_rates(drop_path_rate, depths)
@@ -186,16 +186,17 @@ class AgentCswin(Pyramid):
             ToTokens(),
             nn.LayerNorm(embed_dim, **factory),
         )
-        self.feature_info = []
-        grid = tuple((side - 3) // 4 + 1 for side in self.img_size)
+        height, width = ((side - 3) // 4 + 1 for side in self.img_size)
         for i, dim in enumerate(dims):
             if i:
                 setattr(self, f"merge{i}", Merge(dims[i - 1], dim, **factory))
-                grid = tuple((side - 1) // 2 + 1 for side in grid)
+                height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
             blocks = nn.ModuleList()
             for rate in rates[i]:
-                if agents[i] is not None:
-                    branches = [AgentBranch(dim, num_heads[i], agents[i], grid, agent_grid=agent_grid[i], **factory)]
+                branches: list[nn.Module]
+                if (count := agents[i]) is not None:
+                    grid = (height, width)
+                    branches = [AgentBranch(dim, num_heads[i], count, grid, agent_grid=agent_grid[i], **factory)]
                 elif i == self.num_stages - 1:
                     branches = [StripeBranch(dim, num_heads[i], None, **factory)]
                 else:
@@ -204,7 +205,7 @@ class AgentCswin(Pyramid):
                 blocks.append(CswinBlock(dim, branches, mlp_ratio, proj_drop_rate, rate, **factory))
             setattr(self, f"stage{i + 1}", blocks)
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stage{i + 1}"})
-        self.norm = nn.LayerNorm(dims[-1], **factory)
+        self.norm: nn.Module = nn.LayerNorm(dims[-1], **factory)
         self.head = make_head(dims[-1], num_classes, **factory)
         self.apply(initialize)
 
@@ -212,13 +213,16 @@ class AgentCswin(Pyramid):
         if stage:
             return getattr(self, f"merge{stage}")(x)
         image = self.stage1_conv_embed[0](x)
-        return self.stage1_conv_embed[1:](image), tuple(image.shape[-2:])
+        return self.stage1_conv_embed[1:](image), grid_of(image)
 
     def blocks_of(self, stage: int) -> nn.ModuleList:
         return getattr(self, f"stage{stage + 1}")
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.norm(x)
+
+    def remove_norm(self) -> None:
+        self.norm = nn.Identity()
 
     def remove_stage(self, stage: int) -> None:
         delattr(self, f"stage{stage + 1}")
@@ -241,4 +245,4 @@ class AgentCswin(Pyramid):
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Change the image size; the biases are resized in the forward pass."""
-        self.img_size = tuple(to_2tuple(img_size))
+        self.img_size = both_sides(img_size)

@@ -19,7 +19,7 @@ from .common import AnySizePatchEmbed, refuse, resized_positions
 class GridBlock(Block):
     """timm's transformer block, told the grid of its tokens, which agent attention needs."""
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
         normed = self.norm1(x)
         attended = self.attn(normed, grid) if isinstance(self.attn, AgentAttention) else self.attn(normed)
         x = x + self.drop_path1(self.ls1(attended))
@@ -71,6 +71,7 @@ class AgentDeit(VisionTransformer):
             dtype=dtype,
             **settings,
         )
+        block: Any
         for block in self.blocks[:agent_blocks]:
             block.attn = AgentAttention(
                 self.embed_dim,
@@ -101,13 +102,13 @@ class AgentDeit(VisionTransformer):
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Patch tokens with their positions, the class token first, and the (height, width) of their grid."""
         x = self.patch_embed(x)
-        grid = tuple(x.shape[1:3]) if self.dynamic_img_size else self.patch_embed.grid_size
+        grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else self.patch_embed.grid_size
         return self.norm_pre(self._pos_embed(x)), grid
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         if not self.dynamic_img_size or self.pos_embed is None:
             return super()._pos_embed(x)
-        grid = tuple(x.shape[1:3])
+        grid = x.shape[1], x.shape[2]
         positions = resized_positions(self.pos_embed, self.patch_embed.grid_size, grid)
         x = x.flatten(1, 2)
         skipped = positions.shape[1] - x.shape[1]
@@ -124,8 +125,7 @@ class AgentDeit(VisionTransformer):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, in_chans, H, W] -> tokens [B, 1 + N, embed_dim] after the last norm."""
-        if attn_mask is not None or is_causal:
-            raise ValueError("attn_mask: agents read all tokens, so agent attention takes no mask; leave it out")
+        _refuse_mask(attn_mask, is_causal)
         x, grid = self.embed(x)
         for block in self.blocks:
             x = self.run_block(block, x, grid)
@@ -140,6 +140,9 @@ class AgentDeit(VisionTransformer):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ):
         """The tokens after chosen blocks, as timm returns them.
 
@@ -150,10 +153,16 @@ class AgentDeit(VisionTransformer):
             stop_early: skip the blocks after the last chosen one.
             output_fmt: "NCHW" or "NLC".
             intermediates_only: leave out the final tokens.
+            output_dict: return a dictionary of image_features, image_intermediates and, where asked for,
+                image_intermediates_prefix.
 
         Returns:
-            The list, or (final tokens, list).
+            The list, or (final tokens, list), or the dictionary.
+
+        Raises:
+            ValueError: another output_fmt, or a mask.
         """
+        _refuse_mask(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}: must be 'NCHW' or 'NLC'")
         taken, last = feature_take_indices(len(self.blocks), indices)
@@ -167,6 +176,17 @@ class AgentDeit(VisionTransformer):
         images = [tokens[:, skipped:] for tokens in found]
         if output_fmt == "NCHW":
             images = [to_image(tokens, grid).contiguous() for tokens in images]
-        if return_prefix_tokens and skipped:
-            images = [(image, tokens[:, :skipped]) for image, tokens in zip(images, found)]
+        prefixes = [tokens[:, :skipped] for tokens in found] if return_prefix_tokens and skipped else None
+        if output_dict:
+            out = {"image_intermediates": images}
+            if prefixes is not None:
+                out["image_intermediates_prefix"] = prefixes
+            return out if intermediates_only else {**out, "image_features": self.norm(x)}
+        if prefixes is not None:
+            images = list(zip(images, prefixes))
         return images if intermediates_only else (self.norm(x), images)
+
+
+def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("attn_mask: agents read all tokens, so agent attention takes no mask; leave it out")

@@ -59,7 +59,7 @@ class FeaturePyramid(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, out_channels: int = 256, extra: ExtraFPNBlock | None = None, norm_maps: bool = False
+        self, backbone: Any, out_channels: int = 256, extra: ExtraFPNBlock | None = None, norm_maps: bool = False
     ):
         super().__init__()
         channels = backbone.feature_info.channels()

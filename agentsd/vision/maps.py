@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,21 +54,20 @@ def look_into_classifier(model: nn.Module, image: Tensor, layer: int | str = 0) 
     names = list(layers)
     if not names:
         raise ValueError(f"{type(model).__name__} has no agent attention; create a model of agentsd.vision")
-    if isinstance(layer, int) and -len(names) <= layer < len(names):
-        layer = names[layer]
-    if layer not in layers:
+    name = names[layer] if isinstance(layer, int) and -len(names) <= layer < len(names) else str(layer)
+    if name not in layers:
         listed = "; ".join(f"{i}: {name}" for i, name in enumerate(names))
         raise ValueError(f"layer={layer!r}: must be a number or name of a layer with agent attention ({listed})")
     if image.ndim != 4 or image.shape[0] != 1:
         raise ValueError(f"image of shape {tuple(image.shape)}: must be one image, [1, channels, height, width]")
     recorded: list[ClassifierView] = []
 
-    def record(module: AgentCore, args: tuple) -> None:
+    def record(module: Any, args: tuple) -> None:
         *tokens, grid = args
         query, key = (module.project(tokens[0]) if len(tokens) == 1 else tokens)[:2]
-        recorded.append(_view(layer, module, query, key, grid))
+        recorded.append(_view(name, module, query, key, grid))
 
-    handle = layers[layer].register_forward_pre_hook(record)
+    handle = layers[name].register_forward_pre_hook(record)
     try:
         model(image)
     finally:
@@ -81,7 +81,7 @@ def _view(name: str, module: AgentCore, query: Tensor, key: Tensor, grid: tuple[
     rows, columns = (_cell_middles(side, module.agent_grid) for side in grid)
     return ClassifierView(
         layer=name,
-        grid=tuple(grid),
+        grid=grid,
         agent_tokens=(rows[:, None] * grid[1] + columns).flatten(),
         agent_attention=aggregation[:, skipped:],
         query_attention=broadcast[skipped:],

@@ -7,11 +7,11 @@ Sources: Han et al., "Agent Attention", ECCV 2024 (arXiv 2312.08874); Wang et al
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath
 from torch import Tensor, nn
 
-from .attention import SeparateAgentAttention, from_image
-from .common import pad_to_multiple, per_stage, refuse, resized_positions
+from .attention import SeparateAgentAttention, from_image, grid_of
+from .common import both_sides, pad_to_multiple, per_stage, refuse, resized_positions
 from .stages import Pyramid, TransformerBlock, drop_path_rates, initialize, make_head
 
 
@@ -30,7 +30,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """[B, in_chans, H, W] -> tokens [B, N, dim] and their grid."""
         image = self.proj(pad_to_multiple(image, self.patch))
-        return self.norm(from_image(image)), tuple(image.shape[-2:])
+        return self.norm(from_image(image)), grid_of(image)
 
 
 class AgentPvt(Pyramid):
@@ -72,16 +72,15 @@ class AgentPvt(Pyramid):
     ):
         refuse({"attn_drop_rate": attn_drop_rate}, ("attn_drop_rate",), "agent attention has no such thing")
         factory = {"device": device, "dtype": dtype}
-        super().__init__(to_2tuple(img_size), dynamic_img_size, in_chans, num_classes, global_pool, dims, drop_rate)
+        super().__init__(both_sides(img_size), dynamic_img_size, in_chans, num_classes, global_pool, dims, drop_rate)
         agent_grid = per_stage("agent_grid", agent_grid, self.num_stages)
         agents = per_stage("agents", agents, self.num_stages)
         rates = drop_path_rates(drop_path_rate, depths)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.grids: list[tuple[int, int]] = []
-        self.feature_info = []
         grid, stride = self.img_size, 1
         for i in range(self.num_stages):
-            grid, stride = tuple(-(-side // patches[i]) for side in grid), stride * patches[i]
+            grid, stride = _divided(grid, patches[i]), stride * patches[i]
             self.grids.append(grid)
             blocks = nn.ModuleList()
             for rate in rates[i]:
@@ -131,11 +130,16 @@ class AgentPvt(Pyramid):
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Change the image size: positions are resized bicubically, as loading does; biases in the forward pass."""
-        self.img_size = tuple(to_2tuple(img_size))
+        self.img_size = both_sides(img_size)
         grid = self.img_size
         for i in range(len(self.feature_info)):
-            grid = tuple(-(-side // getattr(self, f"patch_embed{i + 1}").patch) for side in grid)
+            grid = _divided(grid, getattr(self, f"patch_embed{i + 1}").patch)
             positions = getattr(self, f"pos_embed{i + 1}")
             resized = resized_positions(positions.detach(), self.grids[i], grid)
             setattr(self, f"pos_embed{i + 1}", nn.Parameter(resized, requires_grad=positions.requires_grad))
             self.grids[i] = grid
+
+
+def _divided(grid: tuple[int, int], patch: int) -> tuple[int, int]:
+    """The grid of patches on a grid, rounded up."""
+    return -(-grid[0] // patch), -(-grid[1] // patch)

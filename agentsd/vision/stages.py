@@ -43,7 +43,8 @@ class Pyramid(nn.Module, ABC):
         drop_rate: float,
     ):
         super().__init__()
-        self.img_size = tuple(img_size)
+        self.img_size = img_size
+        self.feature_info: list[dict[str, Any]] = []
         self.dynamic_img_size = dynamic_img_size
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -132,13 +133,16 @@ class Pyramid(nn.Module, ABC):
             self.remove_stage(stage)
         removed = last < len(self.feature_info) - 1
         self.feature_info = self.feature_info[: last + 1]
-        if (prune_norm or removed) and hasattr(self, "norm"):
-            self.norm = nn.Identity()
+        if prune_norm or removed:
+            self.remove_norm()
         if removed:
             self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
         if prune_head or removed:
             self.reset_classifier(0, "")
         return taken
+
+    def remove_norm(self) -> None:
+        """Drop the norm after the last stage, where there is one."""
 
     @abstractmethod
     def remove_stage(self, stage: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 
 from .attention import AgentAttention
-from .common import AnySizePatchEmbed, per_stage, refuse
+from .common import AnySizePatchEmbed, both_sides, per_stage, refuse
 
 
 class AgentSwinBlock(nn.Module):
@@ -106,11 +106,12 @@ class AgentSwin(SwinTransformer):
             strict_img_size=not dynamic_img_size,
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
-            embed_layer=partial(AnySizePatchEmbed, least=least),
+            embed_layer=cast(Any, partial(AnySizePatchEmbed, least=least)),
             weight_init="skip",  # below, when the blocks have been exchanged
             **factory,
             **settings,
         )
+        stage: Any  # timm's SwinTransformerStage
         for stage, count, number, side in zip(self.layers, agent_blocks, agents, agent_grid):
             blocks = list(stage.blocks)
             for i, block in enumerate(blocks):
@@ -139,7 +140,7 @@ def _agent_block(
         block.dim,
         block.attn.num_heads,
         agents,
-        tuple(block.input_resolution),
+        both_sides(block.input_resolution),
         qkv_bias=qkv_bias,
         proj_drop=drop,
         agent_grid=agent_grid,
