@@ -12,6 +12,7 @@ import vision_reference as reference
 
 from agentsd.vision import AgentAttention, SeparateAgentAttention
 from agentsd.vision.attention import AgentCore
+from agentsd.vision.cswin import StripeBranch
 
 GRID = (6, 5)
 
@@ -187,6 +188,24 @@ def test_compiles_whole_and_exports():
     torch.testing.assert_close(compiled(x, GRID), module(x, GRID))
     exported = torch.export.export(module, (x, GRID)).module()
     torch.testing.assert_close(exported(x, GRID), module(x, GRID))
+
+
+@torch.no_grad()
+def test_tensors_reach_the_fused_kernels_with_channels_last_in_memory(monkeypatch):
+    """Otherwise PyTorch falls back to its slow math kernel without a word."""
+    strides = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, value, **settings):
+        strides.extend(t.stride(-1) for t in (query, key, value, settings.get("attn_mask", query)))
+        return fused(query, key, value, **settings)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", record)
+    make()(tokens(), GRID)
+    make(SeparateAgentAttention, agent_grid=3, class_token=True)(tokens(extra=1), GRID)
+    for vertical in (True, False):
+        StripeBranch(16, 2, 2, vertical)(tokens(), tokens(), tokens(), GRID)
+    assert len(strides) == 2 * 8 + 3 * 4 and set(strides) == {1}
 
 
 def test_wrong_numbers_are_explained():

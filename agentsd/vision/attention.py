@@ -67,7 +67,8 @@ class AgentCore(AgentBias):
     def pool_agents(self, query: Tensor, grid: tuple[int, int]) -> Tensor:
         """The agents: averages of the queries over the cells of a square grid, without the class token; [B, A, C]."""
         tokens = query[:, int(self.has_class_token) :]
-        return from_image(F.adaptive_avg_pool2d(to_image(tokens, grid), self.agent_grid))
+        agents = from_image(F.adaptive_avg_pool2d(to_image(tokens, grid), self.agent_grid))
+        return agents.contiguous()  # the fused kernels want channels last in memory
 
     def split(self, tokens: Tensor) -> Tensor:
         """[B, N, C] -> [B, heads, N, head_dim]."""

@@ -54,42 +54,46 @@ class StripeBranch(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, N, C] each -> [B, N, C]."""
-        images = [to_image(tokens, grid) for tokens in (query, key, value)]
-        side = -1 if self.vertical else -2
-        length = images[0].shape[side]
+        maps = [tokens.unflatten(1, grid) for tokens in (query, key, value)]
+        side = 2 if self.vertical else 1
+        length = maps[0].shape[side]
         if self.split is None or self.split >= length:
-            return from_image(self._attend(images, length))
+            return self._attend(maps, length).flatten(1, 2)
         whole = length - length % self.split
-        parts = [self._attend([image.narrow(side, 0, whole) for image in images], self.split)]
+        out = self._attend([part.narrow(side, 0, whole) for part in maps], self.split)
         if whole < length:
             rest = length - whole
-            parts.append(self._attend([image.narrow(side, whole, rest) for image in images], rest))
-        return from_image(torch.cat(parts, dim=side) if len(parts) > 1 else parts[0])
+            last = self._attend([part.narrow(side, whole, rest) for part in maps], rest)
+            out = torch.cat([out, last], dim=side)
+        return out.flatten(1, 2)
 
-    def _attend(self, images: list[Tensor], width: int) -> Tensor:
-        """[B, C, h, w] each, cut into stripes of `width`, which divides the side -> [B, C, h, w]."""
-        batch, _, height, along = images[0].shape
+    def _attend(self, maps: list[Tensor], width: int) -> Tensor:
+        """Attention in stripes of `width`, which divides the side: [B, H, W, C] each -> [B, H, W, C]."""
+        batch, height, along, _ = maps[0].shape
         stripe = (height, width) if self.vertical else (width, along)
-        query, key, value = (self._cut(image, stripe) for image in images)
-        local = self.get_v(value)
-        out = softmax_attention(self._heads(query), self._heads(key), self._heads(value))
-        out = out.transpose(2, 3).reshape(local.shape) + local
-        return self._join(out, batch, (height, along))
+        query, key, value = (_cut(part, stripe) for part in maps)
+        local = from_image(self.get_v(to_image(value, stripe)))
+        out = softmax_attention(self._split(query), self._split(key), self._split(value))
+        out = out.transpose(1, 2).flatten(2) + local
+        return _join(out, batch, (height, along), stripe)
 
-    def _cut(self, image: Tensor, stripe: tuple[int, int]) -> Tensor:
-        """[B, C, H, W] -> [B · stripes, C, height, width]."""
-        rows = image.unflatten(2, (-1, stripe[0])).unflatten(4, (-1, stripe[1]))  # B C i h j w
-        return rows.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    def _split(self, tokens: Tensor) -> Tensor:
+        """[B', N, C] -> [B', heads, N, head_dim]."""
+        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
-    def _join(self, stripes: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
-        """The inverse of _cut: [B · stripes, C, height, width] -> [B, C, H, W]."""
-        height, width = stripes.shape[-2:]
-        rows = stripes.unflatten(0, (batch, grid[0] // height, grid[1] // width))  # B i j C h w
-        return rows.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
-    def _heads(self, stripes: Tensor) -> Tensor:
-        """[B', C, height, width] -> [B', heads, tokens, head_dim]."""
-        return stripes.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+def _cut(maps: Tensor, stripe: tuple[int, int]) -> Tensor:
+    """[B, H, W, C] -> [B · stripes, tokens of a stripe, C]."""
+    pieces = maps.unflatten(1, (-1, stripe[0])).unflatten(3, (-1, stripe[1]))  # B i h j w C
+    return pieces.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def _join(tokens: Tensor, batch: int, grid: tuple[int, int], stripe: tuple[int, int]) -> Tensor:
+    """The inverse of _cut: [B · stripes, tokens of a stripe, C] -> [B, H, W, C]."""
+    pieces = tokens.unflatten(0, (batch, grid[0] // stripe[0], grid[1] // stripe[1])).unflatten(
+        3, stripe
+    )  # B i j h w C
+    return pieces.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class CswinBlock(nn.Module):
