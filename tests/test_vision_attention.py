@@ -10,7 +10,7 @@ import pytest
 import torch
 import vision_reference as reference
 
-from agentsd.vision import AgentAttention, SeparateAgentAttention
+from agentsd.vision import AgentAttention, SeparateAgentAttention, bias
 from agentsd.vision.attention import AgentCore
 from agentsd.vision.cswin import StripeBranch
 
@@ -145,6 +145,18 @@ def test_biases_are_not_kept_where_gradients_flow_or_in_training():
         module.train()
         assert module._kept is None
         module.biases(GRID, torch.float32)
+    assert module._kept is None
+
+
+@torch.no_grad()
+def test_large_biases_are_not_kept(monkeypatch):
+    module = make()  # 2 heads, 4 agents, 30 tokens
+    monkeypatch.setattr(bias, "MOST_KEPT", 2 * 4 * 30)
+    module.biases(GRID, torch.float32)
+    assert module._kept is not None
+    module.drop_biases()
+    monkeypatch.setattr(bias, "MOST_KEPT", 2 * 4 * 30 - 1)
+    torch.testing.assert_close(module(tokens(), GRID), naive(module, tokens(), GRID), rtol=1e-4, atol=1e-4)
     assert module._kept is None
 
 

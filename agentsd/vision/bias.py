@@ -14,6 +14,10 @@ from torch import Tensor, nn
 BLOCK = 7
 """Side of the block bias, which is resized to the grid."""
 
+MOST_KEPT = 2**21
+"""Numbers in one bias that are kept at most, 8 MB in float32. Classifiers stay below it; detectors with more agents on
+large images, whose layers would keep more than a gigabyte together, compute their biases in each call."""
+
 
 class AgentBias(nn.Module):
     """Holder of the bias parameters; a base class, so that they stand beside the projections in a state dict.
@@ -85,8 +89,9 @@ class AgentBias(nn.Module):
     def biases(self, grid: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """The biases of both softmaxes for a grid of any size.
 
-        In eval they are computed once and kept for the latest grid. A change of the parameters that PyTorch can see (an
-        optimizer's step, a load, a move) makes them anew; after writing through `.data`, call `drop_biases`.
+        In eval they are computed once and kept for the latest grid, up to MOST_KEPT numbers. A change of the parameters
+        that PyTorch can see (an optimizer's step, a load, a move) makes them anew; after writing through `.data`, call
+        `drop_biases`.
 
         Args:
             grid: (height, width) of the tokens.
@@ -99,8 +104,10 @@ class AgentBias(nn.Module):
         if not self.has_bias:
             return None, None
         parameters = [p for name, p in self.named_parameters(recurse=False) if name.endswith("_bias")]
+        too_many = self.an_bias.shape[0] * self.agent_grid**2 * grid[0] * grid[1] > MOST_KEPT
         needs_graph = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        if self.training or needs_graph or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
+        fresh = self.training or needs_graph or too_many or torch.compiler.is_compiling()
+        if fresh or any(p.is_inference() for p in parameters):
             return self._compute(grid, dtype)
         state = (grid, dtype, tuple((id(p), p._version, p.data_ptr(), p.dtype, p.device) for p in parameters))
         if self._kept is None or self._kept[0] != state:
