@@ -56,6 +56,12 @@ def test_eps_is_the_authors():
             assert module.eps == (1e-5 if "patch_embed" in name else 1e-6), name
 
 
+def test_stochastic_depth_grows_linearly():
+    model = make(drop_path_rate=0.4)
+    rates = [block.drop_path.drop_prob for stage in range(4) for block in model.blocks_of(stage)]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
 @torch.no_grad()
 def test_odd_sizes_lose_no_pixel():
     model = make(dynamic_img_size=True)

@@ -192,8 +192,9 @@ class TransformerBlock(nn.Module):
 
 def drop_path_rates(most: float, depths: tuple[int, ...]) -> list[list[float]]:
     """Rates of stochastic depth, growing linearly from 0 over all blocks; one list per stage."""
-    rates = torch.linspace(0, most, sum(depths), device="cpu")
-    return [part.tolist() for part in rates.split(list(depths))]
+    last = max(1, sum(depths) - 1)
+    numbers = iter(range(sum(depths)))
+    return [[most * next(numbers) / last for _ in range(depth)] for depth in depths]
 
 
 def make_head(dim: int, num_classes: int, **factory: Any) -> nn.Module:
