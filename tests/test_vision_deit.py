@@ -129,4 +129,5 @@ def test_compiles_whole_and_exports():
     model = make()
     expected = model(image())
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(image()), expected)
+    torch.testing.assert_close(torch.jit.trace(model, image())(image()), expected)
     torch.testing.assert_close(torch.export.export(model, (image(),)).module()(image()), expected)

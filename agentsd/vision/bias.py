@@ -106,7 +106,8 @@ class AgentBias(nn.Module):
         parameters = [p for name, p in self.named_parameters(recurse=False) if name.endswith("_bias")]
         too_many = self.an_bias.shape[0] * self.agent_grid**2 * grid[0] * grid[1] > MOST_KEPT
         needs_graph = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        fresh = self.training or needs_graph or too_many or torch.compiler.is_compiling()
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        fresh = self.training or needs_graph or too_many or traced
         if fresh or any(p.is_inference() for p in parameters):
             return self._compute(grid, dtype)
         state = (grid, dtype, tuple((id(p), p._version, p.data_ptr(), p.dtype, p.device) for p in parameters))
