@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .attention import agent_attention as agent_attention
     from .config import AgentConfig as AgentConfig
     from .config import Phase as Phase
+    from .images.compare import compare as compare
     from .images.pipelines import load_pipeline as load_pipeline
     from .patch import apply_patch as apply_patch
     from .patch import patched as patched
@@ -22,6 +23,7 @@ _HOME = {
     "Phase": "config",
     "agent_attention": "attention",
     "apply_patch": "patch",
+    "compare": "images.compare",
     "describe": "report",
     "load_pipeline": "images.pipelines",
     "patched": "patch",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from typing import Any
 
 DEFAULT_NUM_TRAIN_TIMESTEPS = 1000
 
@@ -18,6 +19,9 @@ class Phase(enum.Enum):
     MERGE = "merge"
     """The later steps: softmax attention on merged tokens, as ToMeSD does, or what else AgentConfig.late says."""
 
+
+# Bounds on agents, keys and matching, so that the cost is linear in the tokens.
+_CAPS = {"late": "downsample", "max_agents": 256, "max_keys": 1024, "match_tile": 16}
 
 LATE = ("merge", "downsample", "full")
 """What AgentConfig.late can be."""
@@ -46,6 +50,11 @@ class AgentConfig:
             for each token at any size. None compares all with all.
         max_downsample: patch the levels of the UNet down to this downsampling of the latent (1, 2, 4 or 8);
             "auto" takes the level of highest resolution that has self-attention.
+        cache_interval: at most this many UNet calls in a row share one whole call; the others reuse its features and
+            recompute the end of the last up block only. 1 caches nothing.
+        cache_order: 0 reuses the kept feature, 1 extrapolates it linearly in the timestep from the last two.
+        cache_depth: how many pairs of resnet and transformer at the end of the last up block are recomputed; "auto" is
+            one.
         use_rand: draw the destination inside each cell at random; False takes the upper left token.
         seed: of those draws.
         merge_crossattn, merge_mlp: merge around cross-attention and feed-forward too.
@@ -68,6 +77,9 @@ class AgentConfig:
     max_keys: int | None = None
     match_tile: int | None = None
     max_downsample: int | str = "auto"
+    cache_interval: int = 1
+    cache_order: int = 1
+    cache_depth: int | str = "auto"
     use_rand: bool = True
     seed: int = 0
     merge_crossattn: bool = False
@@ -105,6 +117,7 @@ class AgentConfig:
                 f'max_downsample={self.max_downsample!r}: must be "auto", 1, 2, 4 or 8; "auto" patches the level of '
                 "highest resolution that has self-attention"
             )
+        self._check_cache()
         for name in ("use_rand", "merge_crossattn", "merge_mlp"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
@@ -116,10 +129,29 @@ class AgentConfig:
             raise TypeError(f"seed={self.seed!r}: must be an integer")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: must lie in 0 … 2**63 − 1")
+        for name in ("seed", "max_downsample"):  # NumPy's integers cannot be written as JSON
+            if _is_int(value := getattr(self, name)):
+                self._set(name, int(value))
         self._check_ratio_is_possible()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; this is its own clean-up of what it was given
+
+    def _check_cache(self) -> None:
+        for name, low, high, hint in (
+            ("cache_interval", 1, 50, "1 caches nothing, 3 is three times as fast or more"),
+            ("cache_order", 0, 1, "0 reuses the kept feature, 1 extrapolates it"),
+            ("cache_depth", 1, 10, '"auto" recomputes one pair of resnet and transformer'),
+        ):
+            value = getattr(self, name)
+            if name == "cache_depth" and value == "auto":
+                continue
+            allowed = f"must be an integer in {low} … {high}" + (' or "auto"' if name == "cache_depth" else "")
+            if not _is_int(value):
+                raise TypeError(f"{name}={value!r}: {allowed}; {hint}")
+            if not low <= value <= high:
+                raise ValueError(f"{name}={value}: {allowed}; {hint}")
+            self._set(name, int(value))
 
     def _check_ratio_is_possible(self) -> None:
         used = [("merge_stride", Phase.MERGE)] if self.early < 1 and self.late == "merge" else []
@@ -182,6 +214,17 @@ class AgentConfig:
         return min(num_src, r if self.max_agents is None else max(r, num_tokens - self.max_agents))
 
 
+PRESETS: dict[str, dict[str, object]] = {
+    "paper": {},
+    "fast": {"cache_interval": 3},
+    "fastest": {"cache_interval": 5, **_CAPS},
+    "large": {**_CAPS},
+}
+"""Settings by name for `apply_patch(pipe, preset=…)`: "paper" is the paper's method, "fast" adds step caching,
+"fastest" caches more and bounds the cost of attention, "large" bounds it alone, for 1024 px and more. README has what
+each measures."""
+
+
 FIELD_NAMES = tuple(field.name for field in fields(AgentConfig))
 
 
@@ -228,3 +271,26 @@ def _stride(name: str, value: object) -> int | tuple[int, int]:
             "agent_stride and 2 for merge_stride"
         )
     return int(value) if _is_int(value) else (int(parts[0]), int(parts[1]))
+
+
+def make_config(config: AgentConfig | None = None, preset: str | None = None, **settings: Any) -> AgentConfig:
+    """Settings from a config or a preset, and single fields that win over it, as `apply_patch` takes them.
+
+    Raises:
+        TypeError: an unknown field, a value of the wrong type, a config that is not an AgentConfig, or both a config
+            and a preset.
+        ValueError: an unknown preset, or a value out of its range.
+    """
+    unknown = sorted(set(settings) - set(FIELD_NAMES))
+    if unknown:
+        raise TypeError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(FIELD_NAMES)}")
+    if config is not None and not isinstance(config, AgentConfig):
+        raise TypeError(f"config={config!r}: must be an AgentConfig; single settings go by name, as in ratio=0.4")
+    if preset is None:
+        return replace(config or AgentConfig(), **settings)
+    if config is not None:
+        raise TypeError("config and preset: give one of them; single settings go by name, as in ratio=0.4")
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: must be one of {', '.join(PRESETS)}")
+    fields: dict[str, Any] = {**PRESETS[preset], **settings}
+    return AgentConfig(**fields)

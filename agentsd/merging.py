@@ -12,39 +12,47 @@ similar srcs are averaged into their dst.
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Similarities computed at once. It bounds the memory of the matching (64 MiB in float32) whatever the picture's size.
+# Similarities computed at once. It bounds the memory of the matching (64 MiB in float32) whatever the image's size.
 _SIMILARITIES_PER_BLOCK = 2**24
 
 
 @dataclass(frozen=True)
 class GridSplit:
-    """Which tokens of a height × width grid are dsts and which are srcs; with leading dimensions, of several grids.
+    """Which tokens of a grid are dsts and which are srcs; with leading dimensions, of several grids.
+
+    All counts are sizes of its tensors, so that a compiled graph takes them as dynamic sizes and not as constants.
 
     Attributes:
-        tokens: [..., height · width] all token numbers: the srcs, rising within each tile, then the dsts, one per whole
-            cell, row by row within each tile.
-        num_dst: how many of them are dsts.
-        height, width: size of the grid.
-        tiles: into how many equal tiles the grid is cut, row by row; a src is matched to a dst of its own tile.
+        tokens: [..., N] all token numbers: the srcs, rising within each tile, then the dsts, one per whole cell, row by
+            row within each tile.
+        dst_by_tile: [..., tiles, num_dst / tiles] the dsts again, one row for each of the equal tiles that the grid is
+            cut into; a src is matched to a dst of its own tile.
     """
 
     tokens: Tensor
-    num_dst: int
-    height: int
-    width: int
-    tiles: int = 1
+    dst_by_tile: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.shape[-1]
+
+    @property
+    def tiles(self) -> int:
+        return self.dst_by_tile.shape[-2]
+
+    @property
+    def num_dst(self) -> int:
+        return self.dst_by_tile.shape[-2] * self.dst_by_tile.shape[-1]
 
     @property
     def num_src(self) -> int:
-        return self.height * self.width - self.num_dst
+        return self.num_tokens - self.num_dst
 
     @property
     def src_index(self) -> Tensor:
@@ -54,15 +62,19 @@ class GridSplit:
     @property
     def dst_index(self) -> Tensor:
         """[..., num_dst] token numbers of the dsts."""
-        return self.tokens[..., self.num_src :]
+        return self.dst_by_tile.flatten(-2)
 
     def to(self, device: torch.device) -> GridSplit:
         """The same on another device."""
-        return replace(self, tokens=self.tokens.to(device))
+        return GridSplit(self.tokens.to(device), self.dst_by_tile.to(device))
 
     def unbind(self) -> list[GridSplit]:
         """The splits along the first dimension."""
-        return [replace(self, tokens=tokens) for tokens in self.tokens.unbind()]
+        return [GridSplit(*parts) for parts in zip(self.tokens.unbind(), self.dst_by_tile.unbind())]
+
+    def repeat(self, times: int) -> GridSplit:
+        """Each split along the first dimension `times` times in a row, as where a sample has several frames."""
+        return GridSplit(self.tokens.repeat_interleave(times, 0), self.dst_by_tile.repeat_interleave(times, 0))
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ class TokenMatching:
 
     tokens: Tensor
     best_dst: Tensor
-    _flat_positions: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _flat_positions: list[tuple[int, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -155,7 +167,7 @@ def split_grid(
     num_src = height * width - cells
     if tile is None or tile == (height, width):
         src_index = is_dst.argsort(dim=-1, stable=True)[..., :num_src]
-        return GridSplit(torch.cat([src_index, dst_index], dim=-1), cells, height, width)
+        return GridSplit(torch.cat([src_index, dst_index], dim=-1), dst_index.unsqueeze(-2))
 
     for length, cell, side in ((height, rows, tile[0]), (width, columns, tile[1])):
         if side != length and (length % side or side % cell):
@@ -167,7 +179,8 @@ def split_grid(
     by_tile = _tile_order(height, width, down, across, offsets.device)
     dst_index = dst_index[..., _tile_order(height // rows, cells_across, down, across, offsets.device)]
     src_index = by_tile[is_dst[..., by_tile].argsort(dim=-1, stable=True)[..., :num_src]]
-    return GridSplit(torch.cat([src_index, dst_index], dim=-1), cells, height, width, down * across)
+    dst_by_tile = dst_index.unflatten(-1, (down * across, -1))
+    return GridSplit(torch.cat([src_index, dst_index], dim=-1), dst_by_tile)
 
 
 def _tile_order(height: int, width: int, down: int, across: int, device: torch.device) -> Tensor:
@@ -181,24 +194,30 @@ def match_tokens(metric: Tensor, split: GridSplit) -> TokenMatching:
 
     Args:
         metric: [B, N, C] features whose cosine similarity decides, N = height · width, row by row.
-        split: dsts and srcs of that grid, the same for the whole batch.
+        split: dsts and srcs of that grid, the same for the whole batch ([N] tokens) or one for each sample ([B, N]).
 
     Returns:
         A TokenMatching for the B · N tokens. It carries no gradient.
 
     Raises:
-        ValueError: N is not the number of tokens that were split.
+        ValueError: N is not the number of tokens that were split, or B not the number of splits.
 
     Source: ToMe for Stable Diffusion, section 3.1.
     """
     batch, num_tokens, _ = metric.shape
-    if num_tokens != split.height * split.width:
-        raise ValueError(f"metric has {num_tokens} tokens, but the split is of a {split.height}×{split.width} grid")
+    if num_tokens != split.num_tokens:
+        raise ValueError(f"metric has {num_tokens} tokens, but the split is of a grid of {split.num_tokens}")
+    if split.tokens.ndim == 2 and split.tokens.shape[0] != batch:
+        raise ValueError(f"metric is a batch of {batch}, the split of {split.tokens.shape[0]}")
 
     with torch.no_grad():
         similarity, best_dst = _most_similar(metric, split)
         ranking = similarity.argsort(dim=-1, descending=True, stable=True)
-        tokens = torch.cat([split.src_index[ranking], split.dst_index.expand(batch, -1)], dim=1)
+        if split.tokens.ndim == 1:
+            src = split.src_index[ranking]
+        else:
+            src = split.src_index.gather(1, ranking)
+        tokens = torch.cat([src, split.dst_index.expand(batch, -1)], dim=1)
         return TokenMatching(tokens, best_dst.gather(1, ranking))
 
 
@@ -214,7 +233,7 @@ def _most_similar(metric: Tensor, split: GridSplit) -> tuple[Tensor, Tensor]:
     """
     batch, _, channels = metric.shape
     num_src, num_dst, tiles = split.num_src, split.num_dst, split.tiles
-    tokens = metric.index_select(1, split.tokens)
+    tokens = select_tokens(metric, split.tokens)
     norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=_accumulate_dtype(tokens))
     norm = norm.clamp_min(torch.finfo(torch.float32).tiny)
     src, dst = tokens[:, :num_src], tokens[:, num_src:]
@@ -227,15 +246,45 @@ def _most_similar(metric: Tensor, split: GridSplit) -> tuple[Tensor, Tensor]:
     dst = (dst / dst_norm).to(metric.dtype)
     if tiles > 1:  # as if each tile were a sample of its own
         src, dst = (x.reshape(batch * tiles, -1, channels) for x in (src, dst))
-    dst = dst.transpose(1, 2)
-
-    rows_per_block = max(1, _SIMILARITIES_PER_BLOCK // (batch * num_dst))
-    best = [(block @ dst).max(dim=-1) for block in src.split(rows_per_block, dim=1)]
-    product, best_dst = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best))
+    if src.shape[0] * src.shape[1] * dst.shape[1] <= _SIMILARITIES_PER_BLOCK:
+        product, best_dst = (src @ dst.transpose(1, 2)).max(dim=-1)
+    elif torch.compiler.is_compiling():
+        product, best_dst = _largest_products_in_graph(src, dst)
+    else:
+        product, best_dst = _largest_products(src, dst)
     if tiles > 1:
-        first_dst = torch.arange(0, num_dst, num_dst // tiles, device=metric.device)
+        first_dst = torch.arange(0, num_dst, split.dst_by_tile.shape[-1], device=metric.device)
         best_dst = best_dst.view(batch, tiles, -1) + first_dst[:, None]
     return product.view(batch, -1) / src_norm, best_dst.view(batch, -1)
+
+
+def _largest_products(src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest product of each src [B, S, C] with a dst [B, D, C], and which: two [B, S]. Blocks bound the memory."""
+    rows_per_block = max(1, _SIMILARITIES_PER_BLOCK // (dst.shape[0] * dst.shape[1]))
+    best = [(block @ dst.transpose(1, 2)).max(dim=-1) for block in src.split(rows_per_block, dim=1)]
+    product, best_dst = (torch.cat(parts, dim=1) for parts in zip(*best))
+    return product, best_dst
+
+
+# An operator of its own, as a graph would unroll the loop: another graph for each number of blocks.
+@torch.library.custom_op("agentsd::largest_products", mutates_args=())
+def _largest_products_in_graph(src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+    return _largest_products(src, dst)
+
+
+@_largest_products_in_graph.register_fake
+def _(src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+    return src.new_empty(src.shape[:2]), src.new_empty(src.shape[:2], dtype=torch.int64)
+
+
+def select_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Take tokens of [B, N, C] by their numbers, [M] for the whole batch or [B, M] for each sample: [B, M, C]."""
+    if index.ndim == 1:
+        return x.index_select(1, index)
+    batch, num_tokens, channels = x.shape
+    first_rows = torch.arange(0, batch * num_tokens, num_tokens, device=index.device)
+    rows = (index + first_rows[:, None]).flatten()
+    return x.reshape(batch * num_tokens, channels).index_select(0, rows).view(batch, -1, channels)
 
 
 def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
@@ -309,44 +358,25 @@ def unmerge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
 def merged_position(matching: TokenMatching, r: int) -> Tensor:
     """Where each token of the grid went: [B, N] positions in the output of `merge_tokens(…, matching, r)`."""
     num_unmerged = matching.num_src - r
-    places = torch.arange(matching.num_tokens - r, device=matching.tokens.device)
     # In the order of matching.tokens: the r merged srcs go to their dst's place, all others have a place of their own.
-    by_rank = torch.cat([matching.best_dst[:, :r] + num_unmerged, places.expand(matching.tokens.shape[0], -1)], dim=1)
+    # No slice of length r, which would tie a compiled graph to whether r is the number of srcs.
+    rank = torch.arange(matching.num_src, device=matching.tokens.device)
+    src = torch.where(rank < r, matching.best_dst + num_unmerged, rank - r)
+    dst = torch.arange(matching.num_dst, device=matching.tokens.device) + num_unmerged
+    by_rank = torch.cat([src, dst.expand(matching.tokens.shape[0], -1)], dim=1)
     return torch.empty_like(matching.tokens).scatter(1, matching.tokens, by_rank)
-
-
-def draw_offsets(
-    seed: int, timestep: float, num_layers: int, cells: int, cell_size: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Draw the place of the dst in each cell, for every layer of one UNet call.
-
-    A stateless hash of (seed, timestep, layer, cell): the same arguments give the same draws on every device, no
-    generator is read or advanced, and nothing is copied between host and device.
-
-    Returns:
-        [num_layers, cells] int64, uniform over 0 … cell_size − 1.
-    """
-    digest = hashlib.blake2b(struct.pack("<qd", seed, timestep), digest_size=4).digest()
-    key = int.from_bytes(digest, "little")
-    layer_keys = _mix32(torch.arange(num_layers, dtype=torch.int64, device=device) ^ key)
-    drawn = _mix32(layer_keys[:, None] ^ torch.arange(cells, dtype=torch.int64, device=device))
-    return drawn * cell_size >> 32
-
-
-def _mix32(x: Tensor) -> Tensor:
-    """Scramble 32-bit integers held in int64. Both factors are below 2**31, so no product overflows."""
-    for factor in (0x7FEB352D, 0x297A2D39):
-        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 15)
 
 
 def _flat_position(matching: TokenMatching, r: int) -> Tensor:
     """[B · N] rows of the flattened [B · (N − r), C] merged tokens."""
-    if r not in matching._flat_positions:  # merging and unmerging need the same: many small kernels done once
-        batch, num_tokens = matching.tokens.shape
-        first_rows = torch.arange(0, batch * (num_tokens - r), num_tokens - r, device=matching.tokens.device)
-        matching._flat_positions[r] = (merged_position(matching, r) + first_rows[:, None]).view(-1)
-    return matching._flat_positions[r]
+    for known, flat in matching._flat_positions:  # merging and unmerging need the same: many small kernels done once
+        if known == r:
+            return flat
+    batch, num_tokens = matching.tokens.shape
+    first_rows = torch.arange(0, batch * (num_tokens - r), num_tokens - r, device=matching.tokens.device)
+    flat = (merged_position(matching, r) + first_rows[:, None]).view(-1)
+    matching._flat_positions.append((r, flat))
+    return flat
 
 
 def _accumulate_dtype(x: Tensor) -> torch.dtype:

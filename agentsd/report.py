@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +13,21 @@ from diffusers.models.attention_processor import Attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import AgentConfig, Phase
-from .merging import grid_cells, tile_size
+from .layer_plan import plan_layer, token_grid
 from .patch import find_unet, get_patch
-from .unet.processor import AgentAttnProcessor, token_grid
-
-_LATER = {"merge": "token merging", "downsample": "downsampled keys and values", "full": "unpatched"}
+from .report_text import as_html, as_text
+from .unet.call import ACTIVE, is_ours
+from .unet.call import LastCall as UNetCall
+from .unet.installation import Installation, PatchedLayer
+from .unet.layers import class_name, own_latent_size
 
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One layer in one phase, for one picture (a batch of one).
+    """One layer in one phase, for one image (a batch of one).
 
     Attributes:
-        tokens_left: M, what is left of the tokens after merging: the number of queries.
+        tokens_left: M, the number of tokens after merging, which is that of the queries.
         keys: number of keys and values; M, or fewer where they are downsampled.
         agents: number of agent tokens; 0 in the merge phase.
         multiply_adds: of the layer's matching, projections and attention.
@@ -40,16 +41,18 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One self-attention layer.
+    """One layer in the place of self-attention (`attn1` of a block).
 
     Attributes:
         name: module name in the UNet.
-        status: "active"; "replaced by …" where another processor has taken the patch's place; "left alone: …" with the
-            reason; or "not patched".
+        status: "active"; "not active in the last call: …" with what happened; "replaced by …" where another processor
+            has taken the patch's place; "left alone: …" with the reason; or "not patched".
         grid: (height, width) of its tokens, None where it was left alone.
         tokens: N = height · width.
         multiply_adds: of its self-attention unpatched: four projections and two products with the attention matrix.
         phases: cost in each phase of the patch, by phase name; empty where it is not patched.
+        self_attention: False where it attends to the text only, whatever its name.
+        last_call: "active" or a reason, as the last UNet call went; "" where there was none or it is not patched.
     """
 
     name: str
@@ -58,20 +61,58 @@ class LayerReport:
     tokens: int = 0
     multiply_adds: int = 0
     phases: dict[str, PhaseCost] = dataclasses.field(default_factory=dict)
+    self_attention: bool = True
+    last_call: str = ""
 
 
 @dataclass(frozen=True)
+class LastCall:
+    """The last UNet call of the patched model.
+
+    Attributes:
+        height, width: image size in pixels.
+        timestep: noise level of the least noisy sample.
+        phase: of that sample.
+        notes: what else happened on a layer, by its name.
+        cached: step caching reused a feature of an earlier call.
+        whole_calls, cached_calls: numbers of UNet calls of this run so far; None without step caching.
+    """
+
+    height: int
+    width: int
+    timestep: float
+    phase: Phase
+    notes: dict[str, str]
+    cached: bool = False
+    whole_calls: int | None = None
+    cached_calls: int | None = None
+
+    @classmethod
+    def of(cls, patch: Installation, scale: int) -> LastCall | None:
+        """From what the patch noted, with the pixels per latent pixel."""
+        call, cache = patch.last_call, patch.cache
+        if call is None:
+            return None
+        counts = (cache.counts.whole, cache.counts.cached) if cache else (None, None)
+        size = (call.height * scale, call.width * scale)
+        return cls(*size, call.timestep, call.phase, dict(call.notes), call.cached, *counts)
+
+
+@dataclass(frozen=True, repr=False)
 class Report:
     """What `describe` found; `print` it, or read it as data (`to_dict()`).
 
     Attributes:
         model: class of the pipeline or UNet.
-        height, width: picture size in pixels that the numbers hold for.
+        height, width: image size in pixels that the numbers hold for.
         config: the settings of the patch, None where there is none.
-        early_timestep: the agent phase is at this timestep and above; None where there is no patch or no such phase.
-        layers: every self-attention layer.
-        unet_multiply_adds: of one unpatched call of the whole UNet for one picture (twice that with guidance); None for
+        early_timestep: the agent phase is at this timestep and above; None where there is no patch or no such phase, as
+            with a scheduler that counts noise levels.
+        layers: every layer in the place of self-attention.
+        unet_multiply_adds: of one unpatched call of the whole UNet for one image (twice that with guidance); None for
             a kind of UNet whose extra inputs are not known here.
+        assumed_timesteps: length of the diffusion run where it is assumed, as a bare UNet has no scheduler; else None.
+        last_call: the last UNet call since the patch, None where there was none.
     """
 
     model: str
@@ -81,6 +122,8 @@ class Report:
     early_timestep: float | None
     layers: tuple[LayerReport, ...]
     unet_multiply_adds: int | None
+    assumed_timesteps: int | None = None
+    last_call: LastCall | None = None
 
     @property
     def active(self) -> tuple[LayerReport, ...]:
@@ -103,91 +146,26 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain numbers, strings, lists and dicts, ready for JSON."""
         data = dataclasses.asdict(self)
+        if self.last_call is not None:
+            data["last_call"]["phase"] = self.last_call.phase.value
         data["unet_fraction"] = {phase.value: self.unet_fraction(phase) for phase in Phase} if self.active else {}
         return data
 
     def __str__(self) -> str:
-        lines = [f"{self.model} at {self.width}×{self.height} px: " + self._headline()]
-        if self.config is not None:
-            settings = ", ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(self.config).items())
-            lines += textwrap.wrap(f"settings: {settings}", width=110, subsequent_indent="  ")
-        if self.active:
-            lines += ["", *self._table(), "", *self._totals()]
-        others: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.status != "active":
-                others.setdefault(layer.status, []).append(layer.name)
-        for status, names in others.items():
-            lines += ["", f"{len(names)} {status}"] + [f"  {name}" for name in names]
-        return "\n".join(lines)
+        return as_text(self)
 
-    def _headline(self) -> str:
-        if self.config is None:
-            return f"not patched; it has {len(self.layers)} self-attention layers"
-        later = _LATER[self.config.late]
-        if self.early_timestep is None:
-            nothing = "ratio=0" if self.config.late == "merge" else f"late={self.config.late!r}"
-            changes = self.config.acts_in(Phase.MERGE)
-            when = f"{later} in every step" if changes else f"but {nothing} and early=0 change nothing"
-        else:
-            when = f"agent attention at timesteps ≥ {self.early_timestep:g}, {later} below"
-        return f"agentsd is active on {len(self.active)} of {len(self.layers)} self-attention layers, {when}"
+    __repr__ = __str__  # shown where a notebook or a prompt shows a value; the data stands in its attributes
 
-    def _table(self) -> list[str]:
-        header = ("layer", "tokens", "phase", "left", "keys", "agents", "Mmul-add before", "after")
-        rows = []
-        for layer in self.active:
-            for number, phase in enumerate(self._phases_in_use()):
-                cost = layer.phases[phase.value]
-                rows.append(
-                    (
-                        "" if number else layer.name,
-                        "" if number else f"{layer.grid[0]}×{layer.grid[1]} = {layer.tokens}",
-                        phase.value,
-                        str(cost.tokens_left),
-                        str(cost.keys),
-                        str(cost.agents or "-"),
-                        f"{layer.multiply_adds / 1e6:.1f}",
-                        f"{cost.multiply_adds / 1e6:.1f}",
-                    )
-                )
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        left = (0, 2)
-        return [
-            "  ".join(
-                cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
-            ).rstrip()
-            for row in (header, *rows)
-        ]
-
-    def _totals(self) -> list[str]:
-        before = self.self_attention_multiply_adds()
-        if self.unet_multiply_adds is None:
-            shares = {phase: self.self_attention_multiply_adds(phase) / before for phase in self._phases_in_use()}
-            return [f"{phase.value} phase: their self-attention {part:.1%} of before" for phase, part in shares.items()]
-        lines = [
-            f"whole UNet: {self.unet_multiply_adds / 1e9:.2f} Gmul-add a call and picture, "
-            f"{before / self.unet_multiply_adds:.1%} of it in these layers' self-attention"
-        ]
-        for phase in self._phases_in_use():
-            after = self.self_attention_multiply_adds(phase)
-            lines.append(
-                f"  {phase.value} phase: their self-attention {after / before:.1%} of before, "
-                f"the whole UNet {self.unet_fraction(phase):.1%} of before"
-            )
-        return [*lines, "(arithmetic only: what it saves in seconds also depends on the attention kernel; measure it)"]
-
-    def _phases_in_use(self) -> list[Phase]:
-        phases = [Phase.AGENT] if self.config.early > 0 else []
-        return phases + ([Phase.MERGE] if self.config.early < 1 else [])
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
 
 def describe(model: Any, height: int | None = None, width: int | None = None) -> Report:
-    """Tell what is patched and what that saves, for pictures of a size.
+    """Report what is patched, what it saves, and what happened in the last UNet call.
 
     Args:
         model: a pipeline or UNet that `apply_patch` takes, patched or not.
-        height, width: picture size in pixels; None takes the model's own.
+        height, width: image size in pixels; None takes the model's own.
 
     Returns:
         A Report. Its numbers come from the layers' shapes; nothing is generated or timed.
@@ -199,6 +177,7 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
     unet = find_unet(model)
     latent_height, latent_width, scale = _latent_size(model, unet, height, width)
     patch = get_patch(model)
+    call = patch.last_call if patch else None
     layers = []
     if patch is None:
         for name, module in unet.named_modules():
@@ -206,13 +185,11 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
                 layers.append(LayerReport(name, "not patched"))
     else:
         for layer in patch.layers:
-            processor = layer.attn.processor
-            active = isinstance(processor, AgentAttnProcessor)
-            status = "active" if active else f"replaced by {type(processor).__name__}: call apply_patch again"
+            name = layer.state.name
             grid = token_grid(latent_height, latent_width, layer.state.downsample)
-            if active and not any(grid_cells(*grid, patch.config.stride(phase, grid)) for phase in Phase):
-                status = f"left alone: its {grid[0]}×{grid[1]} grid is smaller than a cell"
-            layers.append(_layer_report(layer.state.name, status, layer.attn, grid, patch.config))
+            outcome = call.outcomes.get(name, "") if call else ""
+            report = _layer_report(name, _status(layer, grid, patch.config, call), layer.attn, grid, patch.config)
+            layers.append(dataclasses.replace(report, last_call=outcome))
         layers += [LayerReport(name, f"left alone: {reason}") for name, reason in patch.skipped]
         order = {name: i for i, (name, _) in enumerate(unet.named_modules())}
         layers.sort(key=lambda layer: order[layer.name])
@@ -222,23 +199,53 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
         height=latent_height * scale,
         width=latent_width * scale,
         config=config,
-        early_timestep=config.first_agent_timestep(patch.num_train_timesteps) if config and config.early else None,
-        layers=tuple(layers),
+        early_timestep=_early_timestep(patch) if patch else None,
+        layers=tuple(
+            dataclasses.replace(layer, self_attention=not _attends_to_text_only(unet, layer.name)) for layer in layers
+        ),
         unet_multiply_adds=_unet_multiply_adds(unet, latent_height, latent_width),
+        assumed_timesteps=patch.num_train_timesteps if patch and patch.schedule.refresh().assumed else None,
+        last_call=LastCall.of(patch, scale) if patch else None,
     )
+
+
+def _early_timestep(patch: Installation) -> float | None:
+    """The least noisy timestep of the agent phase, None where no step is in it."""
+    if patch.config.early == 0 or patch.schedule.refresh().noise_levels:
+        return None
+    return patch.config.first_agent_timestep(patch.num_train_timesteps)
+
+
+def _status(layer: PatchedLayer, grid: tuple[int, int], config: AgentConfig, call: UNetCall | None) -> str:
+    """What stands on a patched layer, for tokens on a grid, and whether it ran in the last call."""
+    if not is_ours(layer):
+        return f"replaced by {class_name(layer.attn.processor)}: call apply_patch again"
+    if not any(plan_layer(config, phase, grid).num_dst for phase in Phase):
+        return f"left alone: its {grid[0]}×{grid[1]} grid is smaller than a cell"
+    outcome = call.outcomes.get(layer.state.name, ACTIVE) if call else ACTIVE
+    if call is None or outcome == ACTIVE:
+        return "active"
+    # Where the settings have nothing to do at that phase and size, the patch is in order none the less.
+    planned = plan_layer(config, call.phase, token_grid(call.height, call.width, layer.state.downsample))
+    return "active" if planned.action == "none" else f"not active in the last call: {outcome}"
+
+
+def _attends_to_text_only(unet: torch.nn.Module, name: str) -> bool:
+    """Whether a block's attn1 is cross-attention, as in blocks with only_cross_attention."""
+    block = unet.get_submodule(name.rpartition(".")[0])
+    return bool(getattr(block, "only_cross_attention", False))
 
 
 def _latent_size(model: Any, unet: UNet2DConditionModel, height: int | None, width: int | None) -> tuple[int, int, int]:
     scale = getattr(model, "vae_scale_factor", 8)
-    size = unet.config.sample_size or 64
-    default = size if isinstance(size, (tuple, list)) else (size, size)
+    default = own_latent_size(unet)
     latent = []
     for name, value, own in (("height", height, default[0]), ("width", width, default[1])):
         if value is None:
             latent.append(own)
             continue
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}={value!r}: must be an integer, the picture's {name} in pixels")
+            raise TypeError(f"{name}={value!r}: must be an integer, the image's {name} in pixels")
         if value <= 0 or value % scale:
             raise ValueError(f"{name}={value}: must be a positive multiple of {scale} pixels")
         latent.append(value // scale)
@@ -256,26 +263,18 @@ def _layer_report(name: str, status: str, attn: Attention, grid: tuple[int, int]
 def _phase_cost(
     phase: Phase, grid: tuple[int, int], channels: int, inner: int, config: AgentConfig, unpatched: int
 ) -> PhaseCost:
-    tokens = grid[0] * grid[1]
-    stride = config.stride(phase, grid)
-    num_dst = grid_cells(*grid, stride)
-    if num_dst == 0 or not config.acts_in(phase):
+    plan = plan_layer(config, phase, grid)
+    tokens, left, keys, agents = plan.num_tokens, plan.num_left, plan.num_keys, plan.num_agents
+    if plan.action == "none":
         return PhaseCost(tokens, tokens, 0, unpatched)
-    if phase is Phase.MERGE and config.late == "downsample":
-        multiply_adds = 2 * (tokens + num_dst) * channels * inner + 2 * tokens * num_dst * inner
-        return PhaseCost(tokens, num_dst, 0, multiply_adds)
-    num_src = tokens - num_dst
-    merged = tokens - min(num_src, config.num_merged(tokens))
-    if phase is Phase.MERGE and merged == tokens:
-        return PhaseCost(tokens, tokens, 0, unpatched)
-    tile = tile_size(*grid, stride, config.match_tile or max(grid))
-    matching = num_src * num_dst * channels * math.prod(tile) // tokens
-    projections = 4 * merged * channels * inner
-    if phase is Phase.MERGE:
-        return PhaseCost(merged, merged, 0, matching + projections + 2 * merged**2 * inner)
-    agents = tokens - config.num_merged_for_agents(tokens, num_src)
-    attention = 4 * merged * agents * inner + (merged * inner if config.alpha else 0)
-    return PhaseCost(merged, merged, agents, matching + projections + agents * channels * inner + attention)
+    if plan.action == "downsample":
+        return PhaseCost(left, keys, 0, 2 * (left + keys) * channels * inner + 2 * left * keys * inner)
+    matching = plan.num_src * plan.num_dst * channels * math.prod(plan.tile or grid) // tokens
+    projections = 4 * left * channels * inner
+    if plan.action == "merge":
+        return PhaseCost(left, keys, 0, matching + projections + 2 * left * keys * inner)
+    attention = 4 * left * agents * inner + (left * inner if config.alpha else 0)
+    return PhaseCost(left, keys, agents, matching + projections + agents * channels * inner + attention)
 
 
 def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_width: int) -> int | None:

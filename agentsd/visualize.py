@@ -1,23 +1,35 @@
-"""Look inside one patched layer at one step: its merge map, and each agent's attention, as pictures."""
+"""Record what one patched layer does in a run (look_inside, look_through), for merge maps and agent maps."""
 
 from __future__ import annotations
 
-import colorsys
-import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from .config import AgentConfig, Phase
-from .images.compare import generate
+from .images.generate import run_pipeline
 from .images.request import Request
-from .merging import grid_cells, merge_tokens, merged_position
-from .patch import get_patch, patched
-from .unet.processor import LayerState, merge_plan, project_key_value, project_queries
+from .layer_plan import plan_layer
+from .maps import agent_at, agent_map, agents_sheet, merge_map
+from .merging import merge_tokens, merged_position
+from .patch import find_unet, get_patch, patched
+from .unet.installation import Installation
+from .unet.processor import LayerState, project_key_value, project_queries
+
+__all__ = [
+    "MOST_VIEWS",
+    "LayerView",
+    "agent_at",
+    "agent_map",
+    "agents_sheet",
+    "look_inside",
+    "look_through",
+    "merge_map",
+]
 
 MOST_VIEWS = 24
 """How many UNet calls `look_through` records; of a longer run it takes so many, evenly spaced."""
@@ -42,8 +54,10 @@ class LayerView:
         grid: (height, width) of its tokens.
         position: [N] where each token went: tokens with the same number were merged into one.
         agent_tokens: [num_agents] the token at whose place each agent stands; None in the merge phase.
-        agent_attention: [num_agents, N] bfloat16, what each agent gathers from each token, averaged over heads: the
+        agent_attention: [num_agents, N] bfloat16, what each agent aggregates from each token, averaged over heads: the
             weight of the token's group, shared by its members, so each row sums to 1; None in the merge phase.
+        calls_with_agents: numbers of the UNet calls of this run in which the layer used agents.
+        num_calls: number of UNet calls of the run.
     """
 
     layer: str
@@ -54,12 +68,34 @@ class LayerView:
     position: Tensor
     agent_tokens: Tensor | None
     agent_attention: Tensor | None
+    calls_with_agents: tuple[int, ...] = ()
+    num_calls: int = 0
+
+    @property
+    def where_agents_are(self) -> str:
+        """Which calls of the run have agents, in words."""
+        if not self.calls_with_agents:
+            return f"none of the {self.num_calls} calls of this run has agents; raise early"
+        which = _ranges(self.calls_with_agents)
+        verb = "calls {} have" if len(self.calls_with_agents) > 1 else "only call {} has"
+        return f"{verb.format(which)} agents, of 0 … {self.num_calls - 1}"
 
     @property
     def num_bytes(self) -> int:
         """Memory that its tensors take."""
         tensors = (self.position, self.agent_tokens, self.agent_attention)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers with those in a row as a range: "0 … 3, 6"."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return ", ".join(f"{group[0]} … {group[-1]}" if len(group) > 1 else str(group[0]) for group in groups)
 
 
 def look_inside(
@@ -72,11 +108,11 @@ def look_inside(
     budget: int | None = None,
     **extra: Any,
 ) -> tuple[Image.Image, LayerView]:
-    """Draw a picture with the patch and record one layer in one UNet call on the way.
+    """Generate an image with the patch and record one layer in one of its UNet calls.
 
     Args:
-        pipe: a text-to-image pipeline, patched or not.
-        request: what to draw.
+        pipe: a text-to-image pipeline, patched or not; afterwards as before.
+        request: what to generate.
         config: settings of the patch; None takes the defaults.
         layer: number among the patched layers, or a module name.
         call: number of the UNet call; with the default settings the first ones are in the agent phase.
@@ -84,11 +120,11 @@ def look_inside(
         **extra: further arguments of the pipeline call.
 
     Returns:
-        The finished picture and the LayerView.
+        The finished image and the LayerView.
 
     Raises:
         ValueError: no such layer or call, the layer merged nothing in that call (ratio 0 in the merge phase), or the
-            recording would exceed the budget; that is said at the first UNet call, before anything is recorded.
+            recording would exceed the budget; raised at the first UNet call, before anything is recorded.
 
     Source: Agent Attention, appendix E, shows such agent maps for classifiers.
     """
@@ -99,8 +135,8 @@ def look_inside(
     view = views.get(call)
     if view is None:
         raise ValueError(
-            f"call={call}: layer {layer} merges nothing in this call with these settings; choose an earlier call or a "
-            "ratio above 0"
+            f"call={call}: layer {layer} merges nothing in this call with these settings, or step caching skips it; "
+            "choose an earlier call, a ratio above 0 or cache_interval=1"
         )
     return image, view
 
@@ -146,7 +182,7 @@ def _record(
     budget: int | None,
     **extra: Any,
 ) -> tuple[Image.Image, dict[int, LayerView], int]:
-    """(picture, views by call, number of UNet calls).
+    """(image, views by call, number of UNet calls).
 
     Args:
         choose: number of timesteps -> numbers of the calls to record. Those in which the layer merges nothing, and
@@ -154,36 +190,47 @@ def _record(
         The others: as look_inside takes them.
     """
     views: dict[int, LayerView] = {}
-    num_calls = 0
-    chosen: Collection[int] = ()
+    num_calls = 0  # of the UNet, which step caching may take past the layer
+    with_agents: list[int] = []
+    chosen: Collection[int] | None = None
     with patched(pipe, config):
-        state, attn = _choose_layer(pipe, layer)
-        num_train_timesteps = get_patch(pipe).num_train_timesteps
+        patch = get_patch(pipe)
+        assert patch is not None
+        state, attn = _choose_layer(patch, layer)
 
-        def record(module, args):
-            nonlocal num_calls, chosen
-            if num_calls == 0:  # not before the first call are the timesteps and the size known
+        def count(module: Any, args: Any) -> None:
+            nonlocal num_calls
+            num_calls += 1
+
+        def record(module: Any, args: Any) -> None:
+            nonlocal chosen
+            call = num_calls - 1
+            if chosen is None:  # the timesteps and the size are known from the first call on
                 timesteps = _timesteps(pipe)
                 chosen = choose(len(timesteps))
                 # Some pipelines call the UNet more than once a timestep: of a later call the phase is not known.
                 num_agent_calls = sum(
-                    call >= len(timesteps) or config.phase_at(timesteps[call], num_train_timesteps) is Phase.AGENT
+                    call >= len(timesteps) or config.phase_at(timesteps[call], patch.num_train_timesteps) is Phase.AGENT
                     for call in chosen
                 )
                 _check_budget(state, num_agent_calls, budget)
-            if num_calls in chosen:
-                view = _view(state, attn, args[0], num_calls)
+            if any(part.action == "agents" for part in state.parts):
+                with_agents.append(call)
+            if call in chosen:
+                view = _view(patch, state, attn, args[0], call)
                 if view is not None:
-                    views[num_calls] = view
-            num_calls += 1
+                    views[call] = view
 
-        handle = attn.register_forward_pre_hook(record)
+        handles = [find_unet(pipe).register_forward_pre_hook(count), attn.register_forward_pre_hook(record)]
         try:
-            # "sd" leaves the model as it is: it is patched already, so that the hook above can see inside.
-            image = generate(pipe, request, method="sd", **extra).image
+            image, _, _ = run_pipeline(pipe, request, **extra)
         finally:
-            handle.remove()
-    return image, views, num_calls
+            for handle in handles:
+                handle.remove()
+    found = {
+        call: replace(view, calls_with_agents=tuple(with_agents), num_calls=num_calls) for call, view in views.items()
+    }
+    return image, found, num_calls
 
 
 def _timesteps(pipe: Any) -> list[float]:
@@ -194,12 +241,10 @@ def _timesteps(pipe: Any) -> list[float]:
 
 def _check_budget(state: LayerState, num_agent_calls: int, budget: int | None) -> None:
     """Raise ValueError where a layer's agent attention in so many calls would take more bytes than the budget."""
-    grid = state.grid()
-    num_tokens = math.prod(grid)
-    cells = grid_cells(*grid, state.config.stride(Phase.AGENT, grid))
-    if budget is None or cells == 0:  # without a whole cell the layer runs unpatched
+    plan = plan_layer(state.config, Phase.AGENT, state.grid())
+    if budget is None or plan.action == "none":
         return
-    num_agents = num_tokens - state.config.num_merged_for_agents(num_tokens, num_tokens - cells)
+    num_agents, num_tokens = plan.num_agents, plan.num_tokens
     needed = num_agent_calls * num_agents * num_tokens * _KEPT.itemsize
     if needed > budget:
         raise ValueError(
@@ -209,8 +254,8 @@ def _check_budget(state: LayerState, num_agent_calls: int, budget: int | None) -
         )
 
 
-def _choose_layer(pipe: Any, layer: int | str) -> tuple[LayerState, Any]:
-    layers = get_patch(pipe).layers
+def _choose_layer(patch: Installation, layer: int | str) -> tuple[LayerState, Any]:
+    layers = patch.layers
     names = [entry.state.name for entry in layers]
     if isinstance(layer, str) and layer in names:
         layer = names.index(layer)
@@ -221,25 +266,27 @@ def _choose_layer(pipe: Any, layer: int | str) -> tuple[LayerState, Any]:
 
 
 @torch.no_grad()
-def _view(state: LayerState, attn: Any, hidden_states: Tensor, call: int) -> LayerView | None:
+def _view(patch: Installation, state: LayerState, attn: Any, hidden_states: Tensor, call: int) -> LayerView | None:
     # With guidance the last sample of the batch is the one with the prompt.
-    plan = None if state.block_input is None else merge_plan(state, state.block_input)
-    if plan is None:
+    if state.block_input is None or state.parts[0].action not in ("agents", "merge"):
         return None
-    position = merged_position(plan.matching, plan.r)[-1]
+    part = state.parts[0]
+    matching, r = part.match(state.block_input), part.num_merged
+    position = merged_position(matching, r)[-1]
     agent_tokens = attention = None
-    if plan.r_agents is not None:
-        key, _ = project_key_value(attn, merge_tokens(hidden_states, plan.matching, plan.r))
-        agents = project_queries(attn, merge_tokens(hidden_states, plan.matching, plan.r_agents))
+    if part.action == "agents":
+        key, _ = project_key_value(attn, merge_tokens(hidden_states, matching, r))
+        agents = project_queries(attn, merge_tokens(hidden_states, matching, part.num_merged_for_agents))
         attention = _weights(agents[-1].float(), key[-1].float(), position)
-        agent_tokens = plan.matching.tokens[-1, plan.r_agents :].cpu()
+        agent_tokens = matching.tokens[-1, part.num_merged_for_agents :].cpu()
+    assert patch.timestep is not None
     return LayerView(
-        state.name, call, state.run.timestep, state.run.phase, state.grid(), position.cpu(), agent_tokens, attention
+        state.name, call, patch.timestep, patch.phase, state.grid(), position.cpu(), agent_tokens, attention
     )
 
 
 def _weights(agents: Tensor, key: Tensor, position: Tensor) -> Tensor:
-    """What each agent gathers from each token, as LayerView keeps it: [num_agents, N] on the CPU.
+    """What each agent aggregates from each token, as LayerView keeps it: [num_agents, N] on the CPU.
 
     Args:
         agents: [heads, num_agents, head_dim].
@@ -253,128 +300,3 @@ def _weights(agents: Tensor, key: Tensor, position: Tensor) -> Tensor:
         by_group = (block @ key.mT * key.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=0)
         kept.copy_((by_group / group_sizes).to(_KEPT)[:, position])
     return out
-
-
-def merge_map(view: LayerView, picture: Image.Image) -> Image.Image:
-    """The picture with every group of merged tokens in a colour of its own; tokens that stayed alone keep the picture.
-
-    Returns:
-        RGB, the size of `picture`.
-    """
-    height, width = view.grid
-    sizes = torch.bincount(view.position, minlength=int(view.position.max()) + 1)
-    colours = Image.new("RGB", (width, height))
-    mask = Image.new("L", (width, height))
-    for token, group in enumerate(view.position.tolist()):
-        place = (token % width, token // width)
-        if sizes[group] > 1:
-            hue, shade = group * 0.61803398875 % 1, 0.75 + 0.25 * (group * 0.7548776662 % 1)
-            colours.putpixel(place, tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.85, shade)))
-            mask.putpixel(place, 190)
-    base = picture.convert("RGB")
-    faded = Image.blend(base, Image.new("RGB", base.size, "white"), 0.35)
-    enlarge = lambda image: image.resize(base.size, Image.Resampling.NEAREST)  # noqa: E731
-    return Image.composite(enlarge(colours), faded, enlarge(mask))
-
-
-def agent_map(view: LayerView, agent: int, picture: Image.Image) -> Image.Image:
-    """What one agent gathers, as heat over the grey picture; a ring marks the agent's own place.
-
-    Full heat is the weight that half a per cent of the tokens exceed.
-
-    Raises:
-        ValueError: the view is of the merge phase, or has no such agent.
-    """
-    _check_has_agents(view)
-    if not 0 <= agent < len(view.agent_attention):
-        raise ValueError(f"agent={agent}: must lie in 0 … {len(view.agent_attention) - 1}")
-    height, width = view.grid
-    weights = view.agent_attention[agent].float()
-    # A few tokens can hold most of the weight; on their scale all others would be dark.
-    full = weights.quantile(_HOTTEST).clamp_min(torch.finfo(weights.dtype).tiny)
-    heat = (weights / full).clamp(max=1).view(height, width)
-    small = Image.frombytes("L", (width, height), bytes((heat * 255).round().to(torch.uint8).flatten().tolist()))
-    level = small.resize(picture.size, Image.Resampling.BICUBIC)
-    coloured = Image.merge("RGB", [level.point(channel) for channel in _HEAT])
-    base = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "black"), 0.25)
-    out = Image.composite(coloured, base, level.point([min(255, round(60 + v * 0.75)) for v in range(256)]))
-    token = int(view.agent_tokens[agent])
-    x, y = ((token % width + 0.5) * picture.width / width, (token // width + 0.5) * picture.height / height)
-    radius = max(3, picture.width / width * 0.8)
-    ImageDraw.Draw(out).ellipse((x - radius, y - radius, x + radius, y + radius), outline="white", width=2)
-    return out
-
-
-def agent_at(view: LayerView, x: float, y: float) -> int:
-    """The agent nearest to a place in the picture, x and y in 0 … 1 from its upper left corner.
-
-    Raises:
-        ValueError: the view is of the merge phase.
-    """
-    _check_has_agents(view)
-    height, width = view.grid
-    rows, columns = view.agent_tokens // width, view.agent_tokens % width
-    # In token widths, so that "nearest" means the same in both directions.
-    return int(((rows + 0.5 - y * height) ** 2 + (columns + 0.5 - x * width) ** 2).argmin())
-
-
-def _check_has_agents(view: LayerView) -> None:
-    if view.agent_attention is None:
-        raise ValueError(
-            f"timestep {view.timestep:g} is in the merge phase, which has no agents: choose an earlier call"
-        )
-
-
-def agents_sheet(view: LayerView, picture: Image.Image, count: int = 16) -> Image.Image:
-    """Maps of `count` agents spread evenly over the picture, as one labelled picture."""
-    _check_has_agents(view)
-    chosen = _agents_spread_over(view, count)
-    columns = math.ceil(math.sqrt(len(chosen)))
-    tile_width = 192
-    tile_height = round(tile_width * picture.height / picture.width)
-    gap, label = 6, 18
-    rows = math.ceil(len(chosen) / columns)
-    sheet = Image.new("RGB", (columns * (tile_width + gap) + gap, rows * (tile_height + label + gap) + gap), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for i, agent in enumerate(chosen):
-        left = gap + i % columns * (tile_width + gap)
-        top = gap + i // columns * (tile_height + label + gap)
-        tile = agent_map(view, agent, picture).resize((tile_width, tile_height), Image.Resampling.LANCZOS)
-        sheet.paste(tile, (left, top))
-        token = int(view.agent_tokens[agent])
-        place = f"row {token // view.grid[1]}, column {token % view.grid[1]}"
-        pen.text((left, top + tile_height + 1), f"agent {agent}: {place}", font=font, fill="black")
-    return sheet
-
-
-def _agents_spread_over(view: LayerView, count: int) -> list[int]:
-    """Up to `count` agents, each the nearest to one of as many points in even rows and columns, in reading order."""
-    height, width = view.grid
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    y, x = view.agent_tokens // width, view.agent_tokens % width
-    chosen: list[int] = []
-    for i in range(count):
-        target_y, target_x = (i // columns + 0.5) * height / rows - 0.5, (i % columns + 0.5) * width / columns - 0.5
-        agent = int(((y - target_y) ** 2 + (x - target_x) ** 2).argmin())
-        if agent not in chosen:
-            chosen.append(agent)
-    return chosen
-
-
-def _heat_channel(stops: tuple[int, ...]) -> list[int]:
-    scaled = [v / 255 * (len(stops) - 1) for v in range(256)]
-    return [
-        round(stops[int(v)] + (stops[min(int(v) + 1, len(stops) - 1)] - stops[int(v)]) * (v - int(v))) for v in scaled
-    ]
-
-
-# The quantile of an agent's weights that is shown at full heat, with all above it.
-_HOTTEST = 0.995
-
-# Dark violet, red, orange, light yellow: dark to light also for the colour-blind.
-_HEAT = [
-    _heat_channel((20, 140, 230, 252, 252)),
-    _heat_channel((10, 30, 85, 170, 253)),
-    _heat_channel((60, 105, 40, 20, 190)),
-]

@@ -161,6 +161,14 @@ def draw(pipe, steps: int = 4, seed: int = 0, **arguments):
     return pipe(num_inference_steps=steps, generator=generator, **arguments).images
 
 
+@pytest.fixture
+def fresh_dynamo():
+    """Compiled graphs of other tests do not count against torch's limits."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def gpu() -> torch.device:
     if not torch.cuda.is_available():

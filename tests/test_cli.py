@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,8 @@ from conftest import make_pipeline
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from agentsd import cli
+from agentsd import AgentConfig, cli
+from agentsd.config import PRESETS
 from agentsd.images.png import read_settings
 
 QUICK = ["--steps", "4", "--height", "64", "--width", "64"]
@@ -45,11 +48,19 @@ def test_generate(capsys, tmp_path):
 
 def test_generate_compare(capsys, tmp_path):
     path = tmp_path / "compare.png"
-    code, out, _ = run(capsys, "generate", "a zebra", "-o", path, *QUICK, "--compare", "--rounds", "1")
+    code, out, err = run(capsys, "generate", "a zebra", "-o", path, *QUICK, "--compare", "--rounds", "1")
     assert code == 0
+    # Off a terminal there is a line a run, and no bar.
+    told = err.splitlines()
+    assert (
+        told[0] == "3 methods, 1 round of 4 steps, after a warm-up" and "\r" not in err and len(told) == 1 + 3 + 3 + 1
+    )
+    assert re.match(r"Stable Diffusion, warm-up: [\d.]+ s$", told[1])
+    assert re.match(r"ToMeSD, round 1 of 1: [\d.]+ s; \d+ s left in all$", told[4])
+    assert re.match(r"Stable Diffusion, round 1 of 1: [\d.]+ s$", told[6]) and told[7].endswith(" s in all")
     lines = out.splitlines()
     assert [line.split("  ")[0] for line in lines[:3]] == ["Stable Diffusion", "ToMeSD", "AgentSD"]
-    assert "1.00x" in lines[0] and "rough" in out and lines[-1] == str(path)
+    assert "1.00x" in lines[0] and "unstable" in out and lines[-1] == str(path)
     assert [entry["method"] for entry in read_settings(path)["compare"]] == ["sd", "tomesd", "agentsd"]
     assert Image.open(path).width > 3 * 64
 
@@ -60,6 +71,43 @@ def test_info(capsys):
     code, out, _ = run(capsys, "info", "--json", "--early", "0")
     data = json.loads(out)
     assert code == 0 and data["config"]["early"] == 0.0 and sum(e["status"] == "active" for e in data["layers"]) == 3
+    code, out, _ = run(capsys, "info", "--layers")
+    assert code == 0 and len(out.splitlines()) == 12
+    assert out.splitlines()[0] == "  0  down_blocks.0.attentions.0.transformer_blocks.0.attn1: active"
+    assert "  2  up_blocks.3.attentions.1.transformer_blocks.0.attn1: active" in out
+
+
+def test_every_setting_has_an_option_with_help():
+    """Options follow the fields of AgentConfig by themselves; only their help is written by hand."""
+    assert {field.name for field in dataclasses.fields(AgentConfig)} <= set(cli._FIELD_HELP)
+    given = (
+        "--ratio 0.3 --early 1 --late full --alpha 0 --broadcast-exponent -0.5 --agent-ratio 0.9 --agent-stride 8x4 "
+        "--merge-stride 3 --max-agents 100 --max-keys none --match-tile 16 --max-downsample 2 --no-rand --patch-seed 9 "
+        "--merge-crossattn --merge-mlp --no-upcast --cache-interval 3 --cache-order 0 --cache-depth 2"
+    )
+    options = cli._parser().parse_args(["info", *given.split()])
+    assert cli._config(options) == AgentConfig(
+        ratio=0.3, early=1.0, late="full", alpha=0.0, broadcast_exponent=-0.5, agent_ratio=0.9, agent_stride=(8, 4),
+        merge_stride=3, max_agents=100, max_keys=None, match_tile=16, max_downsample=2, use_rand=False, seed=9,
+        merge_crossattn=True, merge_mlp=True, upcast=False, cache_interval=3, cache_order=0, cache_depth=2,
+    )  # fmt: skip
+    assert cli._config(cli._parser().parse_args(["info"])) == AgentConfig()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_the_start_and_single_options_win(preset):
+    options = cli._parser().parse_args(["info", "--preset", preset, "--early", "0.9"])
+    assert cli._config(options) == AgentConfig(**{**PRESETS[preset], "early": 0.9})
+
+
+def test_a_prompt_that_the_demo_model_does_not_know(capsys, tmp_path):
+    path = tmp_path / "a.png"
+    code, _, err = run(capsys, "generate", "an astronaut riding a horse", "-o", path, "--steps", "1", *QUICK[2:])
+    assert code == 0 and "the demo model knows 121 things" in err and "agentsd prompts" in err
+    code, _, err = run(capsys, "generate", "a zebra", "-o", path, "--steps", "1", *QUICK[2:])
+    assert "knows" not in err
+    code, out, _ = run(capsys, "prompts")
+    assert code == 0 and "121 things" in out and "zebra" in out
 
 
 def test_visualize(capsys, tmp_path):
@@ -68,15 +116,16 @@ def test_visualize(capsys, tmp_path):
         capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--layer", "2", "--call", "0", "--agents", "4"
     )
     assert code == 0 and "agent phase" in out
-    assert sorted(os.listdir(folder)) == ["agents.png", "merge_map.png", "picture.png"]
+    assert sorted(os.listdir(folder)) == ["agents.png", "image.png", "merge_map.png"]
     view = read_settings(folder / "merge_map.png")["view"]
     assert view["layer"].startswith("up_blocks.3.attentions.1") and view["call"] == 0
     code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--call", "4")
-    assert code == 0 and sorted(os.listdir(folder)) == ["merge_map.png", "picture.png"]  # no agents, none left over
+    assert code == 0 and sorted(os.listdir(folder)) == ["image.png", "merge_map.png"]  # no agents, none left over
+    assert "no agents\n--call: only call 0 has agents, of 0 … 4" in out
     (folder / "agents.png").mkdir()
-    before = (folder / "picture.png").read_bytes()
+    before = (folder / "image.png").read_bytes()
     code, _, err = run(capsys, "visualize", "a frog", "-o", folder, *QUICK, "--call", "0")
-    assert code == 2 and "agents.png" in err and (folder / "picture.png").read_bytes() == before
+    assert code == 2 and "agents.png" in err and (folder / "image.png").read_bytes() == before
 
 
 def test_models_from_folders(capsys, tmp_path):
@@ -116,6 +165,8 @@ def test_models_from_folders(capsys, tmp_path):
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--rounds", "2"], "rounds: belongs to --compare"),
         (["--compare", "--rounds", "0"], "rounds=0"),
+        (["--method", "sd", "--ratio", "0.3"], "ratio: no setting of --method sd"),
+        (["--method", "tomesd", "--ratio", "0.3", "--early", "1"], "early: no setting of --method tomesd"),
         (["--model", "nobody/nothing"], "could not be fetched"),
         (["--model", "./nowhere"], "there is no folder"),
     ],
@@ -178,9 +229,9 @@ def test_ctrl_c_writes_nothing(tmp_path):
         # A test run in the background of a script is started with SIGINT ignored, which its children inherit.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    # Wait for the progress bar: the picture is being drawn.
+    # Wait for the line that says that the run begins.
     seen = ""
-    while "/999" not in seen and process.poll() is None:
+    while "999 steps" not in seen and process.poll() is None:
         seen += process.stderr.read(1)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

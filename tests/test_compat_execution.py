@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import pickle
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 
 import accelerate
 import diffusers
+import peft
 import pytest
 import torch
 from compat_matrix import CLEAR_ERROR, Row, check_row, compat, parametrize, record_attention
@@ -18,6 +21,7 @@ from test_compat_adapters import call
 from test_compat_pipelines import make_sdxl, picture
 
 import agentsd
+from agentsd import Phase
 from agentsd.patch import get_patch
 
 GROUP = "Execution"
@@ -235,6 +239,98 @@ def test_two_pipelines_share_one_unet():
     agentsd.remove_patch(one)
     assert get_patch(other) is None
     assert torch.equal(draw(one), plain) and torch.equal(draw_from_picture(other), plain_other)
+
+
+# --- wrapped, sharded, quantised, sent to a worker --------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A distributed job of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def wrap_ddp(unet):
+    return torch.nn.parallel.DistributedDataParallel(unet)
+
+
+def wrap_fsdp(unet):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(unet, mesh=init_device_mesh("cpu", (1,)))
+
+
+def wrap_peft(unet):
+    return peft.get_peft_model(unet, peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]))
+
+
+def call_wrapped(model) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 7, 32, generator=generator)
+    with torch.no_grad():
+        return model(sample, 900, text).sample
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(wrap, marks=compat(GROUP, name))
+        for wrap, name in (
+            (wrap_ddp, "DistributedDataParallel"),
+            (torch.nn.DataParallel, "DataParallel"),
+            (wrap_fsdp, "FSDP (fully_shard)"),
+            (wrap_peft, "PeftModel (get_peft_model)"),
+        )
+    ],
+)
+def test_wrapped_and_sharded_models_are_patched_inside(wrap, process_group):
+    expected = call_wrapped(agentsd.apply_patch(make_unet()))
+    unet = make_unet()
+    wrapped = wrap(unet)
+    plain = call_wrapped(wrapped)
+    assert agentsd.apply_patch(wrapped) is wrapped
+    with record_attention(wrapped) as record:
+        out = call_wrapped(wrapped)
+    record.check({Phase.AGENT})
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    agentsd.remove_patch(wrapped)
+    assert torch.equal(call_wrapped(wrapped), plain) and get_patch(unet) is None
+
+
+def quantise_torchao(pipe) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="pip install torchao")
+    torchao.quantize_(pipe.unet, torchao.Int8WeightOnlyConfig())
+
+
+def quantise_quanto(pipe) -> None:
+    quanto = pytest.importorskip("optimum.quanto", reason="pip install optimum-quanto")
+    quanto.quantize(pipe.unet, weights=quanto.qint8)
+    quanto.freeze(pipe.unet)
+
+
+@parametrize(
+    GROUP,
+    [
+        Row("Quantised by torchao (int8 weights)", make_pipeline, before=quantise_torchao),
+        Row("Quantised by optimum-quanto (int8 weights)", make_pipeline, before=quantise_quanto),
+    ],
+)
+def test_quantised(row):
+    check_row(row)
+
+
+@compat(GROUP, "Pickled to a spawned worker", note="the copy in the worker is patched by itself")
+def test_pickled_to_a_spawned_worker():
+    unet = agentsd.apply_patch(make_unet())
+    expected = call_unet(unet)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert torch.equal(pool.submit(call_unet, unet).result(), expected)
+    again = pickle.loads(pickle.dumps(unet))
+    agentsd.remove_patch(again)
+    assert get_patch(unet) is not None and not torch.equal(call_unet(again), expected)
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------

@@ -93,18 +93,22 @@ def make_upscaler():
     return quiet(diffusers.StableDiffusionUpscalePipeline(**parts, **schedulers))
 
 
-def make_animatediff():
+def make_motion_adapter():
     torch.manual_seed(4)
-    adapter = diffusers.MotionAdapter(
+    return diffusers.MotionAdapter(
         block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=4
     ).eval()
+
+
+def make_animatediff():
+    adapter = make_motion_adapter()
     parts = dict(vae=make_vae(), text_encoder=make_text_encoder(), tokenizer=make_tokenizer(), unet=make_unet())
     return quiet(diffusers.AnimateDiffPipeline(**parts, motion_adapter=adapter, scheduler=DDIMScheduler(**SD_BETAS)))
 
 
-def draw_frames(pipe) -> torch.Tensor:
+def draw_frames(pipe, steps: int = 4) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    settings = dict(num_frames=3, num_inference_steps=4, guidance_scale=5.0, output_type="latent")
+    settings = dict(num_frames=3, num_inference_steps=steps, guidance_scale=5.0, output_type="latent")
     return pipe("a zebra", height=128, width=128, generator=generator, **settings).frames
 
 

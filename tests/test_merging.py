@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 
 from agentsd import merging
+from agentsd.layer_plan import draw_offsets
 from agentsd.merging import (
-    draw_offsets,
     grid_cells,
     match_tokens,
     merge_tokens,
@@ -247,7 +247,7 @@ def matching_of(tokens: int):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: matching_of(15), "15 tokens.*4×4 grid"),
+        (lambda: matching_of(15), "15 tokens.*grid of 16"),
         (lambda: split_grid(2, 2, (4, 4)), "no 4×4 cell"),
         (lambda: split_grid(4, 4, (2, 2), torch.zeros(3)), "offsets"),
         (lambda: merge_tokens(torch.ones(1, 16, 2), matching_of(16), 13), "r must"),

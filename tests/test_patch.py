@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 
 import agentsd
 from agentsd import Phase
-from agentsd.patch import find_layers, get_patch
+from agentsd.patch import get_patch
+from agentsd.unet.layers import find_layers
 from agentsd.unet.processor import AgentAttnProcessor
 
 KINDS = ["sd15", "sd15-deep", "sd2", "sdxl"]
@@ -31,7 +32,7 @@ def record_phases(unet) -> list[Phase]:
     """The phase of every UNet call from now on, read when a patched layer runs."""
     phases = []
     patch = get_patch(unet)
-    patch.layers[0].attn.register_forward_pre_hook(lambda *_: phases.append(patch.run.phase))
+    patch.layers[0].attn.register_forward_pre_hook(lambda *_: phases.append(patch.phase))
     return phases
 
 
@@ -161,8 +162,7 @@ def test_grids_are_the_ones_the_layers_see(kind, size):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call_unet(unet, size=size)
-    for layer in get_patch(unet).layers:
-        assert layer.state.plan is not None
+    assert set(get_patch(unet).last_call.outcomes.values()) == {"active"}
 
 
 def test_no_layer_found_warns_with_the_reason():
@@ -259,7 +259,6 @@ def test_phase_needs_no_history():
 def test_phase_of_batched_and_plain_timesteps():
     unet = make_unet()
     agentsd.apply_patch(unet)
-    run = get_patch(unet).run
     for timestep, phase in [
         (700, Phase.AGENT),
         (599.5, Phase.MERGE),
@@ -267,7 +266,7 @@ def test_phase_of_batched_and_plain_timesteps():
         (torch.tensor([700, 100]), Phase.MERGE),
     ]:
         call_unet(unet, timestep=timestep)
-        assert run.phase is phase
+        assert get_patch(unet).last_call.phase is phase
 
 
 def test_sample_may_come_by_keyword():
@@ -478,7 +477,7 @@ def test_an_interrupted_compiled_call_leaves_no_phase_behind(fresh_dynamo):
     agentsd.apply_patch(compiled)
     expected = [call_unet(unet, timestep=timestep) for timestep in (900, 100)]
     call_unet(compiled, timestep=900)
-    get_patch(unet).run.prepared = True  # as Ctrl-C leaves it: torch calls no hook then
+    get_patch(unet).prepared = True  # as Ctrl-C leaves it: torch calls no hook then
     for timestep, output in zip((900, 100), expected):
         assert torch.equal(call_unet(unet, timestep=timestep), output)
 
@@ -504,13 +503,6 @@ def test_fused_projections():
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 FOR_LARGE_PICTURES = {"late": "downsample", "max_agents": 4, "max_keys": 9, "match_tile": 8, "merge_mlp": True}

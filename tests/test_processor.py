@@ -21,6 +21,7 @@ class Recorder:
         block.register_forward_pre_hook(
             lambda m, a, k: self.keep("block_input", a[0] if a else k["hidden_states"]), with_kwargs=True
         )
+        block.attn1.register_forward_pre_hook(lambda *_: setattr(self, "split", self.layer.state.parts[0].split))
         block.attn1.register_forward_pre_hook(lambda m, a, k: self.keep("hidden_states", a[0]), with_kwargs=True)
         block.attn1.register_forward_hook(lambda m, a, out: self.keep("output", out))
 
@@ -28,14 +29,13 @@ class Recorder:
         setattr(self, name, value.detach())
 
     def expected(self, config, phase, size):
-        state = self.layer.state
         height, width = size
         stride = config.stride(phase, size)
         num_tokens = height * width
         num_src = num_tokens - (height // stride[0]) * (width // stride[1])
         offsets = None
         if config.use_rand:
-            dst = state.split.dst_index
+            dst = self.split.dst_index
             row, column = dst // width, dst % width
             offsets = torch.empty_like(dst)
             offsets[row // stride[0] * (width // stride[1]) + column // stride[1]] = (

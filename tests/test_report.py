@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import diffusers
@@ -13,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import agentsd
 from agentsd import Phase
+from agentsd.patch import get_patch
+from agentsd.report_text import as_text, every_layer
 
 
 def sd15_unet():
@@ -66,7 +69,7 @@ def test_sd15_at_1024_with_what_keeps_the_cost_of_a_token_constant():
         )
         assert (late.agents, late.tokens_left, late.keys) == (0, tokens, 1024)
         assert late.multiply_adds == 2 * (tokens + 1024) * 320 * 320 + 2 * tokens * 1024 * 320
-    assert "agent attention at timesteps ≥ 600, downsampled keys and values below" in str(report)
+    assert "agent attention at timesteps ≥ 600, downsampled keys and values below" in as_text(report, 500)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,102 @@ def test_token_counts_are_the_ones_that_run(size, settings):
             assert sorted(seen[layer.name]) == sorted(filter(None, [cost.tokens_left, cost.keys, cost.agents]))
 
 
+def sdxl_unet():
+    with torch.device("meta"):
+        return diffusers.UNet2DConditionModel(
+            sample_size=128, cross_attention_dim=2048, attention_head_dim=[5, 10, 20],
+            block_out_channels=(320, 640, 1280), use_linear_projection=True, transformer_layers_per_block=[1, 2, 10],
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+
+
+def test_sdxl_fits_on_a_screen():
+    report = agentsd.describe(agentsd.apply_patch(sdxl_unet()))
+    lines = str(report).splitlines()
+    assert len(lines) <= 22 and max(map(len, lines)) <= 100
+    assert "10 layers, each 64×64 = 4096 tokens: down_blocks.1 (4), up_blocks.1 (6)" in lines
+    assert "60 left alone: its level is downsampled 4×" in str(report)
+    assert "down_blocks.2 (20), up_blocks.0" in str(report) and "mid_block (10)" in str(report)
+    assert max(map(len, as_text(report, 40).splitlines())) <= 46  # of the table; words are wrapped at 40
+    assert len(every_layer(report).splitlines()) == 70
+
+
+def test_layers_that_attend_to_the_text_only_are_not_counted_as_self_attention():
+    report = agentsd.describe(agentsd.apply_patch(make_unet("sd15-deep", only_cross_attention=(False, True, False))))
+    assert report.layers and not all(layer.self_attention for layer in report.layers)
+    counted = sum(layer.self_attention for layer in report.layers)
+    told = f"{counted} self-attention layers; {len(report.layers) - counted} others are cross-attention only"
+    assert told in as_text(report, 500)
+    assert "others are cross-attention only" not in str(agentsd.describe(agentsd.apply_patch(make_unet())))
+
+
+def test_a_prompt_and_a_notebook_show_the_table():
+    report = agentsd.describe(agentsd.apply_patch(make_pipeline()))
+    assert repr(report) == str(report)
+    markup = report._repr_html_()
+    assert "<td>agent</td>" in markup and "16×16 = 256 tokens" in markup and markup.count("<table>") == 1
+
+
+def test_an_assumed_schedule_is_called_assumed():
+    assert "a schedule of 1000 timesteps is assumed" in as_text(agentsd.describe(agentsd.apply_patch(make_unet())), 500)
+    assert "assumed" not in str(agentsd.describe(agentsd.apply_patch(make_pipeline())))
+
+
+def test_what_happened_in_the_last_call_is_told():
+    pipe = agentsd.apply_patch(make_pipeline())
+    assert "last call" not in str(agentsd.describe(pipe))
+    call_unet(pipe.unet, timestep=981, size=(16, 24))
+    assert "last call: 192×128 px, timestep 981, agent phase: active on 3 of 3 patched layers" in as_text(
+        agentsd.describe(pipe), 500
+    )
+    attn = get_patch(pipe).layers[1].attn
+    attn.forward = lambda hidden_states, **kwargs: hidden_states  # as T-GATE and others do
+    with pytest.warns(UserWarning, match="bypassed"):
+        call_unet(pipe.unet, timestep=981)
+    report = agentsd.describe(pipe)
+    text = as_text(report, 500)
+    assert "active on 2 of 4 self-attention layers" in text and "active on 2 of 3 patched layers" in text
+    assert len(report.active) == 2 and "1 not active in the last call: bypassed, its attention has the forward" in text
+    assert json.loads(json.dumps(report.to_dict()))["last_call"]["phase"] == "agent"
+
+
+def test_step_caching_is_told_with_its_calls():
+    unet = agentsd.apply_patch(make_unet(), cache_interval=3)
+    for timestep in (900, 890, 880, 870):
+        call_unet(unet, timestep=timestep)
+    text = as_text(agentsd.describe(unet), 500)
+    assert "step caching: up to 3 calls in a row share one whole call" in text
+    assert "agent phase: active on 3 of 3 patched layers; this run: 2 whole and 2 cached calls" in text
+    call_unet(unet, timestep=860)
+    assert "agent phase, cached: active on 3 of 3" in as_text(agentsd.describe(unet), 500)
+    json.dumps(agentsd.describe(unet).to_dict())
+
+
+def test_a_call_that_had_nothing_to_do_says_nothing_against_the_patch():
+    unet = agentsd.apply_patch(make_unet(), late="full")
+    call_unet(unet, timestep=1)
+    report = agentsd.describe(unet)
+    assert len(report.active) == 3 and "merge phase: active on 0 of 3 patched layers" in as_text(report, 500)
+    with pytest.warns(UserWarning, match="smaller than a cell"):
+        call_unet(unet, timestep=999, size=(2, 2))
+    assert len(agentsd.describe(unet).active) == 3
+
+
+def test_notes_of_the_last_call_and_a_scheduler_of_noise_levels():
+    pipe = agentsd.apply_patch(make_pipeline())
+    call_unet(pipe.unet)
+    patch = get_patch(pipe)
+    notes = {layer.state.name: "its attn2 knows places" for layer in patch.layers}
+    patch.last_call = dataclasses.replace(patch.last_call, notes=notes)
+    assert "on 3 layers: its attn2 knows places" in str(agentsd.describe(pipe))
+    pipe.scheduler = diffusers.EDMEulerScheduler()
+    report = agentsd.describe(pipe)
+    assert report.early_timestep is None and "agent   " not in str(report)
+    assert "token merging in every step, as the scheduler counts noise levels" in as_text(report, 500)
+
+
 def test_unpatched_says_so():
     report = agentsd.describe(make_pipeline())
     assert report.config is None and not report.active
@@ -121,13 +220,13 @@ def test_status_follows_the_processors():
 
 def test_small_grids_are_told():
     pipe = agentsd.apply_patch(make_pipeline())
-    assert "smaller than a cell" in str(agentsd.describe(pipe, 8, 8))
+    assert "smaller than a cell" in as_text(agentsd.describe(pipe, 8, 8), 500)
 
 
 def test_readable_and_usable_as_data():
     pipe = agentsd.apply_patch(make_pipeline())
     report = agentsd.describe(pipe, 128, 192)
-    text = str(report)
+    text = as_text(report, 500)
     for expected in (
         "16×24 = 384",
         "agent",
@@ -138,7 +237,6 @@ def test_readable_and_usable_as_data():
         "timesteps ≥ 600",
     ):
         assert expected in text
-    assert max(map(len, text.splitlines())) < 200
     data = json.loads(json.dumps(report.to_dict()))
     assert data["layers"][0]["tokens"] == 384 and set(data["unet_fraction"]) == {"agent", "merge"}
     for settings, says in (
@@ -147,10 +245,10 @@ def test_readable_and_usable_as_data():
         ({"ratio": 0.0}, "but ratio=0 and early=0 change nothing"),
         ({"late": "full"}, "but late='full' and early=0 change nothing"),
     ):
-        only_later = str(agentsd.describe(agentsd.apply_patch(pipe, early=0.0, **settings)))
+        only_later = as_text(agentsd.describe(agentsd.apply_patch(pipe, early=0.0, **settings)), 500)
         assert "agent phase" not in only_later and says in only_later
     half = agentsd.describe(agentsd.apply_patch(pipe, late="full"))
-    assert "agent attention at timesteps ≥ 600, unpatched below" in str(half)
+    assert "agent attention at timesteps ≥ 600, unpatched below" in as_text(half, 500)
     assert half.unet_fraction(Phase.AGENT) < half.unet_fraction(Phase.MERGE) == 1
 
 
@@ -166,7 +264,7 @@ def test_readable_and_usable_as_data():
 def test_unets_with_inputs_of_their_own_are_described(inputs, counted):
     report = agentsd.describe(agentsd.apply_patch(make_unet(**inputs)))
     assert len(report.active) == 3 and (report.unet_multiply_adds is not None) is counted
-    assert "their self-attention" in str(report)
+    assert ("whole UNet" in str(report)) is counted and "self-attention" in str(report)
     json.dumps(report.to_dict())
 
 

@@ -220,3 +220,30 @@ def test_what_is_kept_shows_what_was_computed(pipe):
             for weights in (exact, exact.to(view.agent_attention.dtype))
         ]
         assert shown[0].std() > 20 and np.abs(shown[0] - shown[1]).max() <= 8
+
+
+def test_with_step_caching_calls_are_those_of_the_unet(pipe):
+    """A cached call skips the first layers, which must not shift the numbers of the calls that follow."""
+    config = AgentConfig(cache_interval=3, early=0.6)
+    _, views = look_through(pipe, replace(REQUEST, steps=20), config, layer=0)
+    whole = [view.call for view in views]
+    assert views[0].num_calls == 21 and len(whole) < 21 and set(whole) > {0, 3, 6}
+    assert views[0].calls_with_agents == tuple(view.call for view in views if view.phase is Phase.AGENT)
+    _, last = look_through(pipe, replace(REQUEST, steps=20), config, layer=2)
+    assert [view.call for view in last] == list(range(21))  # the recomputed end
+    assert [last[call].timestep for call in whole] == [view.timestep for view in views]
+    with pytest.raises(ValueError, match="call=1: layer 0 merges nothing .* or step caching skips it"):
+        look_inside(pipe, replace(REQUEST, steps=20), config, layer=0, call=1)
+
+
+def test_where_agents_are_is_said_in_words(pipe):
+    _, view = look_inside(pipe, REQUEST, call=5)
+    with pytest.raises(
+        ValueError, match="call=5: timestep 1 is in the merge phase.*; calls 0 … 2 have agents, of 0 … 5"
+    ):
+        agent_map(view, 0, Image.new("RGB", (8, 8)))
+    assert replace(view, calls_with_agents=(0, 1, 2, 6)).where_agents_are == "calls 0 … 2, 6 have agents, of 0 … 5"
+    assert (
+        replace(view, calls_with_agents=()).where_agents_are
+        == "none of the 6 calls of this run has agents; raise early"
+    )

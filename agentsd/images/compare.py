@@ -1,264 +1,259 @@
-"""Generate an image by one method or by several from the same seed, and time them fairly."""
+"""compare: the same image by several methods from the same seed, timed fairly, and the result side by side."""
 
 from __future__ import annotations
 
-import dataclasses
+import base64
+import html
+import io
 import itertools
-import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-from ..config import AgentConfig
-from ..patch import find_unet
-from .measure import PeakMemory
-from .methods import METHODS, use_method
-from .pipelines import DEMO_MODEL
+from ..config import AgentConfig, make_config
+from .generate import GeneratedImage, Step, generate, settings_of
+from .methods import METHODS, check_method, refuse_patched
+from .png import save_image
 from .request import Request
+from .warm_up import warm_up
 
-_USUAL_ROUNDS, _SECONDS_ENOUGH = 3, 300.0
+__all__ = [
+    "STABLE",
+    "Comparison",
+    "GeneratedImage",
+    "Step",
+    "are_stable",
+    "compare",
+    "compare_methods",
+    "comparison_image",
+    "generate",
+    "settings_of",
+    "warm_up",
+]
+
+USUAL_ROUNDS, SECONDS_ENOUGH = 3, 300.0
+"""Rounds where none are asked for: so many, or fewer once so many seconds have passed."""
 STABLE = 1.15
-"""Rounds of one method that differ by more than this factor make rough figures, which cannot tell smaller ones."""
-_WARM_UP_STEPS = 4  # the fewest that take PLMS through both phases
+"""Timings are unstable where the rounds of one method differ by more than this factor."""
 
 
 @dataclass(frozen=True)
-class GeneratedImage:
-    """One picture and how it came to be.
+class Comparison:
+    """What `compare` found: one GeneratedImage per method, in the order asked; `print` shows the timings.
 
     Attributes:
-        method: a key of METHODS.
-        image: the picture.
-        all_seconds: wall time of each run of the whole pipeline, in order.
-        settings: everything needed to draw it again, plain data.
-        peak_bytes: greatest memory in use during a run: of the allocator on CUDA, of the whole process on Linux; None
-            where it cannot be told.
+        results: the images with their times and settings.
     """
 
-    method: str
-    image: Image.Image
-    all_seconds: tuple[float, ...]
-    settings: dict[str, Any]
-    peak_bytes: int | None = None
+    results: tuple[GeneratedImage, ...]
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __iter__(self) -> Iterator[GeneratedImage]:
+        return iter(self.results)
+
+    def __getitem__(self, key: int | str) -> GeneratedImage:
+        """By position, or by the method's name: `comparison["agentsd"].image`."""
+        if isinstance(key, str):
+            for result in self.results:
+                if result.method == key:
+                    return result
+            raise KeyError(f"{key!r}: compared were {', '.join(result.method for result in self.results)}")
+        return self.results[key]
 
     @property
-    def seconds(self) -> float:
-        """Median over the runs."""
-        return statistics.median(self.all_seconds)
+    def stable(self) -> bool:
+        """Whether every method ran more than once and its rounds differ by at most 15 %."""
+        return are_stable(self.results)
 
-    def with_run(self, other: GeneratedImage) -> GeneratedImage:
-        """This drawing with the time and the memory of another run of the same."""
-        peaks = [peak for peak in (self.peak_bytes, other.peak_bytes) if peak is not None]
-        return dataclasses.replace(
-            self, all_seconds=self.all_seconds + other.all_seconds, peak_bytes=max(peaks, default=None)
+    def speed_up(self, method: str) -> float:
+        """Seconds of the first method over those of this one."""
+        return self.results[0].seconds / self[method].seconds
+
+    def figure(self) -> Image.Image:
+        """The images side by side, each with its method, seconds and speed-up over the first."""
+        return comparison_image(self.results)
+
+    def save(self, path: str | Path) -> None:
+        """Write `figure()` as a PNG that carries all settings and times. Raises as `save_image`."""
+        save_image(self.figure(), path, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and seconds of every method, ready for JSON."""
+        return {"compare": [{**result.settings, "seconds": list(result.all_seconds)} for result in self.results]}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{METHODS[result.method]:<17}{result.seconds:8.2f} s  {self.speed_up(result.method):5.2f}x"
+            for result in self.results
+        ]
+        return "\n".join([*lines, self._how_timed()])
+
+    __repr__ = __str__  # shown where a notebook or a prompt shows a value; the data stands in its attributes
+
+    def _repr_html_(self) -> str:
+        buffer = io.BytesIO()
+        self.figure().save(buffer, format="PNG")
+        picture = base64.b64encode(buffer.getvalue()).decode("ascii")
+        return (
+            f'<img style="max-width:100%" src="data:image/png;base64,{picture}" alt="{html.escape(str(self))}">'
+            f"<p>{html.escape(self._how_timed())}</p>"
         )
 
-
-@dataclass(frozen=True)
-class Step:
-    """One denoising step that has just been done.
-
-    Attributes:
-        number: from 1. Some schedulers call the UNet more than once a step: this counts the calls.
-        total: number of the last one.
-        timestep: its noise level.
-        latents: [batch, channels, height / 8, width / 8], what the picture has become.
-    """
-
-    number: int
-    total: int
-    timestep: float
-    latents: Tensor
-
-
-def generate(
-    pipe: Any,
-    request: Request,
-    method: str = "agentsd",
-    config: AgentConfig | None = None,
-    on_step: Callable[[Step], None] | None = None,
-    **extra: Any,
-) -> GeneratedImage:
-    """Draw one picture.
-
-    Args:
-        pipe: an unpatched text-to-image pipeline (see `load_pipeline`).
-        request: what to draw.
-        method: a key of METHODS.
-        config: settings of the patch; None takes the defaults.
-        on_step: called after each step; the time it takes is not counted. What it raises ends the drawing, comes out of
-            here, and leaves the model as it was.
-        **extra: further arguments of the pipeline call.
-    """
-    config = config or AgentConfig()
-    with use_method(pipe, method, config):
-        image, seconds, peak = _measured_call(pipe, request, on_step, **extra)
-    return GeneratedImage(method, image, (seconds,), settings_of(pipe, request, method, config), peak)
-
-
-def warm_up(
-    pipe: Any,
-    request: Request,
-    method: str = "agentsd",
-    config: AgentConfig | None = None,
-    on_step: Callable[[Step], None] | None = None,
-) -> None:
-    """Draw the same in the fewest steps that go through both phases: the first run of a kind is slower than the rest.
-
-    Arguments as `generate`.
-    """
-    generate(pipe, dataclasses.replace(request, steps=min(request.steps, _WARM_UP_STEPS)), method, config, on_step)
+    def _how_timed(self) -> str:
+        rounds = len(self.results[0].all_seconds)
+        if rounds == 1:
+            return "one run each after a warm-up; unstable timings: take 3 rounds to see how much they differ"
+        text = f"median of {rounds} interleaved rounds after a warm-up"
+        return text if self.stable else f"{text}; unstable timings: rounds differ by more than {STABLE - 1:.0%}"
 
 
 def compare(
+    pipe: Any,
+    prompt: str,
+    *,
+    config: AgentConfig | None = None,
+    preset: str | None = None,
+    negative_prompt: str = "",
+    steps: int = 50,
+    guidance: float = 7.5,
+    seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    methods: Iterable[str] = ("sd", "tomesd", "agentsd"),
+    rounds: int | None = None,
+    on_round: Callable[[str, int], None] | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Generate the same image by several methods from the same seed and time them fairly.
+
+    Each method is warmed up first. The rounds are interleaved (every method once, then every method again) and begin
+    with another method each time, so that a machine whose speed drifts favours none.
+
+    Args:
+        pipe: an unpatched text-to-image pipeline with a UNet; unpatched again afterwards.
+        prompt: what the image shows.
+        config: settings of the patch; None takes the defaults.
+        preset: a name from `agentsd.config.PRESETS`, in place of a config.
+        negative_prompt, steps, guidance, seed, height, width: as in `Request`; `seed` is that of the initial noise.
+        methods: keys of METHODS: "sd" (the model as it is), "tomesd" (ToMeSD), "agentsd". Speed-ups are over the first.
+        rounds: how many times each method is timed; None times three times, or fewer once five minutes have passed.
+        on_round: called with (method, round) before each run; round 0 is the warm-up.
+        **settings: fields of AgentConfig by name (`ratio=0.5`); they win over config or preset. The seed of the patch
+            is set by `config`.
+
+    Returns:
+        A Comparison: print it, index it by method, or show its `figure()`.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; a pipeline that is already patched, or whose UNet is compiled (every
+            method would compile it anew in every round).
+
+    Example:
+        >>> comparison = agentsd.compare(pipe, "a zebra", steps=25, ratio=0.5)
+        >>> comparison.speed_up("agentsd"), comparison["agentsd"].image
+    """
+    request = Request(prompt, negative_prompt, steps, guidance, seed, height, width)
+    return compare_methods(pipe, request, make_config(config, preset, **settings), methods, rounds, on_round)
+
+
+def compare_methods(
     pipe: Any,
     request: Request,
     config: AgentConfig | None = None,
     methods: Iterable[str] = tuple(METHODS),
     rounds: int | None = None,
     on_round: Callable[[str, int], None] | None = None,
-) -> list[GeneratedImage]:
-    """Draw the same request by several methods and time them fairly.
-
-    Each method is warmed up first; the rounds are interleaved (every method once, then every method again), so that a
-    machine whose speed drifts does not favour one. Seconds are medians over the rounds.
-
-    Args:
-        rounds: how many times each method is timed; None times three times, or fewer once five minutes have gone by.
-        on_round: called with (method, round) before each run; round 0 is the warm-up.
-
-    Returns:
-        One GeneratedImage per method, in the order given.
-    """
+) -> Comparison:
+    """As `compare`, with the request and all settings as objects."""
     config = config or AgentConfig()
     methods = list(methods)
+    _check(pipe, config, methods, rounds)
     for method in methods:
         if on_round:
             on_round(method, 0)
         warm_up(pipe, request, method, config)
-    drawings: dict[str, GeneratedImage] = {}
+    results: dict[str, GeneratedImage] = {}
     for number in itertools.count(1):
-        for method in methods:
+        turn = number % len(methods)
+        for method in [*methods[turn:], *methods[:turn]]:
             if on_round:
                 on_round(method, number)
-            drawing = generate(pipe, request, method, config)
-            drawings[method] = drawings[method].with_run(drawing) if method in drawings else drawing
-        total = sum(sum(drawing.all_seconds) for drawing in drawings.values())
-        if number >= (rounds or _USUAL_ROUNDS) or (rounds is None and total > _SECONDS_ENOUGH):
+            result = generate(pipe, request, method, config)
+            results[method] = results[method].with_run(result) if method in results else result
+        total = sum(sum(result.all_seconds) for result in results.values())
+        if number >= (rounds or USUAL_ROUNDS) or (rounds is None and total > SECONDS_ENOUGH):
             break
-    return [drawings[method] for method in methods]
+    return Comparison(tuple(results[method] for method in methods))
 
 
-def are_stable(drawings: list[GeneratedImage]) -> bool:
-    """Whether the times can be trusted: every method ran more than once, and its rounds agree."""
+def are_stable(results: Iterable[GeneratedImage]) -> bool:
+    """Whether every method ran more than once and its rounds differ by at most 15 %."""
     return all(
-        len(drawing.all_seconds) > 1 and max(drawing.all_seconds) <= STABLE * min(drawing.all_seconds)
-        for drawing in drawings
+        len(result.all_seconds) > 1 and max(result.all_seconds) <= STABLE * min(result.all_seconds)
+        for result in results
     )
 
 
-def comparison_image(drawings: list[GeneratedImage]) -> Image.Image:
-    """The pictures side by side; under each its method, seconds (rough if they vary), and speed-up over the first."""
-    width, height = drawings[0].image.size
+def comparison_image(results: Iterable[GeneratedImage]) -> Image.Image:
+    """The images side by side; under each its method, seconds, speed-up over the first, and "unstable" if they vary."""
+    results = list(results)
+    width, height = results[0].image.size
     size = max(13, width // 18)
-    margin, caption = max(8, width // 32), int(size * 3.6)
-    canvas = Image.new("RGB", ((width + margin) * len(drawings) + margin, height + caption + margin), "white")
+    margin, line = max(8, width // 32), int(size * 1.3)
+    lines = 2 if are_stable(results) else 3
+    canvas = Image.new("RGB", ((width + margin) * len(results) + margin, height + 2 * margin + line * lines), "white")
     pen = ImageDraw.Draw(canvas)
-    large, small = ImageFont.load_default(size), ImageFont.load_default(int(size * 0.85))
-    for i, drawing in enumerate(drawings):
-        left = margin + i * (width + margin)
-        canvas.paste(drawing.image, (left, margin))
-        top = margin + height + size // 3
-        pen.text((left, top), _title(drawing), font=large, fill="black")
-        timing = _timing(drawing, drawings[0]) + ("" if are_stable(drawings) else " (rough)")
-        pen.text((left, top + size * 1.4), timing, font=small, fill="#555555")
+    for i, result in enumerate(results):
+        left, top = margin + i * (width + margin), 2 * margin + height - size // 3
+        canvas.paste(result.image, (left, margin))
+        caption = [(_title(result), 1.0, "black"), (_timing(result, results[0]), 0.85, "#555555")]
+        caption += [("unstable timing", 0.85, "#555555")] * (lines - 2)
+        for row, (text, scale, colour) in enumerate(caption):
+            pen.text((left, top + row * line), text, font=_fitting_font(text, int(size * scale), width), fill=colour)
     return canvas
 
 
-def _title(drawing: GeneratedImage) -> str:
-    patch = drawing.settings.get("patch")
-    return METHODS[drawing.method] + (f"  ratio {patch['ratio']:g}" if patch else "")
+def _fitting_font(text: str, size: int, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of a size, or of the largest below it that keeps a text within a width."""
+    font = ImageFont.load_default(size)
+    while size > 6 and font.getlength(text) > width:
+        size -= 1
+        font = ImageFont.load_default(size)
+    return font
 
 
-def _timing(drawing: GeneratedImage, base: GeneratedImage) -> str:
-    text = f"{drawing.seconds:.2f} s"  # "x": Pillow's own font has no multiplication sign
-    return text if drawing is base else f"{text},  {base.seconds / drawing.seconds:.2f}x as fast"
+def _title(result: GeneratedImage) -> str:
+    patch = result.settings.get("patch")
+    if not patch:
+        return METHODS[result.method]
+    interval = patch.get("cache_interval", 1)
+    return f"{METHODS[result.method]}  ratio {patch['ratio']:g}" + (f", caching {interval}" if interval > 1 else "")
 
 
-def settings_of(pipe: Any, request: Request, method: str, config: AgentConfig) -> dict[str, Any]:
-    """Everything needed to draw a picture again, as plain data for JSON."""
-    patch: dict[str, Any] | None = None
-    if method == "agentsd":
-        patch = dataclasses.asdict(config)
-    elif method == "tomesd":
-        patch = {"ratio": config.ratio, "use_rand": config.use_rand, "seed": config.seed}
-    unet = find_unet(pipe)
-    name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
-    return {
-        "method": method,
-        **dataclasses.asdict(request),
-        "model": "demo" if name == str(DEMO_MODEL) else name,
-        "scheduler": type(pipe.scheduler).__name__,
-        "patch": patch,
-        "device": str(unet.device),
-        "dtype": str(unet.dtype).removeprefix("torch."),
-        "versions": {name: version(name) for name in ("agentsd", "torch", "diffusers", "transformers", "tomesd")},
-    }
+def _timing(result: GeneratedImage, base: GeneratedImage) -> str:
+    text = f"{result.seconds:.2f} s"  # "x": Pillow's own font has no multiplication sign
+    return text if result is base else f"{text},  {base.seconds / result.seconds:.2f}x as fast"
 
 
-def _measured_call(
-    pipe: Any, request: Request, on_step: Callable[[Step], None] | None = None, **extra: Any
-) -> tuple[Image.Image, float, int | None]:
-    """(picture, seconds, peak memory in bytes) of one run of the pipeline."""
-    # Noise drawn on the CPU: the same seed is the same picture on every device.
-    generator = torch.Generator("cpu").manual_seed(request.seed)
-    device = find_unet(pipe).device
-    steps = _Steps(on_step, device) if on_step else None
-    if steps:
-        extra["callback_on_step_end"] = steps
-    memory = PeakMemory(device)
-    _synchronize(device)
-    start = time.perf_counter()
-    out = pipe(
-        request.prompt,
-        negative_prompt=request.negative_prompt or None,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        height=request.height,
-        width=request.width,
-        generator=generator,
-        **extra,
-    )
-    _synchronize(device)
-    seconds = time.perf_counter() - start - (steps.seconds if steps else 0)
-    return out.images[0], seconds, memory.peak()[0]
-
-
-class _Steps:
-    """A pipeline's `callback_on_step_end` that tells on_step, and how long that took."""
-
-    def __init__(self, on_step: Callable[[Step], None], device: torch.device):
-        self.on_step = on_step
-        self.device = device
-        self.seconds = 0.0
-
-    def __call__(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        _synchronize(self.device)  # or the step's own time would be taken for on_step's
-        start = time.perf_counter()
-        total = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
-        self.on_step(Step(index + 1, total, float(timestep), values["latents"]))
-        self.seconds += time.perf_counter() - start
-        return {}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+def _check(pipe: Any, config: AgentConfig, methods: list[str], rounds: int | None) -> None:
+    """Raise before time is spent on a comparison that would fail or mislead."""
+    if not methods or len(set(methods)) < len(methods):
+        raise ValueError(f"methods={methods!r}: must be one or more of {', '.join(METHODS)}, each once")
+    if rounds is not None and (not isinstance(rounds, int) or isinstance(rounds, bool)):
+        raise TypeError(f"rounds={rounds!r}: must be an integer in 1 … 100, or None")
+    if rounds is not None and not 1 <= rounds <= 100:
+        raise ValueError(f"rounds={rounds}: must lie in 1 … 100")
+    refuse_patched(pipe)
+    for method in methods:
+        check_method(pipe, method, config)
+    unet = pipe.unet
+    if hasattr(unet, "_orig_mod") or getattr(unet, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "this pipeline's UNet is compiled: each method would compile it anew in every round, and the seconds would "
+            "be the compiler's. Compare before compiling; eval/fid_bench.py times compiled UNets"
+        )

@@ -26,12 +26,13 @@ class PeakMemory:
             self.before = _resident("VmRSS") if _reset_resident_peak() else None
 
     def peak(self) -> tuple[int | None, int]:
-        """(peak, growth over the beginning), in bytes; (None, 0) where it cannot be told."""
+        """(peak, growth over the beginning), in bytes; (None, 0) where they are unknown."""
+        peak: int | None = None
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
-        elif self.before is not None and self.device.type == "cpu":
-            peak = _resident("VmHWM")
-        else:
+        elif self.device.type == "cpu":
+            peak = _resident("VmHWM") if self.before is not None else None
+        if peak is None or self.before is None:
             return None, 0
         return peak, max(0, peak - self.before)
 

@@ -10,7 +10,8 @@ import tomesd
 import torch
 
 from ..config import AgentConfig
-from ..patch import find_layers, find_unet, patched, why_none
+from ..patch import find_unet, get_patch, patched
+from ..unet.layers import find_layers, why_none
 
 METHODS = {"sd": "Stable Diffusion", "tomesd": "ToMeSD", "agentsd": "AgentSD"}
 """Name on the command line: name in print."""
@@ -18,7 +19,7 @@ METHODS = {"sd": "Stable Diffusion", "tomesd": "ToMeSD", "agentsd": "AgentSD"}
 
 @contextlib.contextmanager
 def use_method(pipe: Any, method: str, config: AgentConfig) -> Iterator[None]:
-    """Make a pipeline draw by a method for the length of a `with` block; afterwards it is unpatched.
+    """Make a pipeline generate by a method for the length of a `with` block; afterwards it is unpatched.
 
     Args:
         pipe: an unpatched pipeline with a UNet.
@@ -27,14 +28,11 @@ def use_method(pipe: Any, method: str, config: AgentConfig) -> Iterator[None]:
         config: settings of the patch.
 
     Raises:
-        ValueError: unknown method, or one that would change no layer of this model.
+        ValueError: the pipeline is already patched, the method is unknown, or it would change no layer of this model.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    refuse_patched(pipe)
+    eligible = check_method(pipe, method, config)
     unet = find_unet(pipe)
-    eligible, skipped = find_layers(unet, config)
-    if method != "sd" and not eligible:
-        raise ValueError(f"{METHODS[method]} would change no layer of this {type(unet).__name__}: {why_none(skipped)}")
     if method == "agentsd":
         with patched(pipe, config):
             yield
@@ -42,7 +40,7 @@ def use_method(pipe: Any, method: str, config: AgentConfig) -> Iterator[None]:
         # ToMeSD's default reaches only undownsampled layers: on SDXL it would silently do nothing.
         max_downsample = max(downsample for _, _, downsample in eligible)
         tomesd.apply_patch(pipe, ratio=config.ratio, max_downsample=max_downsample, use_rand=config.use_rand)
-        # It forks the global random state, so that two identical calls differ; a generator of its own mends that.
+        # It forks the global random state, so that two identical calls differ; its own generator prevents that.
         unet._tome_info["args"]["generator"] = torch.Generator(unet.device).manual_seed(config.seed)
         try:
             yield
@@ -51,3 +49,29 @@ def use_method(pipe: Any, method: str, config: AgentConfig) -> Iterator[None]:
             del unet._tome_info
     else:
         yield
+
+
+def check_method(pipe: Any, method: str, config: AgentConfig) -> list[tuple[str, Any, int]]:
+    """The layers that a method changes, as `find_layers` lists them. Raises ValueError as `use_method`."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    unet = find_unet(pipe)
+    eligible, skipped = find_layers(unet, config)
+    if method != "sd" and not eligible:
+        raise ValueError(f"{METHODS[method]} would change no layer of this {type(unet).__name__}: {why_none(skipped)}")
+    return eligible
+
+
+def refuse_patched(pipe: Any) -> None:
+    """Raise ValueError where a patch is on the model: it would act under every method, "sd" included."""
+    if get_patch(pipe) is not None:
+        raise ValueError(
+            "this pipeline is already patched by agentsd: call agentsd.remove_patch(pipe) first. generate, compare and "
+            "use_method put the patch on and take it off themselves; pass its settings as config"
+        )
+    # Not by `_tome_info`, which tomesd.remove_patch leaves behind; the class it swaps in is what merges tokens.
+    if any(type(module).__name__ == "ToMeBlock" for module in find_unet(pipe).modules()):
+        raise ValueError(
+            "this pipeline is already patched by ToMeSD: call tomesd.remove_patch(pipe) first. generate, compare and "
+            "use_method put the patch on and take it off themselves"
+        )

@@ -32,7 +32,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Scheduler names of the command line: diffusers class and what to change in the model's own scheduler settings."""
 
 
-# DDIM and DDPM clip predicted pictures to ±1 unless told otherwise, which latents exceed; a pipeline turns that off
+# DDIM and DDPM clip predicted images to ±1 unless told otherwise, which latents exceed; a pipeline turns that off
 # only in the scheduler that it is built with. Karras and other sigmas of an earlier choice must not linger.
 _ALWAYS = {
     "clip_sample": False,
@@ -56,12 +56,12 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline with a UNet.
 
-    Weights are read from safetensors files only, and no code is run that comes with a model.
+    Weights are read from safetensors files only. Code that comes with a model is not run.
 
     Args:
         model: "demo" (the built-in model, no network), a folder saved by `save_pretrained`, or a Hugging Face id.
-        device: None takes the best there is: "cuda", "mps" or "cpu".
-        dtype: of the weights, a torch dtype or its name; None takes float16 on CUDA and float32 elsewhere.
+        device: None takes the first available of "cuda", "mps" and "cpu".
+        dtype: dtype of the weights, or its name; None takes float16 on CUDA and float32 elsewhere.
         scheduler: a name from SCHEDULERS; None keeps the model's own.
         **options: passed to `DiffusionPipeline.from_pretrained` (`variant="fp16"`, `revision=…`).
 
@@ -69,8 +69,8 @@ def load_pipeline(
         The pipeline on its device, unpatched.
 
     Raises:
-        ModelError: the model is not there, cannot be fetched, is damaged, or asks for code of its own to be run.
-        ValueError: unknown scheduler or dtype, or a device that this machine has not.
+        ModelError: the model is missing, cannot be fetched, is damaged, or would run its own code.
+        ValueError: unknown scheduler or dtype, or a device that this machine does not have.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
@@ -92,7 +92,7 @@ def load_pipeline(
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
-    """Give a pipeline another scheduler, with the noise schedule of the one it has. Raises ValueError on its name."""
+    """Give a pipeline another scheduler with the same noise schedule. Raises ValueError for an unknown name."""
     class_name, changes = _check_scheduler(name)
     # Keys of the old class that the new one does not know are dropped by from_config. Those listed as left at their
     # defaults would be dropped too, with what is set here: the list must go, and they with it.
@@ -104,7 +104,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device meant: the best there is for None. Raises ValueError for one that this machine has not."""
+    """The device meant; None: the first available of cuda, mps, cpu. Raises ValueError for an unavailable one."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device is None:
         return torch.device(next(kind for kind, there in available.items() if there))
@@ -114,14 +114,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device={device!r}: unknown to torch, use cuda, mps or cpu") from error
     if not available.get(chosen.type, True):
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
-        raise ValueError(
-            f"device={device!r}: this machine has none that torch {torch.__version__} can use, only {there}"
-        )
+        raise ValueError(f"device={device!r}: not available to torch {torch.__version__} on this machine, only {there}")
     return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype meant: for None float16 on CUDA, float32 elsewhere. Raises ValueError for other than floating types."""
+    """The dtype meant; None: float16 on CUDA, float32 elsewhere. Raises ValueError for any but these and bfloat16."""
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -139,7 +137,7 @@ def _refuse_code(folder: Path) -> None:
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # no folder of a pipeline, or a damaged one: from_pretrained says so
+        return  # not a pipeline's folder, or a damaged one: from_pretrained raises
     files = [folder / "None.py"]  # what they make of the name of no custom pipeline
     for part, named in index.items() if isinstance(index, dict) else ():
         if isinstance(named, list) and named:
@@ -147,7 +145,7 @@ def _refuse_code(folder: Path) -> None:
     for file in files:
         if file.is_file():
             raise ModelError(
-                f"{file} is code of the model's own, which agentsd does not run: give a model whose parts are all "
+                f"{file} is the model's own code, which agentsd does not run: give a model whose parts are all "
                 "classes of diffusers and transformers"
             )
 
@@ -169,8 +167,13 @@ def _why_not_loaded(model: str | Path, error: Exception) -> str:
     if named and path.is_dir():
         if not (path / "model_index.json").is_file():
             return (
-                f"{model} is a folder without model_index.json, so it is no diffusers pipeline: give the folder that "
-                "pipe.save_pretrained(…) wrote"
+                f"{model} is a folder without model_index.json, so it is not a diffusers pipeline: give the folder "
+                "that pipe.save_pretrained(…) wrote"
+            )
+        if not _names_a_pipeline(path / "model_index.json"):
+            return (
+                f"{path / 'model_index.json'} names no pipeline class (`_class_name`), so it is not what "
+                "pipe.save_pretrained(…) wrote: save or download the model again"
             )
         return f"the pipeline in {model} cannot be loaded ({_first_line(error)}): save it again as safetensors"
     if path.is_file():
@@ -179,9 +182,18 @@ def _why_not_loaded(model: str | Path, error: Exception) -> str:
     if looks_like_path or "must use alphanumeric" in str(error) or not named:
         return f"there is no folder {str(model)!r}: give a folder in diffusers' format, a Hugging Face id, or demo"
     return (
-        f"{model} is no folder here and could not be fetched from the Hugging Face hub ({_first_line(_root(error))}): "
-        "check the id and the network connection, or give a folder in diffusers' format, or demo"
+        f"{model} is not a folder here and could not be fetched from the Hugging Face hub "
+        f"({_first_line(_root(error))}): check the id and the network connection, or give demo or a folder in "
+        "diffusers' format"
     )
+
+
+def _names_a_pipeline(index: Path) -> bool:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "_class_name" in content
 
 
 def _root(error: BaseException) -> BaseException:
@@ -197,7 +209,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' remarks and bars, which for the demo model and for switched schedulers only distract."""
+    """Silence the libraries' log messages and bars: the demo model and a new scheduler give no reason for any."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in libraries]
     for logging in libraries:

@@ -13,12 +13,14 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..files import write_atomically
+
 METADATA_KEY = "agentsd"
 """Text chunk of a saved PNG that holds its settings, as JSON."""
 
 
 def save_image(image: Image.Image, path: str | Path, settings: dict[str, Any] | None = None) -> None:
-    """Write a PNG whole or not at all, with its settings inside (`read_settings` gets them back).
+    """Write a PNG atomically, with its settings inside (`read_settings` gets them back).
 
     Raises:
         ValueError, OSError: as check_output.
@@ -27,23 +29,15 @@ def save_image(image: Image.Image, path: str | Path, settings: dict[str, Any] | 
     info = PngInfo()
     if settings is not None:
         info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".agentsd-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=info))
 
 
 def read_settings(path: str | Path) -> dict[str, Any] | None:
     """The settings that `save_image` put into a PNG, or None where there are none.
 
     Raises:
-        OSError: it is no picture, or a damaged one.
-        ValueError: there is something in their place that is not what `save_image` writes.
+        OSError: the file is not an image, or is damaged.
+        ValueError: the text in their place is not what `save_image` writes.
     """
     try:
         with Image.open(path) as image:
@@ -86,9 +80,3 @@ def check_output(path: str | Path) -> Path:
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"output={str(path)!r}: the file exists and is write-protected")
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -9,15 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw, checked when made.
+    """What to generate, checked when made.
 
     Attributes:
-        prompt: what the picture shows.
+        prompt: what the image shows.
         negative_prompt: what it should not show.
         steps: denoising steps.
-        guidance: scale of classifier-free guidance; 1 and below is none.
-        seed: of the initial noise.
-        height, width: in pixels, multiples of 8; None takes the model's own.
+        guidance: scale of classifier-free guidance; 1 and below switch it off.
+        seed: seed of the initial noise.
+        height, width: image size in pixels, multiples of 8; None takes the model's own.
 
     Raises:
         TypeError, ValueError: the message names field, value and what is allowed.

@@ -3,139 +3,92 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
-from threading import get_ident
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from ..attention import agent_attention, softmax_attention
-from ..config import AgentConfig, Phase
-from ..merging import GridSplit, TokenMatching, match_tokens, merge_tokens, unmerge_tokens
+from ..config import AgentConfig
+from ..layer_plan import LayerCall, LayerPlan, token_grid
+from ..merging import TokenMatching, merge_tokens, select_tokens, unmerge_tokens
 
 LAYER_ATTRIBUTE = "_agentsd"
 """Where a patched `Attention` module keeps its LayerState. It hangs on the module and not on the processor because
 diffusers remakes processors with `processor.__class__()` (load_ip_adapter, unload_ip_adapter)."""
 
+# What became of a layer in a call. Short constants, as they are written inside compiled graphs.
+RAN = "ran"
+NOT_REACHED = "not reached"
+BYPASSED = "bypassed"
+CROSS, MASK, NO_INPUT, OTHER_TOKENS = "cross", "mask", "no input", "other tokens"
+
 _STANDARD_PROCESSOR = AttnProcessor2_0()
 
 
 @dataclass
-class RunState:
-    """What the UNet call in progress is about; one object per patched UNet, written by its pre-hook.
+class CallInProgress:
+    """Whether a UNet call is in progress, and what about; one object per patched UNet, shared by its layers.
 
     Attributes:
+        active: a call is in progress. Nothing of a call that has ended may be used.
         height, width: size of the latent, in latent pixels.
-        phase: what the patched layers do in this call.
-        timestep: noise level of this call, 0 … num_train_timesteps − 1.
-        prepared: a caller outside a compiled graph has set the above, so that the graph need not.
-        caller: the thread that is inside the UNet, under the key "thread".
+        batch: number of samples.
+        told_outside: a warning has said that a layer was called outside a UNet call.
     """
 
+    active: bool = False
     height: int = 0
     width: int = 0
-    phase: Phase = Phase.MERGE
-    timestep: float = 0.0
-    prepared: bool = False
-    caller: dict[str, int] = field(default_factory=dict)
-
-    def enter(self) -> None:
-        """Claim the UNet for this thread until `leave`; a second thread would change the phase under the first.
-
-        Raises:
-            RuntimeError: another thread is inside.
-        """
-        if self.caller.setdefault("thread", get_ident()) != get_ident():  # setdefault is atomic: one thread wins
-            raise RuntimeError(
-                "agentsd: two threads call this patched UNet at once. Give each thread its own copy (copy.deepcopy of "
-                "a pipeline copies the patch too) or hold a lock around the call; if a call was interrupted before "
-                "this one, call agentsd.apply_patch again"
-            )
-
-    def leave(self) -> None:
-        """Undo `enter`; harmless in a thread that is not inside."""
-        if self.caller.get("thread") == get_ident():
-            self.caller.clear()
-
-
-def token_grid(latent_height: int, latent_width: int, downsample: int) -> tuple[int, int]:
-    """(height, width) of the tokens at a level of the UNet. Every stride-2 downsampling of diffusers rounds up."""
-    return -(-latent_height // downsample), -(-latent_width // downsample)
+    batch: int = 0
+    told_outside: bool = False
 
 
 @dataclass
 class LayerState:
-    """What one patched self-attention layer knows: its place, its settings, and the block's input of this call.
+    """What one patched self-attention layer knows: its place, its settings, and what it does in this call.
 
     Attributes:
         name: module name of the `Attention` in the UNet.
         downsample: the layer's tokens form the latent's grid divided by this.
         config: settings, shared by all layers.
-        run: the UNet call in progress, shared by all layers.
+        call: the UNet call in progress, shared by all layers.
         fallback: the processor that stood here; it serves what this method does not apply to.
-        split: dsts and srcs of this call; None where there is nothing to merge or the grid is smaller than a cell.
+        keeps_matching: the matching is needed after attention, to merge around cross-attention or feed-forward.
+        parts: what this call does: one LayerCall, or one for each phase where the samples of a batch differ.
+        order: [B] puts the samples back into their order where there are several parts.
+        plan: the numbers of the first part.
         block_input: [B, N, C] un-normalised input of the block, between the block's pre-hook and the attention.
-        plan: how the current block input is merged, for the cross-attention and feed-forward that follow.
+        matching: the tokens' matching and r of this call, while `keeps_matching`.
+        outcome: what became of the layer in this call, one of the constants above.
+        note: what else is to be said of it.
     """
 
     name: str
     downsample: int
     config: AgentConfig
-    run: RunState
+    call: CallInProgress
     fallback: Any
-    split: GridSplit | None = None
+    keeps_matching: bool = False
+    parts: tuple[LayerCall, ...] = ()
+    order: Tensor | None = None
+    plan: LayerPlan | None = None
     block_input: Tensor | None = None
-    plan: MergePlan | None = None
-    warned: set[str] = field(default_factory=set)
+    matching: tuple[TokenMatching, int] | None = None
+    outcome: str = NOT_REACHED
+    note: str = ""
 
     def grid(self) -> tuple[int, int]:
         """(height, width) of the layer's token grid in the UNet call in progress."""
-        return token_grid(self.run.height, self.run.width, self.downsample)
+        return token_grid(self.call.height, self.call.width, self.downsample)
 
-    def downsamples(self) -> bool:
-        """Whether this call takes keys and values from the dsts alone, in place of merging."""
-        return self.run.phase is Phase.MERGE and self.config.late == "downsample" and self.split is not None
-
-    def warn_once(self, kind: str, message: str) -> None:
-        if kind not in self.warned:
-            self.warned.add(kind)
-            warnings.warn(f"agentsd: {self.name}: {message}", stacklevel=3)
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """How one layer merges its tokens in one call: the edges, and how many of them serve features and agents.
-
-    Attributes:
-        matching: the ranked edges.
-        r: number of tokens merged away before attention.
-        r_agents: number of tokens merged away to make the agents; None where there are none (merge phase).
-    """
-
-    matching: TokenMatching
-    r: int
-    r_agents: int | None
-
-
-def merge_plan(layer: LayerState, block_input: Tensor) -> MergePlan | None:
-    """Decide what the layer merges in this call; None where that is nothing at all.
-
-    Args:
-        layer: the layer, its run state set for this call.
-        block_input: [B, N, C] un-normalised input of the transformer block.
-    """
-    if layer.split is None or layer.downsamples():
-        return None
-    config, phase = layer.config, layer.run.phase
-    num_tokens = block_input.shape[1]
-    r = config.num_merged(num_tokens)
-    if phase is Phase.MERGE and r == 0:
-        return None
-    # Offloading may bring the block's input to another device than the UNet was called with.
-    matching = match_tokens(block_input, layer.split.to(block_input.device))
-    r_agents = config.num_merged_for_agents(num_tokens, matching.num_src) if phase is Phase.AGENT else None
-    return MergePlan(matching, min(r, matching.num_src), r_agents)
+    def clear(self) -> None:
+        """Forget the last call."""
+        self.parts, self.order, self.plan = (), None, None
+        self.block_input = self.matching = None
+        self.outcome, self.note = NOT_REACHED, ""
 
 
 class AgentAttnProcessor:
@@ -146,6 +99,10 @@ class AgentAttnProcessor:
 
     Source: Agent Attention, appendix B, with the token merging of ToMe for Stable Diffusion.
     """
+
+    def __repr__(self) -> str:
+        # diffusers shows it where it refuses a processor it does not know (set_default_attn_processor).
+        return "agentsd's AgentAttnProcessor (call agentsd.remove_patch(unet) first, it restores the original ones)"
 
     def __call__(
         self,
@@ -164,36 +121,63 @@ class AgentAttnProcessor:
             return standard(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
         block_input, layer.block_input = layer.block_input, None
-        layer.plan = None
-        if _applies(layer, block_input, hidden_states, encoder_hidden_states, attention_mask):
-            if layer.downsamples():
-                return _downsampled_attention(attn, layer, hidden_states)
-            layer.plan = merge_plan(layer, block_input)
-        plan = layer.plan
-        if plan is None:
+        layer.matching = None
+        if layer.call.active:
+            layer.outcome = _outcome(layer, block_input, hidden_states, encoder_hidden_states, attention_mask)
+        elif not layer.call.told_outside:
+            layer.call.told_outside = True
+            _warn_outside_a_call()
+        parts = layer.parts
+        if not layer.call.active or layer.outcome != RAN or (len(parts) == 1 and parts[0].action == "none"):
             return layer.fallback(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        if len(parts) == 1:
+            return _attend(attn, layer, parts[0], hidden_states, block_input)
 
-        merged = merge_tokens(hidden_states, plan.matching, plan.r)
-        upcast = _upcasts(attn, layer)
-        query, (key, value) = project_queries(attn, merged), project_key_value(attn, merged)
-        if plan.r_agents is None:
-            out = softmax_attention(query, key, value, upcast=upcast)
-        else:
-            agents = project_queries(attn, merge_tokens(hidden_states, plan.matching, plan.r_agents))
-            out = agent_attention(
-                query, agents, key, value, layer.config.alpha, layer.config.broadcast_exponent, upcast=upcast
-            )
-        # Unmerging copies whole tokens, so it may come before or after anything that acts on each token alone.
-        return unmerge_tokens(_project_out(attn, out), plan.matching, plan.r)
+        # A timestep per sample: each sample follows its own phase. A video's frames come as samples of their own.
+        frames = hidden_states.shape[0] // layer.call.batch
+        outputs = []
+        for part in parts:
+            samples = _repeat_frames(part.samples, frames)
+            tokens, inputs = hidden_states.index_select(0, samples), block_input.index_select(0, samples)
+            if part.action == "none":
+                outputs.append(layer.fallback(attn, tokens, None, None, temb, *args, **kwargs))
+            else:
+                outputs.append(_attend(attn, layer, part, tokens, inputs))
+        return torch.cat(outputs).index_select(0, _repeat_frames(layer.order, frames))
 
 
-def _downsampled_attention(attn: Attention, layer: LayerState, hidden_states: Tensor) -> Tensor:
+def _attend(attn: Attention, layer: LayerState, part: LayerCall, hidden_states: Tensor, block_input: Tensor) -> Tensor:
+    """What one part of a call does with its samples. [B', N, C] twice -> [B', N, C]."""
+    if part.split.tokens.ndim == 2 and hidden_states.shape[0] != part.split.tokens.shape[0]:
+        split = part.split.repeat(hidden_states.shape[0] // part.split.tokens.shape[0])
+        part = LayerCall(part.action, split, part.merged, part.merged_for_agents)
+    if part.action == "downsample":
+        return _downsampled_attention(attn, layer, part, hidden_states)
+    matching, r = part.match(block_input), part.num_merged
+    if layer.keeps_matching and len(layer.parts) == 1:
+        layer.matching = (matching, r)
+
+    merged = merge_tokens(hidden_states, matching, r)
+    upcast = _upcasts(attn, layer)
+    query, (key, value) = project_queries(attn, merged), project_key_value(attn, merged)
+    if part.action == "agents":
+        agents = project_queries(attn, merge_tokens(hidden_states, matching, part.num_merged_for_agents))
+        out = agent_attention(
+            query, agents, key, value, layer.config.alpha, layer.config.broadcast_exponent, upcast=upcast
+        )
+    else:
+        out = softmax_attention(query, key, value, upcast=upcast)
+    # Unmerging copies whole tokens, so it may come before or after anything that acts on each token alone.
+    return unmerge_tokens(_project_out(attn, out), matching, r)
+
+
+def _downsampled_attention(attn: Attention, layer: LayerState, part: LayerCall, hidden_states: Tensor) -> Tensor:
     """Softmax attention of all tokens to one token of each cell. [B, N, C] -> [B, N, C].
 
     Source: Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images"
     (arXiv 2402.13573), section 3; the token of a cell is drawn here, as a dst is.
     """
-    kept = hidden_states.index_select(1, layer.split.dst_index.to(hidden_states.device))
+    kept = select_tokens(hidden_states, part.split.dst_index.to(hidden_states.device))
     key, value = project_key_value(attn, kept)
     out = softmax_attention(project_queries(attn, hidden_states), key, value, upcast=_upcasts(attn, layer))
     return _project_out(attn, out)
@@ -225,31 +209,43 @@ def _split_heads(attn: Attention, projected: Tensor) -> Tensor:
     return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
-def _applies(
+def _repeat_frames(samples: Tensor, frames: int) -> Tensor:
+    """Numbers of samples -> numbers of their frames, where each sample is `frames` rows of the batch."""
+    if frames == 1:
+        return samples
+    return (samples[:, None] * frames + torch.arange(frames, device=samples.device)).flatten()
+
+
+def _outcome(
     layer: LayerState,
     block_input: Tensor | None,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None,
     attention_mask: Tensor | None,
-) -> bool:
-    """Whether this call is self-attention over the whole grid; if not, a warning says why it runs unpatched."""
+) -> str:
+    """RAN where this is self-attention over the whole grid; else the reason why the layer runs unpatched."""
     if encoder_hidden_states is not None:
-        layer.warn_once("cross", "called with encoder_hidden_states; it ran unpatched, merging is for self-attention")
-        return False
+        return CROSS
     if attention_mask is not None:
-        layer.warn_once("mask", "called with an attention mask; it ran unpatched, as merged tokens have no mask")
-        return False
-    height, width = layer.grid()
-    if (
-        block_input is None
-        or hidden_states.ndim != 3
-        or hidden_states.shape[:2] != block_input.shape[:2]
-        or hidden_states.shape[1] != height * width
-    ):
-        layer.warn_once(
-            "tokens",
-            f"got {hidden_states.shape[-2]} tokens where its {height}×{width} grid has {height * width}; it ran "
-            "unpatched. Another tool (tomesd, HyperTile, a tiling hook) may change the tokens too: use one of them",
-        )
-        return False
-    return True
+        return MASK
+    if block_input is None:
+        return NO_INPUT
+    split = layer.parts[0].split
+    if hidden_states.ndim != 3 or hidden_states.shape[:2] != block_input.shape[:2]:
+        return OTHER_TOKENS
+    if split is not None and hidden_states.shape[1] != split.num_tokens:
+        return OTHER_TOKENS
+    by_sample = len(layer.parts) > 1 or (split is not None and split.tokens.ndim == 2)
+    if by_sample and hidden_states.shape[0] % layer.call.batch != 0:
+        return OTHER_TOKENS
+    return RAN
+
+
+# Under torch.compile this runs while the graph is made, which is once, as the graph stands for such calls only.
+@torch.compiler.assume_constant_result
+def _warn_outside_a_call() -> None:
+    warnings.warn(
+        "agentsd: a patched layer was called outside a call of its UNet (unet.forward(…) called directly, or a block "
+        "on its own), where phase and size are not known; it ran unpatched. Call the UNet itself: unet(…)",
+        stacklevel=3,
+    )

@@ -9,7 +9,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from agentsd.patch import find_layers, find_unet
+from agentsd.patch import find_unet
+from agentsd.unet.layers import find_layers
 from agentsd.visualize import MOST_VIEWS, LayerView, agent_at, agent_map, agents_sheet, merge_map
 
 from . import captions

@@ -11,7 +11,8 @@ import torch
 
 from agentsd import AgentConfig
 from agentsd.images.pipelines import ModelError, load_pipeline
-from agentsd.patch import find_layers, find_unet
+from agentsd.patch import find_unet
+from agentsd.unet.layers import find_layers
 
 from .previews import Preview
 

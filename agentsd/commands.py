@@ -1,0 +1,157 @@
+"""What the commands of `agentsd` do; heavy imports happen inside, so that wrong input is answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from .config import AgentConfig
+
+
+def generate(options: argparse.Namespace, config: AgentConfig) -> int:
+    if options.rounds is not None and not 1 <= options.rounds <= 100:
+        raise ValueError(f"rounds={options.rounds}: must lie in 1 … 100")
+    if options.rounds is not None and not options.compare:
+        raise ValueError("rounds: belongs to --compare; a single image is generated once")
+    from .images import compare, png, progress
+    from .images.methods import METHODS
+
+    request = _request(options)
+    output = png.check_output(options.output)
+    pipe = _load(options)
+    if not options.compare:
+        progress.Progress(pipe, request.steps).single(METHODS[options.method])
+        result = compare.generate(pipe, request, options.method, config)
+        png.save_image(result.image, output, result.settings)
+        print(f"{output}: {METHODS[options.method]}, {result.seconds:.2f} s")
+        return 0
+    shown = progress.ComparisonProgress(pipe, request.steps, tuple(METHODS), options.rounds)
+    comparison = compare.compare_methods(pipe, request, config, tuple(METHODS), options.rounds, shown)
+    shown.finish()
+    comparison.save(output)
+    print(comparison)
+    print(output)
+    return 0
+
+
+def info(options: argparse.Namespace, config: AgentConfig) -> int:
+    import json
+    import shutil
+
+    from .patch import apply_patch
+    from .report import describe
+    from .report_text import USUAL_WIDTH, as_text, every_layer
+
+    pipe = _load(options)
+    report = describe(apply_patch(pipe, config), options.height, options.width)
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif options.layers:
+        print(every_layer(report))
+    else:
+        print(as_text(report, min(USUAL_WIDTH, shutil.get_terminal_size((USUAL_WIDTH, 24)).columns)))
+    return 0
+
+
+def prompts(options: argparse.Namespace, config: AgentConfig) -> int:
+    import shutil
+    import textwrap
+
+    from .images.demo_prompts import DEMO_NAMES
+
+    width = min(100, shutil.get_terminal_size((100, 24)).columns)
+    about = f'The demo model knows {len(DEMO_NAMES)} things. A prompt for it: "a high quality photograph of a castle."'
+    print(textwrap.fill(about, width))
+    print()
+    print(textwrap.fill(", ".join(DEMO_NAMES), width))
+    return 0
+
+
+def visualize(options: argparse.Namespace, config: AgentConfig) -> int:
+    if options.call < 0:
+        raise ValueError(f"call={options.call}: must be 0 or more, the number of a UNet call")
+    if not 1 <= options.agents <= 256:
+        raise ValueError(f"agents={options.agents}: must lie in 1 … 256")
+    from . import visualize
+    from .images import png, progress
+    from .images.generate import settings_of
+
+    request = _request(options)
+    folder = Path(options.output)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output={options.output!r}: is a file; give a folder")
+    made_by_us = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in ("image", "merge_map", "agents"):
+            png.check_output(folder / f"{name}.png")
+        pipe = _load(options)
+        progress.Progress(pipe, request.steps).single("AgentSD")
+        layer = int(options.layer) if options.layer.isdigit() else options.layer
+        image, view = visualize.look_inside(pipe, request, config, layer, options.call)
+    except BaseException:
+        for path in made_by_us:
+            path.rmdir()
+        raise
+    settings = settings_of(pipe, request, "agentsd", config)
+    settings["view"] = {"layer": view.layer, "call": view.call, "timestep": view.timestep, "phase": view.phase.value}
+    sheets = {"image": image, "merge_map": visualize.merge_map(view, image)}
+    if view.agent_attention is not None:
+        sheets["agents"] = visualize.agents_sheet(view, image, options.agents)
+    for name, sheet in sheets.items():
+        png.save_image(sheet, folder / f"{name}.png", settings)
+    if "agents" not in sheets:
+        (folder / "agents.png").unlink(missing_ok=True)  # left by an earlier run, for another image
+    agents = "no agents" if view.agent_attention is None else f"{len(view.agent_attention)} agents"
+    height, width = view.grid
+    print(f"{view.layer} at timestep {view.timestep:g} ({view.phase.value} phase): {height * width} tokens, {agents}")
+    if view.agent_attention is None:
+        print(f"--call: {view.where_agents_are}")
+    print("\n".join(str(folder / f"{name}.png") for name in sheets))
+    return 0
+
+
+def _request(options: argparse.Namespace) -> Any:
+    from .images.request import Request
+
+    return Request(
+        prompt=options.prompt,
+        negative_prompt=options.negative_prompt,
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        height=options.height,
+        width=options.width,
+    )
+
+
+def _load(options: argparse.Namespace) -> Any:
+    # Deprecations between libraries are nothing that a user of the command can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from .images.pipelines import load_pipeline
+
+    prompt = getattr(options, "prompt", None)
+    if options.model == "demo" and prompt is not None:
+        from .images.demo_prompts import unknown_subject
+
+        unknown = unknown_subject(prompt)
+        if unknown:
+            print(f"agentsd: {unknown}", file=sys.stderr)
+    if not sys.stderr.isatty():
+        _no_bars()
+    scheduler = getattr(options, "scheduler", None)
+    return load_pipeline(options.model, device=options.device, dtype=options.dtype, scheduler=scheduler)
+
+
+def _no_bars() -> None:
+    """Switch off the bars of downloads and of loading, hundreds of frames in a file or a pipe."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()

@@ -1,0 +1,220 @@
+"""Which self-attention layers of a diffusers UNet can be patched, and what else is read off a model's structure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from torch import nn
+
+from ..config import AgentConfig
+from .processor import AgentAttnProcessor
+
+UNet = UNet2DConditionModel | UNetMotionModel
+
+# AnimateDiff's UNet is the first with motion modules between its blocks: its spatial layers are the same.
+UNET_CLASSES = (UNet2DConditionModel, UNetMotionModel)
+
+NOT_SOFTMAX = "is not one of diffusers' plain softmax processors"
+
+RESET_ATTN1 = (
+    "put diffusers' own on the self-attention alone (`for name, module in unet.named_modules(): if name.endswith("
+    "'attn1'): module.set_processor(AttnProcessor2_0())`) and call agentsd.apply_patch again"
+)
+"""The remedy for self-attention with another processor; unet.set_attn_processor would take IP-Adapter's off too."""
+
+# Processors that compute plain softmax attention with the layer's own projections: what ours may stand in for.
+_SOFTMAX_PROCESSORS = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+
+_OWN_SIZE = 64  # latent pixels of Stable Diffusion 1.x, for a UNet whose configuration names none
+
+
+def is_plain_softmax(processor: Any) -> bool:
+    """Whether a processor is one of diffusers' that compute plain softmax attention; a subclass is not."""
+    return type(processor) in _SOFTMAX_PROCESSORS
+
+
+def class_name(thing: Any) -> str:
+    """Name of an object's class, with its module unless it is diffusers' own.
+
+    Two libraries may each have an AttnProcessor2_0.
+    """
+    module, name = type(thing).__module__, type(thing).__qualname__
+    return name if module.startswith("diffusers.") else f"{module}.{name}"
+
+
+def replaced_forward(module: nn.Module) -> str | None:
+    """Name what somebody put in place of a module's forward, or None.
+
+    Offloading by accelerate and diffusers' own hooks wrap it too, and call the original.
+    """
+    forward = vars(module).get("forward")
+    if forward is None or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
+        return None
+    name = f"{getattr(forward, '__module__', '?')}.{getattr(forward, '__qualname__', type(forward).__name__)}"
+    return f"the forward {name}"
+
+
+def find_other_cache(unet: nn.Module) -> str | None:
+    """Name another tool that skips or reuses parts of a UNet (DeepCache, T-GATE, a hook of diffusers), or None."""
+    for module in unet.modules():
+        for name in (getattr(vars(module).get("forward"), "__module__", None), type(module).forward.__module__):
+            for tool, what in (("DeepCache", "DeepCache"), ("tgate", "T-GATE")):
+                if name is not None and name.split(".")[0] == tool:
+                    return what
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", {}):
+            if "cache" in hook or "attention_broadcast" in hook or "skip" in hook:
+                return f"diffusers' hook {hook}"
+    return None
+
+
+def stores_attention(unet: nn.Module) -> bool:
+    """Whether the middle block's attention is stored for somebody who reads it after each call, as SAG does."""
+    attentions = getattr(unet.mid_block, "attentions", None) or []
+    processors = (module.processor for part in attentions for module in part.modules() if isinstance(module, Attention))
+    return any("Store" in type(processor).__name__ for processor in processors)
+
+
+def own_latent_size(unet: UNet) -> tuple[int, int]:
+    """(height, width) of the latents that a UNet was made for, in latent pixels; 64 × 64 where it does not say."""
+    size = unet.config.sample_size
+    if isinstance(size, (tuple, list)):
+        return int(size[0]), int(size[1])
+    return (int(size),) * 2 if size else (_OWN_SIZE,) * 2
+
+
+def unwrap_unet(model: Any) -> tuple[UNet, nn.Module]:
+    """Find the UNet in a pipeline, a UNet, or what wraps one.
+
+    torch.compile, DataParallel, DistributedDataParallel, FullyShardedDataParallel and peft's models are unwrapped.
+
+    Returns:
+        The UNet, and the outermost module, which is the one that callers call.
+
+    Raises:
+        TypeError: there is none.
+    """
+    outer = model if isinstance(model, nn.Module) else getattr(model, "unet", None)
+    unet = outer
+    while not isinstance(unet, UNET_CLASSES):
+        inner = _unwrapped(unet)
+        if inner is None:
+            break
+        unet = inner
+    if isinstance(unet, UNET_CLASSES):
+        return unet, outer
+    what = type(model).__name__
+    if unet is not None and unet is not model:
+        what += f" with a {type(unet).__name__}"
+    elif hasattr(model, "transformer"):
+        what += f" with a {type(model.transformer).__name__} (a transformer, not a UNet)"
+    raise TypeError(
+        f"cannot patch a {what}: agentsd patches a UNet2DConditionModel, a UNetMotionModel or a diffusers pipeline "
+        "that has one as its `unet`, such as Stable Diffusion 1.x, 2.x, SDXL and AnimateDiff"
+    )
+
+
+def _unwrapped(module: Any) -> nn.Module | None:
+    """The module inside a wrapper, or None."""
+    if not isinstance(module, nn.Module):
+        return None
+    if isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):  # torch.compile
+        return inner
+    if isinstance(inner := getattr(module, "module", None), nn.Module):  # DataParallel, DDP, FSDP
+        return inner
+    if callable(get := getattr(module, "get_base_model", None)):  # peft
+        inner = get()
+        return inner if isinstance(inner, nn.Module) and inner is not module else None
+    return None
+
+
+def find_layers(
+    unet: UNet, config: AgentConfig
+) -> tuple[list[tuple[str, BasicTransformerBlock, int]], list[tuple[str, str]]]:
+    """Find the self-attention layers that the settings reach.
+
+    Returns:
+        The eligible ones as (name of the attention, its block, downsampling of the latent), and the others as
+        (name, reason).
+    """
+    candidates: list[tuple[str, BasicTransformerBlock, int]] = []
+    skipped: list[tuple[str, str]] = []
+    for prefix, stage, downsample in _stages(unet):
+        for name, module in stage.named_modules(prefix=prefix):
+            if isinstance(module, BasicTransformerBlock):
+                reason = "it attends over time, in a motion module" if ".motion_modules." in name else _why_not(module)
+                if reason is None:
+                    candidates.append((f"{name}.attn1", module, downsample))
+                else:
+                    skipped.append((f"{name}.attn1", reason))
+            elif isinstance(module, Attention) and not _inside_block(stage, name[len(prefix) + 1 :]):
+                skipped.append((name, "it is not part of a BasicTransformerBlock"))
+
+    # The levels follow from the model alone, whatever processors it has.
+    limit = config.max_downsample
+    if limit == "auto":
+        limit = min((downsample for _, _, downsample in candidates), default=1)
+    eligible = []
+    for name, block, downsample in candidates:
+        processor = block.attn1.processor
+        if downsample > limit:
+            skipped.append((name, f"its level is downsampled {downsample}×, max_downsample is {limit}"))
+        elif not is_plain_softmax(processor) and not isinstance(processor, AgentAttnProcessor):
+            skipped.append((name, f"its processor {class_name(processor)} {NOT_SOFTMAX}"))
+        else:
+            eligible.append((name, block, downsample))
+    return eligible, skipped
+
+
+def why_none(skipped: list[tuple[str, str]]) -> str:
+    """Say why no layer is eligible, from the (name, reason) pairs of `find_layers`."""
+    return "; ".join(sorted({reason for _, reason in skipped})) or "it has no self-attention"
+
+
+def _stages(unet: UNet) -> Iterator[tuple[str, nn.Module, int]]:
+    """The UNet's down, middle and up blocks as (name, module, downsampling of the latent inside it)."""
+    downsample = 1
+    for index, block in enumerate(unet.down_blocks):
+        yield f"down_blocks.{index}", block, downsample
+        downsample *= 2 if getattr(block, "downsamplers", None) else 1
+    if unet.mid_block is not None:
+        yield "mid_block", unet.mid_block, downsample
+    for index, block in enumerate(unet.up_blocks):
+        yield f"up_blocks.{index}", block, downsample
+        downsample //= 2 if getattr(block, "upsamplers", None) else 1
+
+
+def _inside_block(stage: nn.Module, name: str) -> bool:
+    parents = name.split(".")[:-1]
+    return any(
+        isinstance(stage.get_submodule(".".join(parents[: i + 1])), BasicTransformerBlock) for i in range(len(parents))
+    )
+
+
+def _why_not(block: BasicTransformerBlock) -> str | None:
+    """The reason why a block of this kind cannot be patched, or None."""
+    attn = block.attn1
+    if block.only_cross_attention:
+        return "it attends to the text only"
+    if block.pos_embed is not None:
+        return "its block adds positional embeddings before attention"
+    if attn.group_norm is not None or attn.spatial_norm is not None or attn.residual_connection:
+        return "it has a norm or a residual of its own"
+    return None

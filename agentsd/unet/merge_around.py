@@ -1,0 +1,67 @@
+"""Merge the tokens before a block's cross-attention or feed-forward and unmerge them after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+
+from ..merging import TokenMatching, merge_tokens, unmerge_tokens
+from .layers import class_name, is_plain_softmax, replaced_forward
+from .processor import LayerState
+
+
+class MergeAround:
+    """Hooks that merge a module's input tokens and unmerge its output, by the matching of the block's self-attention.
+
+    Args:
+        block: the transformer block.
+        layer: its self-attention's state, which keeps the matching of the call.
+    """
+
+    def __init__(self, block: BasicTransformerBlock, layer: LayerState):
+        self.block = block
+        self.layer = layer
+
+    def install(self, module: nn.Module) -> list[Any]:
+        """Add the hooks to the block's `attn2` or `ff`; returns their handles."""
+        return [
+            module.register_forward_pre_hook(self.merge, with_kwargs=True),
+            module.register_forward_hook(self.unmerge),
+        ]
+
+    def merge(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The pre-hook."""
+        found = self._matching(module)
+        if found is None:
+            return None
+        if args:
+            return (merge_tokens(args[0], *found), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": merge_tokens(kwargs["hidden_states"], *found)}
+
+    def unmerge(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """The hook after it."""
+        found = self._matching(module)
+        return None if found is None else unmerge_tokens(output, *found)
+
+    def _matching(self, module: nn.Module) -> tuple[TokenMatching, int] | None:
+        if module is self.block.ff and self.block._chunk_size is not None:
+            return None  # forward chunking hands it slices of the batch or of the tokens, which do not match
+        if module is self.block.attn2 and knows_places(module):
+            return None
+        return self.layer.matching
+
+
+def knows_places(attn2: nn.Module) -> bool:
+    """Whether a cross-attention may treat tokens by their place in the image: IP-Adapter's masks, regional prompts.
+
+    Only diffusers' plain softmax processors are known not to.
+    """
+    return not is_plain_softmax(getattr(attn2, "processor", None)) or replaced_forward(attn2) is not None
+
+
+def why_unmerged(attn2: nn.Module) -> str:
+    """The note on a cross-attention that `knows_places`."""
+    what = replaced_forward(attn2) or f"the processor {class_name(getattr(attn2, 'processor', None))}"
+    return f"its cross-attention is not merged, as {what} may depend on the tokens' places"

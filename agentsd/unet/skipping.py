@@ -1,0 +1,129 @@
+"""Makes parts of a UNet skippable: in a cached call they return stand-ins of the right shapes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .weak_link import WeakLink
+
+if TYPE_CHECKING:
+    from .step_cache import StepCache
+
+
+class SkippableForward:
+    """Stands before a module's forward. In a cached call it returns stand-ins; the last skipped part the kept feature.
+
+    Args:
+        module: what can be skipped.
+        cache: says whether a call is cached, and takes the feature.
+        keeps: this is the last skipped part, whose output is the feature.
+    """
+
+    def __init__(self, module: nn.Module, cache: StepCache, keeps: bool):
+        # Weak, as it hangs on the module: a reference cycle would keep a dropped UNet alive until Python collects it.
+        self.module = WeakLink(module, pickled=True)
+        self.cache: StepCache | None = cache
+        self.keeps = keeps
+        self.inner = vars(module).get("forward")  # what offloading put there
+        self.like: Any = None  # tensors of the output's shapes that take no memory
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = self.cache
+        if cache is not None and cache.skipping:
+            return self._stand_in()
+        if self.inner is not None:
+            output = self.inner(*args, **kwargs)
+        else:
+            module = self.module()
+            output = type(module).forward(module, *args, **kwargs)
+        if cache is not None and not torch.is_grad_enabled():
+            self.like = _like(output)
+            if self.keeps:
+                # A copy, as diffusers may write into the tensor that goes on.
+                cache.kept = (output[0] if isinstance(output, tuple) else output).clone()
+        return output
+
+    def _stand_in(self) -> Any:
+        """The output's first tensor as one that can be written to, the residuals beside it as they are."""
+        if isinstance(self.like, tuple):
+            return (self._hidden_states(self.like[0]), *self.like[1:])
+        return self._hidden_states(self.like)
+
+    def _hidden_states(self, like: Tensor) -> Tensor:
+        return self.cache.feature if self.keeps else torch.zeros_like(like, memory_format=torch.contiguous_format)
+
+    def leave_graph(self) -> None:
+        """Replace tensors that a compiled graph made, as its next run may overwrite them."""
+        self.like = _like(self.like)
+
+    def remove(self) -> None:
+        """Restore the forward that was there; where somebody has wrapped this one since, it stays and does nothing."""
+        module = self.module()
+        if module is not None and vars(module).get("forward") is self:
+            if self.inner is None:
+                del module.forward
+            else:
+                module.forward = self.inner
+        self.cache, self.like = None, None
+
+
+def _like(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return tuple(_like(one) for one in output)
+    return output.new_zeros(1).expand(output.shape)
+
+
+def skippable_forwards(unet: nn.Module) -> list[SkippableForward]:
+    """What `install_skipping` put on a UNet."""
+    found = (vars(module).get("forward") for module in unet.modules())
+    return [forward for forward in found if isinstance(forward, SkippableForward)]
+
+
+def install_skipping(unet: nn.Module, cache: StepCache, depth: int | str) -> None:
+    """Wrap everything that a cached call of a UNet skips.
+
+    Args:
+        unet: the UNet.
+        cache: the step cache.
+        depth: how many pairs of resnet and transformer at the end of the last up block are recomputed; "auto" is 1.
+
+    Raises:
+        ValueError: the last up block has fewer pairs.
+    """
+    parts, keeper = skipped_parts(unet, depth)
+    for module in parts:
+        module.forward = SkippableForward(module, cache, module is keeper)
+
+
+def skipped_parts(unet: nn.Module, depth: int | str) -> tuple[list[nn.Module], nn.Module]:
+    """What a cached call skips, and the last of it, whose output is the kept feature. As `install_skipping`."""
+    last = unet.up_blocks[-1]
+    pairs = len(last.resnets)
+    depth = 1 if depth == "auto" else depth
+    if depth > pairs:
+        raise ValueError(
+            f"cache_depth={depth}: the last up block of this {type(unet).__name__} has {pairs} pairs of resnet and "
+            f'transformer; use "auto" or 1 … {pairs}'
+        )
+    # The recomputed pairs read the first residuals: those of conv_in and of the first pairs of the first down block.
+    first = unet.down_blocks[0]
+    parts: list[nn.Module] = [first] if depth == 1 else _layers(first, slice(depth - 1, None), with_samplers=True)
+    parts += unet.down_blocks[1:]
+    if unet.mid_block is not None:
+        parts.append(unet.mid_block)
+    parts += unet.up_blocks[:-1]
+    parts += _layers(last, slice(pairs - depth))
+    return parts, parts[-1]
+
+
+def _layers(block: nn.Module, which: slice, with_samplers: bool = False) -> list[nn.Module]:
+    """Resnets, transformers and motion modules of a stage, in the order in which they run."""
+    lists = [getattr(block, name, None) for name in ("resnets", "attentions", "motion_modules")]
+    runs = zip(*([*modules][which] for modules in lists if modules))
+    layers = [module for pair in runs for module in pair]
+    if with_samplers:
+        layers += getattr(block, "downsamplers", None) or []
+    return layers

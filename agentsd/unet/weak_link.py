@@ -1,0 +1,43 @@
+"""A weak reference that follows copies: what hangs on a UNet must not keep alive what owns it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class WeakLink(Generic[T]):
+    """Call it to get its target, or None once that is gone.
+
+    In a deep copy it points to the target's copy where the target is copied along, and to nothing otherwise.
+
+    Args:
+        target: what to refer to; something that cannot be referenced weakly is not kept at all.
+        pickled: whether pickling takes the target along (needed where the target owns this); None is stored otherwise.
+    """
+
+    def __init__(self, target: T | None, pickled: bool = False):
+        self._pickled = pickled
+        self._set(target)
+
+    def __call__(self) -> T | None:
+        return None if self._reference is None else self._reference()
+
+    def _set(self, target: T | None) -> None:
+        try:
+            self._reference = None if target is None else weakref.ref(target)
+        except TypeError:
+            self._reference = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeakLink[T]:
+        # What owns this registers its copy before its parts are copied.
+        return WeakLink(memo.get(id(self())), self._pickled)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"target": self() if self._pickled else None, "pickled": self._pickled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._pickled = state["pickled"]
+        self._set(state["target"])
