@@ -31,6 +31,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from agentsd.files import write_atomically
 from agentsd.vision import AgentDeit
 
 PACKAGE = "@iconify-json/noto@1.2.9"
@@ -295,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--smoke", action="store_true", help="shapes in place of icons, and few steps")
     options = parser.parse_args(command)
     try:
-        return _run(options, "python apps/train_agent_deit.py " + " ".join(command))
+        return _run(options, shlex.join(["python", "apps/train_agent_deit.py", *command]))
     except UsageError as error:
         print(f"train_agent_deit: {error}", file=sys.stderr)
         return 2
@@ -324,7 +326,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
                 raise UsageError(f"{path} was made with other settings: give another --out, or remove it")
         else:
             kept = {**train(row, icons, options.steps, options.batch_size, options.test_images), "settings": settings}
-            _write(path, json.dumps(kept, indent=1))
+            write_atomically(path, json.dumps(kept, indent=1))
         found.append(kept)
     tested = options.test_images // options.batch_size * options.batch_size
     setting = (
@@ -334,16 +336,9 @@ def _run(options: argparse.Namespace, command: str) -> int:
     )
     machine = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
     text = as_markdown(command, machine, setting, found, tested)
-    _write(options.out / "results.md", text)
+    write_atomically(options.out / "results.md", text)
     print(text)
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> int:
         from eval.vision import run  # heavy imports, so that --help and wrong arguments answer at once
 
-        return run.run(options, " ".join(["python eval/vision_bench.py", *command]))
+        return run.run(options, shlex.join(["python", "eval/vision_bench.py", *command]))
 
     return run_command("vision_bench", work)
 

@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
+from agentsd.files import write_atomically
 from agentsd.vision import VARIANTS, load_official_checkpoint
 
-from ..generation import write_whole
 from ..protocol import BenchError
 
 
@@ -125,7 +125,7 @@ def evaluate(
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "settings.json").exists():
-        write_whole(folder / "settings.json", json.dumps(settings, indent=1))
+        write_atomically(folder / "settings.json", json.dumps(settings, indent=1))
 
 
 def _finished(folder: Path) -> dict[int, dict[str, int]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..generation import write_whole
+from agentsd.files import write_atomically
+
 from ..protocol import BenchError
 from . import counts, imagenet, speed
 from .machine import machine_line
@@ -60,8 +61,8 @@ def run(options: argparse.Namespace, command: str) -> int:
         ],
         results,
     )
-    write_whole(out / "results.json", json.dumps({"command": command, "machine": machine, **results}, indent=1))
-    write_whole(out / "results.md", text)
+    write_atomically(out / "results.json", json.dumps({"command": command, "machine": machine, **results}, indent=1))
+    write_atomically(out / "results.md", text)
     print(text)
     return 0
 
