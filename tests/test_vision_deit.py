@@ -125,6 +125,7 @@ def test_initial_biases_are_small():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_compiles_whole_and_exports():
     model = make()
     expected = model(image())
