@@ -51,6 +51,8 @@ def _options(command: list[str]) -> argparse.Namespace:
     add("--rounds", type=int, help="interleaved, after a warm-up")
     add("--device", help="cuda, mps or cpu; default: the best there is")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
+    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's own CPU time, for a busy machine; "
+        "with OMP_NUM_THREADS=1 (default: %(default)s)")  # fmt: skip
     add("--imagenet", metavar="DIR", help="the validation images, in one folder for each of the 1,000 classes")
     add("--checkpoint", metavar="FILE", help="with --imagenet: the authors' file or one of save_safetensors")
     add("--model", help="with --imagenet: timm's name of the checkpoint's model")

@@ -51,14 +51,15 @@ def test_pairs_are_timed_in_turn(monkeypatch):
 
     monkeypatch.setattr(speed, "build", fake)
     laps = iter([4.0, 1.0, 6.0, 2.0, 10.0, 5.0])
-    monkeypatch.setattr(speed, "_seconds", lambda call, device: (call(), next(laps))[1])
-    row = speed._timed_pair("a", "b", 32, 2, 3, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(speed, "_seconds", lambda call, timing: (call(), next(laps))[1])
+    row = speed._timed_pair("a", "b", 32, speed.Timing(2, 3, torch.device("cpu"), torch.float32))
     assert order == ["a", "b"] * 4  # a warm-up and three rounds
     assert row["speedup"] == 3 and row["baseline_ms"] == 3000 and row["agent_ms"] == 1000 and row["unstable"]
 
 
-def test_growth_of_real_models():
-    rows = speed.growth([32, 64], 1, 1, torch.device("cpu"), torch.float32)
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_growth_of_real_models(clock):
+    rows = speed.growth([32, 64], speed.Timing(1, 1, torch.device("cpu"), torch.float32, clock))
     assert [row["tokens"] for row in rows] == [4, 16] and all(row["agent_ms"] > 0 for row in rows)
     rows = [
         {"tokens": n, "agent_ms": 3 * n**1.5, "baseline_ms": n, "agent_gmacs": n, "baseline_gmacs": n} for n in (4, 64)

@@ -113,7 +113,7 @@ class Pyramid(nn.Module, ABC):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> tokens [B, N, C] of the last stage, after the last norm."""
-        return self.forward_intermediates(x, [len(self.feature_info) - 1])[0]
+        return self.forward_intermediates(x, [len(self.feature_info) - 1], output_fmt="NLC")[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens -> logits [B, num_classes]; with pre_logits, what the head would read."""

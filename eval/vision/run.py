@@ -39,7 +39,9 @@ def run(options: argparse.Namespace, command: str) -> int:
     device, dtype = _device(options.device), getattr(torch, options.dtype)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    timed = options.batch_size, options.rounds, device, dtype
+    if options.clock == "cpu" and device.type != "cpu":
+        raise BenchError(f"--clock cpu: does not see what {device.type} does; leave it out")
+    timed = speed.Timing(options.batch_size, options.rounds, device, dtype, options.clock)
     results: dict[str, Any] = {}
     if options.imagenet:
         results["imagenet"] = imagenet.evaluate_checkpoint(options, out, dtype)
@@ -48,16 +50,17 @@ def run(options: argparse.Namespace, command: str) -> int:
     if "counts" in stages:
         results["counts"] = counts.rows()
     if "throughput" in stages:
-        results["throughput"] = speed.throughput(PAIRS[options.pairs], sizes["sizes"], *timed)
+        results["throughput"] = speed.throughput(PAIRS[options.pairs], sizes["sizes"], timed)
     if "growth" in stages:
-        results["growth"] = speed.growth(sizes["growth"], *timed)
+        results["growth"] = speed.growth(sizes["growth"], timed)
     machine = machine_line(device, dtype)
     text = as_markdown(
         "vision_bench: agent transformers",
         [
             f"`{command}`",
             machine,
-            f"Batch size {options.batch_size}, {options.rounds} interleaved rounds after a warm-up.",
+            f"Batch size {options.batch_size}, {options.rounds} interleaved rounds after a warm-up, "
+            + ("wall-clock time." if options.clock == "wall" else "CPU time of the process: other processes ran too."),
         ],
         results,
     )

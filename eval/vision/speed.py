@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,28 +20,41 @@ _UNSTABLE = 1.15
 """Rounds that differ by more than this factor (upper over lower quartile) make a timing unstable."""
 
 
-def throughput(
-    pairs: Sequence[Pair], sizes: Sequence[int], batch: int, rounds: int, device: torch.device, dtype: torch.dtype
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Timing:
+    """How models are timed.
+
+    Attributes:
+        batch: images in a call.
+        rounds: calls of each model, in turn.
+        clock: "wall", or "cpu" for the process's own CPU time.
+    """
+
+    batch: int
+    rounds: int
+    device: torch.device
+    dtype: torch.dtype
+    clock: str = "wall"
+
+
+def throughput(pairs: Sequence[Pair], sizes: Sequence[int], timing: Timing) -> list[dict[str, Any]]:
     """One row per pair and size."""
     found = []
     for size in sizes:
         for pair in pairs:
             print(f"{pair.agent} against {pair.baseline} at {size} …", file=sys.stderr)
-            row = _timed_pair(pair.baseline, pair.agent, size, batch, rounds, device, dtype)
+            row = _timed_pair(pair.baseline, pair.agent, size, timing)
             found.append({**row, "why": pair.why})
     return found
 
 
-def growth(
-    sizes: Sequence[int], batch: int, rounds: int, device: torch.device, dtype: torch.dtype
-) -> list[dict[str, Any]]:
+def growth(sizes: Sequence[int], timing: Timing) -> list[dict[str, Any]]:
     """Agent-DeiT-T against DeiT-T by image size, with the multiply-adds of both."""
     pair = PAIRS["small"][0]
     found = []
     for size in sizes:
         print(f"{pair.agent} against {pair.baseline} at {size} …", file=sys.stderr)
-        row = _timed_pair(pair.baseline, pair.agent, size, batch, rounds, device, dtype)
+        row = _timed_pair(pair.baseline, pair.agent, size, timing)
         gmacs = {f"{kind}_gmacs": count(getattr(pair, kind), size)[1] for kind in ("baseline", "agent")}
         found.append({**row, **gmacs, "tokens": (size // 16) ** 2})
     return found
@@ -53,16 +67,14 @@ def exponent(rows: Sequence[dict[str, Any]], key: str) -> float:
 
 
 @torch.inference_mode()
-def _timed_pair(
-    baseline: str, agent: str, size: int, batch: int, rounds: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def _timed_pair(baseline: str, agent: str, size: int, timing: Timing) -> dict[str, Any]:
     """Time two models in turn; the speed-up is the median over the rounds of each round's own ratio."""
     torch.manual_seed(0)
-    image = torch.randn(batch, 3, size, size).to(device, dtype)
-    calls = [_call(build(name, size, device, dtype), image) for name in (baseline, agent)]
+    image = torch.randn(timing.batch, 3, size, size).to(timing.device, timing.dtype)
+    calls = [_call(build(name, size, timing.device, timing.dtype), image) for name in (baseline, agent)]
     for call in calls:
         call()
-    laps = [[_seconds(call, device) for call in calls] for _ in range(rounds)]
+    laps = [[_seconds(call, timing) for call in calls] for _ in range(timing.rounds)]
     by_model = list(zip(*laps))
     ratios = [first / second for first, second in laps]
     low, high = _quartiles(ratios)
@@ -70,8 +82,8 @@ def _timed_pair(
         "baseline": baseline,
         "agent": agent,
         "size": size,
-        "baseline_ms": 1000 * statistics.median(by_model[0]) / batch,
-        "agent_ms": 1000 * statistics.median(by_model[1]) / batch,
+        "baseline_ms": 1000 * statistics.median(by_model[0]) / timing.batch,
+        "agent_ms": 1000 * statistics.median(by_model[1]) / timing.batch,
         "speedup": statistics.median(ratios),
         "speedup_quartiles": [low, high],
         "unstable": high / low > _UNSTABLE,
@@ -82,12 +94,13 @@ def _call(model: torch.nn.Module, image: torch.Tensor) -> Callable[[], Any]:
     return lambda: model(image)
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
+def _seconds(call: Callable[[], Any], timing: Timing) -> float:
+    now = time.perf_counter if timing.clock == "wall" else time.process_time
+    _wait(timing.device)
+    start = now()
     call()
-    _wait(device)
-    return time.perf_counter() - start
+    _wait(timing.device)
+    return now() - start
 
 
 def _wait(device: torch.device) -> None:
