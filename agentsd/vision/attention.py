@@ -7,6 +7,7 @@ values restores the diversity.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,14 +62,16 @@ class AgentCore(AgentBias):
         if conv is None:
             return out
         skipped = int(self.has_class_token)
-        local = from_image(conv(to_image(value[:, skipped:], grid)))
+        image = to_image(value[:, skipped:], grid)
+        local = from_image(conv(image.contiguous(memory_format=torch.channels_last)))  # as the tokens lie in memory
         return out + (F.pad(local, (0, 0, skipped, 0)) if skipped else local)
 
     def pool_agents(self, query: Tensor, grid: tuple[int, int]) -> Tensor:
         """The agents: averages of the queries over the cells of a square grid, without the class token; [B, A, C]."""
         tokens = query[:, int(self.has_class_token) :]
-        agents = from_image(F.adaptive_avg_pool2d(to_image(tokens, grid), self.agent_grid))
-        return agents.contiguous()  # the fused kernels want channels last in memory
+        # Channels last in memory, as pooling and the fused kernels want them.
+        image = to_image(tokens, grid).contiguous(memory_format=torch.channels_last)
+        return from_image(F.adaptive_avg_pool2d(image, self.agent_grid)).contiguous()
 
     def split(self, tokens: Tensor) -> Tensor:
         """[B, N, C] -> [B, heads, N, head_dim]."""

@@ -62,6 +62,7 @@ class AgentBias(nn.Module):
         self.has_class_token = class_token
         self.has_bias = enabled
         self._kept: tuple[object, tuple[Tensor, Tensor]] | None = None
+        self._names: tuple[str, ...] = ()
         if not enabled:
             return
         height, width = grid
@@ -75,16 +76,17 @@ class AgentBias(nn.Module):
         self.aw_bias = parameter(1, num_heads, num_agents, 1, width)
         self.ha_bias = parameter(1, num_heads, height, 1, num_agents)
         self.wa_bias = parameter(1, num_heads, 1, width, num_agents)
+        self._names = ("an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
         if class_token:
+            self._names += ("ac_bias", "ca_bias")
             self.ac_bias = parameter(1, num_heads, num_agents, 1)
             self.ca_bias = parameter(1, num_heads, 1, num_agents)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialize the biases as the authors do."""
-        for name, bias in self.named_parameters(recurse=False):
-            if name.endswith("_bias"):
-                nn.init.trunc_normal_(bias, std=0.02)
+        for name in self._names:
+            nn.init.trunc_normal_(getattr(self, name), std=0.02)
 
     def biases(self, grid: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """The biases of both softmaxes for a grid of any size.
@@ -103,14 +105,14 @@ class AgentBias(nn.Module):
         """
         if not self.has_bias:
             return None, None
-        parameters = [p for name, p in self.named_parameters(recurse=False) if name.endswith("_bias")]
         too_many = self.an_bias.shape[0] * self.agent_grid**2 * grid[0] * grid[1] > MOST_KEPT
-        needs_graph = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        fresh = self.training or needs_graph or too_many or traced
-        if fresh or any(p.is_inference() for p in parameters):
+        if self.training or too_many or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._compute(grid, dtype)
-        state = (grid, dtype, tuple((id(p), p._version, p.data_ptr(), p.dtype, p.device) for p in parameters))
+        parameters = [getattr(self, name) for name in self._names]
+        needs_graph = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        if needs_graph or any(p.is_inference() for p in parameters):
+            return self._compute(grid, dtype)
+        state = (grid, dtype, [(p._version, p.data_ptr()) for p in parameters])
         if self._kept is None or self._kept[0] != state:
             # Tensors made in inference mode could not serve a later call that needs gradients of its input.
             with torch.inference_mode(False), torch.no_grad():

@@ -66,15 +66,16 @@ def exponent(rows: Sequence[dict[str, Any]], key: str) -> float:
     return math.log(last[key] / first[key]) / math.log(last["tokens"] / first["tokens"])
 
 
-@torch.inference_mode()
 def _timed_pair(baseline: str, agent: str, size: int, timing: Timing) -> dict[str, Any]:
     """Time two models in turn; the speed-up is the median over the rounds of each round's own ratio."""
     torch.manual_seed(0)
     image = torch.randn(timing.batch, 3, size, size).to(timing.device, timing.dtype)
+    # Built outside inference mode: a model whose parameters are inference tensors cannot keep its biases.
     calls = [_call(build(name, size, timing.device, timing.dtype), image) for name in (baseline, agent)]
-    for call in calls:
-        call()
-    laps = [[_seconds(call, timing) for call in calls] for _ in range(timing.rounds)]
+    with torch.inference_mode():
+        for call in calls:
+            call()
+        laps = [[_seconds(call, timing) for call in calls] for _ in range(timing.rounds)]
     by_model = list(zip(*laps))
     ratios = [first / second for first, second in laps]
     low, high = _quartiles(ratios)
