@@ -100,6 +100,10 @@ def change_by_dtype(module):
     module.to(torch.float64)
 
 
+def change_by_replacing(module):
+    module.an_bias = torch.nn.Parameter(module.an_bias.detach() + 1)
+
+
 def change_by_average(module):
     with torch.no_grad():
         torch._foreach_lerp_(list(module.parameters()), [torch.ones_like(p) for p in module.parameters()], 0.5)
@@ -118,6 +122,7 @@ def change_in_inference_mode(module):
         change_by_load,
         change_by_assigning_load,
         change_by_dtype,
+        change_by_replacing,
         change_by_average,
         change_in_inference_mode,
     ],

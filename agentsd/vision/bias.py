@@ -6,6 +6,7 @@ Source: Han et al., "Agent Attention", ECCV 2024 (arXiv 2312.08874), section "Ag
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,14 @@ BLOCK = 7
 MOST_KEPT = 2**21
 """Numbers in one bias that are kept at most, 8 MB in float32. Classifiers stay below it; detectors with more agents on
 large images, whose layers would keep more than a gigabyte together, compute their biases in each call."""
+
+
+class _Kept(NamedTuple):
+    """Biases, and what they were computed from."""
+
+    state: tuple[tuple[int, int], torch.dtype, list[tuple[int, int]]]
+    parameters: list[Tensor]
+    biases: tuple[Tensor, Tensor]
 
 
 class AgentBias(nn.Module):
@@ -61,7 +70,7 @@ class AgentBias(nn.Module):
         self.agent_grid = agent_grid or side
         self.has_class_token = class_token
         self.has_bias = enabled
-        self._kept: tuple[object, tuple[Tensor, Tensor]] | None = None
+        self._kept: _Kept | None = None
         self._names: tuple[str, ...] = ()
         if not enabled:
             return
@@ -113,11 +122,13 @@ class AgentBias(nn.Module):
         if needs_graph or any(p.is_inference() for p in parameters):
             return self._compute(grid, dtype)
         state = (grid, dtype, [(p._version, p.data_ptr()) for p in parameters])
-        if self._kept is None or self._kept[0] != state:
+        kept = self._kept
+        # Holding the parameters themselves, so that a new one cannot have the address of an old one.
+        if kept is None or kept.state != state or any(p is not q for p, q in zip(parameters, kept.parameters)):
             # Tensors made in inference mode could not serve a later call that needs gradients of its input.
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = (state, self._compute(grid, dtype))
-        return self._kept[1]
+                kept = self._kept = _Kept(state, parameters, self._compute(grid, dtype))
+        return kept.biases
 
     def drop_biases(self) -> None:
         """Forget the biases that are kept for the latest grid."""
