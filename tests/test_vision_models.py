@@ -40,6 +40,13 @@ OFFICIAL = {
 }
 """timm's name -> the authors' name and the GFLOPs that their counter (fvcore) gives for their code."""
 
+DROP_PATH = {
+    "deit_t": 0.0, "deit_s": 0.1, "deit_b": 0.3, "deit_s_448": 0.1, "pvt_t": 0.1, "pvt_s": 0.1, "pvt_m": 0.3,
+    "pvt_b": 0.3, "pvt_m_256": 0.3, "swin_t": 0.2, "swin_s": 0.3, "swin_b": 0.5, "swin_s_288": 0.3, "swin_b_384": 0.5,
+    "cswin_t": 0.2, "cswin_s": 0.4, "cswin_b": 0.5, "cswin_b_384": 0.7,
+}  # fmt: skip
+"""Stochastic depth of the last block, by the authors' name without "agent_"."""
+
 
 @pytest.fixture(scope="module", params=sorted(OFFICIAL))
 def model(request):
@@ -70,6 +77,16 @@ def test_every_published_tensor_has_its_place_and_back(model):
     back = {id(v): k for k, v in converted.items()}
     renamed = {back[id(published[k])] for k in weights}
     assert len(renamed) == len(weights)
+
+
+def test_norms_and_stochastic_depth_are_the_authors(model):
+    official = OFFICIAL[model.pretrained_cfg["architecture"]][0].removeprefix("agent_")
+    rates = [module.drop_prob for module in model.modules() if isinstance(module, timm.layers.DropPath)]
+    assert max(rates, default=0.0) == pytest.approx(DROP_PATH[official])
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            small = official.startswith("deit") or official.startswith("pvt") and "patch_embed" not in name
+            assert module.eps == (1e-6 if small else 1e-5), name
 
 
 def test_flops_are_the_authors(model):
