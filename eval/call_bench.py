@@ -3,8 +3,8 @@
     python eval/call_bench.py --random-weights sd15 --size 512 --rounds 3
     python eval/call_bench.py --random-weights sdxl --size 1024 --rounds 1 --skip large
 
-A run's time is arithmetic: how many calls of each kind 50 PLMS steps make (counted by the patch itself, on a tiny UNet),
-times their medians. Text encoder and autoencoder are not in it.
+A run's time is arithmetic: how many calls of each kind 50 PLMS steps make (counted by the patch itself, on a tiny
+UNet), times their medians. Text encoder and autoencoder are not in it.
 """
 
 from __future__ import annotations
