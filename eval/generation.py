@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import agentsd
 from agentsd.images.png import save_image
 
+from .fingerprint import code_fingerprint, package_versions, weights_fingerprint
 from .models import ModelSpec, load_model
-from .protocol import CONTROLS, BenchError, Picture, Plan, Scenario
+from .protocol import PROMPT, BenchError, Picture, Plan, Scenario
 from .scenarios import use_scenario
 
 MANIFEST = "manifest.json"
-_CODE = tuple(
-    Path(agentsd.__file__).with_name(f"{name}.py") for name in ("attention", "config", "merging", "patch", "processor")
-) + (Path(__file__).with_name("scenarios.py"),)
-_PACKAGES = ("agentsd", "torch", "diffusers", "transformers", "tomesd", "DeepCache")
 _BYTES_PER_PIXEL = 3  # a PNG of noise; real pictures take about half
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -205,50 +199,18 @@ def manifest_of(pipe: Any, scenario: Scenario, plan: Plan, model: str) -> dict[s
         "patch": scenario.config and asdict(scenario.config),
         "deepcache_interval": scenario.cache_interval,
         "model": model,
-        "weights": fingerprint(pipe),
+        "weights": weights_fingerprint(pipe),
         "scheduler_config": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
         **{key: value for key, value in asdict(plan).items() if key not in ("pictures", "classes", "threads")},
         "threads": plan.threads if on_cpu else None,
+        "prompt": PROMPT,
         "classes": [name for _, name in plan.classes],
         "device": pipe.unet.device.type,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "versions": package_versions(),
-        "code": code_fingerprint() if scenario.method in ("agentsd", *CONTROLS) else None,
+        "code": code_fingerprint(scenario.method),
     }
     return json.loads(json.dumps(settings, default=str))
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that have a hand in the pictures."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found | {"torch": torch.__version__}  # the package's version does not tell CPU and CUDA builds apart
-
-
-def fingerprint(pipe: Any) -> str:
-    """A hash over 64 values from each weight of the pipeline: tells revisions, fine-tunings and LoRAs apart."""
-    digest = hashlib.sha256()
-    for name in sorted(pipe.components):
-        component = pipe.components[name]
-        if not isinstance(component, torch.nn.Module):
-            continue
-        for key, weight in sorted(component.state_dict().items()):
-            values = weight.detach().flatten()
-            sample = values[:: max(1, values.numel() // 64)][:64].float().cpu().numpy()
-            digest.update(f"{name}.{key}{tuple(weight.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def code_fingerprint() -> str:
-    """A hash over the source that decides what agentsd's pictures look like, which its version does not tell apart."""
-    digest = hashlib.sha256()
-    for path in sorted(_CODE):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def open_folder(folder: Path, manifest: dict[str, Any]) -> None:

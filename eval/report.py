@@ -25,7 +25,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from agentsd import Phase
 
-from .generation import is_whole, package_versions, write_whole
+from .fingerprint import package_versions
+from .generation import is_whole, write_whole
 from .latency import Timing, Workload
 from .protocol import CONTROLS, BenchError, Scenario
 

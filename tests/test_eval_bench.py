@@ -86,7 +86,10 @@ def test_a_whole_run_and_its_report_again(model, pictures, tmp_path, capsys, mon
     assert main([*arguments, "--steps", "5"]) == 2
     assert "was drawn with another steps (4, now 5)" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == kept
-    monkeypatch.setattr(generation, "code_fingerprint", lambda: "another")
+    code = generation.code_fingerprint
+    monkeypatch.setattr(
+        generation, "code_fingerprint", lambda method: "another" if method == "agentsd" else code(method)
+    )
     assert main([*arguments, "--methods", "sd,tomesd", "--quality-only"]) == 0  # not ours, so as good as ever
     assert main([*arguments, "--methods", "sd,agentsd", "--quality-only"]) == 2
     assert "was drawn with another code" in capsys.readouterr().err
