@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from agentsd import load_pipeline
 from agentsd.images.pipelines import DEMO_MODEL, ModelError, choose_device, choose_dtype, set_scheduler
+from agentsd.unet.layers import own_latent_size
 
 from .protocol import BenchError
 
@@ -100,10 +101,11 @@ def pick_device(device: str | None) -> torch.device:
         raise BenchError(str(error)) from error
 
 
-def load_model(spec: ModelSpec) -> Any:
+def load_model(spec: ModelSpec, **options: Any) -> Any:
     """The pipeline, unpatched, on its device, without progress bar and without safety checker.
 
-    The checker paints pictures black that it takes for indecent, which would be scored as drawings of the method.
+    Further options are those of diffusers' from_pretrained. The checker blackens images that it finds indecent, and
+    a method would be scored on them.
 
     Raises:
         BenchError: it cannot be loaded, or device, dtype or scheduler are wrong.
@@ -112,7 +114,7 @@ def load_model(spec: ModelSpec) -> Any:
         if spec.random_weights:
             pipe = random_pipeline(spec.random_weights, spec.device, spec.dtype, spec.scheduler)
         else:
-            options = {"revision": spec.revision} if spec.revision else {}
+            options |= {"revision": spec.revision} if spec.revision else {}
             pipe = load_pipeline(spec.model, device=spec.device, dtype=spec.dtype, scheduler=spec.scheduler, **options)
     except (ModelError, ValueError) as error:
         raise BenchError(str(error)) from error
@@ -122,8 +124,13 @@ def load_model(spec: ModelSpec) -> Any:
     return pipe
 
 
+def native_size(pipe: Any) -> int:
+    """Height and width, in pixels, of the images a pipeline generates unless told otherwise; the larger of the two."""
+    return max(own_latent_size(pipe.unet)) * pipe.vae_scale_factor
+
+
 def random_pipeline(name: str, device: Any = None, dtype: Any = None, scheduler: str | None = None) -> Any:
-    """A pipeline with the architecture of a published model and random weights: as fast as the real one, draws noise.
+    """A pipeline with the architecture of a published model and random weights: as fast as the real one.
 
     Args:
         name: a key of ARCHITECTURES.
@@ -168,7 +175,7 @@ def random_pipeline(name: str, device: Any = None, dtype: Any = None, scheduler:
 
 
 def _fill(network: torch.nn.Module) -> None:
-    """Values of a size that neither overflow nor become denormal, on the device itself: a CPU would take a minute."""
+    """Set values that neither overflow nor become denormal, on the device itself: a CPU would take a minute."""
     generator = torch.Generator(next(network.parameters()).device).manual_seed(0)
     with torch.no_grad():
         for key, weight in network.named_parameters():

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from agentsd import Phase
 from agentsd.patch import get_patch
-from eval.latency import Timing, Workload, measure
+from eval.latency import Workload, measure
 from eval.protocol import METHODS, Scenario, make_scenarios
 
 SMALL = Workload(steps=5, rounds=2, guidance=5.0)
@@ -35,24 +35,58 @@ def test_rounds_are_interleaved_and_the_pipeline_is_left_as_it_was():
     for timing in timings:
         assert not timing.failed and len(timing.seconds) == 2 and timing.workload.size == 128
         # PLMS calls the UNet 6 times for 5 steps, at 801, 601, 601, 401, 201, 1: three are noisier than 600.
-        assert {phase: len(times) for phase, times in timing.unet_seconds.items()} == {"agent": 6, "merge": 6}
+        calls = 2 if timing.scenario == "deepcache-3" else 6  # its mean of each round
+        assert {phase: len(times) for phase, times in timing.unet_seconds.items()} == {"agent": calls, "merge": calls}
         assert timing.operators.keys() == {"agent", "merge"}
-        inside = sum(map(sum, timing.unet_seconds.values()))
+        inside = sum(timing.whole_seconds + timing.cached_seconds)
         assert 0 < inside < sum(timing.seconds)
         low, high = timing.quartiles
         assert low <= timing.seconds_per_image <= high
         if sys.platform == "linux" and timing.peak_gb is not None:
             assert 0 <= timing.peak_gb_per_image < timing.peak_gb < 100
-        assert Timing.from_dict(timing.to_dict()) == timing
+        # Of 6 calls DeepCache with interval 3 computes two as a whole; T-GATE skips layers of all depths, no call.
+        cached = {"deepcache-3": 8}.get(timing.scenario, 0)
+        assert (len(timing.whole_seconds), len(timing.cached_seconds)) == (12 - cached, cached), timing.scenario
     assert pipe.unet is unet and get_patch(pipe) is None
     assert pipe.unet.attn_processors == processors
 
 
-def test_a_batch_is_counted_per_picture_and_phases_follow_early():
+def test_a_batch_is_counted_per_image_and_phases_follow_early():
     scenario = make_scenarios(["agentsd"], (0.4,), early=1.0)[1]
     [timing] = measure(make_pipeline(), [scenario], Workload(steps=2, rounds=1, batch_size=3, size=64))
     assert timing.seconds_per_image == pytest.approx(timing.seconds[0] / 3) and timing.quartiles is None
     assert timing.unet_median(Phase.AGENT) > 0 and timing.unet_median(Phase.MERGE) is None
+
+
+@pytest.mark.parametrize("early", [0.0, 0.04, 0.4, 0.96, 1.0])
+def test_the_warm_up_computes_one_call_of_each_phase(early, monkeypatch):
+    """It once was a run of four steps, in which early=0.2 has no agent phase and early=0.8 no other."""
+    from eval import latency
+
+    calls, computed = [], []
+    timed = latency._TimedUNet._timed
+
+    def spy(unet, timestep, *rest):
+        computed.append((unet._warm_up, unet._run.phase(timestep)))
+        return timed(unet, timestep, *rest)
+
+    monkeypatch.setattr(latency._TimedUNet, "_timed", spy)
+    monkeypatch.setattr(latency._TimedUNet, "__call__", _counted(latency._TimedUNet.__call__, calls))
+    workload = Workload(steps=25, rounds=1, size=64)
+    scenario = make_scenarios(["agentsd"], (0.4,), early=early)[1]
+    [timing] = measure(make_pipeline(), [scenario], workload)
+    warmed = [phase for warm_up, phase in computed if warm_up]
+    phases = {phase for warm_up, phase in computed if not warm_up}
+    assert set(warmed) == phases and len(warmed) == len(phases) and len(calls) == 2 * 26
+    assert timing.operators.keys() == {phase.value for phase in phases}
+
+
+def _counted(call, calls):
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return call(*args, **kwargs)
+
+    return counted
 
 
 def test_one_scenario_may_fail_without_the_others(monkeypatch):
@@ -75,6 +109,7 @@ def test_one_scenario_may_fail_without_the_others(monkeypatch):
 def test_compiled_scenarios_have_copies_of_their_own(monkeypatch):
     pipe = make_pipeline()
     compiled = []
+    limit = torch._dynamo.config.recompile_limit
 
     def compile_without_inductor(unet, *args, **kwargs):  # tracing is what may fail; inductor takes minutes
         compiled.append(unet)
@@ -87,6 +122,7 @@ def test_compiled_scenarios_have_copies_of_their_own(monkeypatch):
     assert all("not compiled" in timing.failed for timing in timings[2:])
     assert len({id(unet) for unet in compiled}) == 2 and pipe.unet not in compiled
     assert timings[1].unet_median(Phase.AGENT) > 0 and get_patch(pipe) is None
+    assert timings[1].whole_seconds == [] and torch._dynamo.config.recompile_limit == limit
 
 
 def test_operators_are_counted_without_views_and_allocations():
@@ -102,7 +138,7 @@ def test_operators_are_counted_without_views_and_allocations():
 
 
 def test_compiled_scenarios_and_sizes_do_not_touch_each_other(monkeypatch):
-    """ToMeSD breaks the graph, by which TorchDynamo once compiled everybody's UNet in pieces, in timed rounds too."""
+    """ToMeSD breaks the graph; TorchDynamo then once compiled every UNet in pieces, also in timed rounds."""
     pipe = make_pipeline()
     graphs: dict[tuple, list[bool]] = {}
     now = []
@@ -132,12 +168,13 @@ def test_compiled_scenarios_and_sizes_do_not_touch_each_other(monkeypatch):
 def test_a_call_with_deepcache_is_timed_by_its_mean(monkeypatch):
     from eval import latency
 
-    cached = [s for s in make_scenarios(["agentsd"], (0.4,), cache_interval=2) if s.cache_interval > 1][-1]
-    fake = [latency._Lap(801, lambda: 9.0, None), *[latency._Lap(801, lambda: 1.0, None)] * 3]
+    cached = Scenario("deepcache", interval=2)
+    fake = [latency._Lap(801, lambda: 9.0, whole=True), *[latency._Lap(801, lambda: 1.0, whole=False)] * 3]
     monkeypatch.setattr(latency._Run, "call", lambda *_, **__: latency._Call(fake, 12.0, None, 0))
     [timing] = measure(make_pipeline(), [cached], SMALL)
     assert timing.unet_seconds == {"agent": [3.0, 3.0]} and timing.unet_median(Phase.AGENT) == 3.0
     assert timing.seconds == [12.0, 12.0] and timing.peak_gb is None
+    assert timing.whole_seconds == [9.0] * 2 and timing.cached_seconds == [1.0] * 6
 
 
 def test_putting_a_patch_on_and_taking_it_off_is_not_timed(monkeypatch):
@@ -166,7 +203,7 @@ def test_putting_a_patch_on_and_taking_it_off_is_not_timed(monkeypatch):
     def use(pipe, scenario):
         clock.sleep(1000)
         events.append("patch")
-        yield
+        yield pipe
         events.append("unpatch")
         clock.sleep(1000)
 

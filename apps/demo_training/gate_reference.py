@@ -1,14 +1,14 @@
-"""Makes demo_reference.npz: names and EfficientNet-Lite0 features of the demo model's training pictures.
+"""Make eval/demo_reference.npz: names and EfficientNet-Lite0 features of the demo model's training images.
 
     python apps/train_demo_model.py data --preset cpu --grow-from runs/first/model --out runs/cpu
-    python eval/make_demo_reference.py runs/cpu --grow-from runs/first/model
+    python apps/demo_training/gate_reference.py runs/cpu --grow-from runs/first/model
 
-The pictures are those the model was trained on: the first --per-name canvases of each icon of Fluent Emoji (MIT,
+The images are those the model was trained on: the first --per-name canvases of each icon of Fluent Emoji (MIT,
 Microsoft), or, with preset first, the icon on white. The file holds float16 features, from which mean and covariance
 for any choice of names, and KID, follow. For a model of another preset:
 
-    python eval/make_demo_reference.py runs/first --preset first --out reference.npz
-    python eval/demo_gate.py --model runs/first/model --reference reference.npz
+    python apps/demo_training/gate_reference.py runs/first --preset first --out reference.npz
+    python apps/demo_gate.py --model runs/first/model --reference reference.npz
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 sys.path.insert(1, str(ROOT / "apps"))
+
+from train_demo_model import make_run, parse_arguments  # noqa: E402
 
 from demo_training.icons import load_index  # noqa: E402
 from demo_training.images import training_images  # noqa: E402
 from demo_training.presets import CLEAR_NAMES  # noqa: E402
 from demo_training.run import UsageError  # noqa: E402
-from train_demo_model import make_run, parse_arguments  # noqa: E402
-
-from eval.metrics import load_features  # noqa: E402
+from eval.features import load_features  # noqa: E402
 from eval.protocol import DEMO_REFERENCE  # noqa: E402
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--preset", default="cpu", help="it was trained with (default: %(default)s)")
     parser.add_argument("--grow-from", type=Path, help="the model it was grown from, as it was given to that script")
     parser.add_argument("--per-name", type=int, default=3, help="canvases of each name (default: %(default)s)")
-    parser.add_argument("--pictures", type=Path, help="also write the composed pictures to this folder")
+    parser.add_argument("--pictures", type=Path, help="also write the composed images to this folder")
     parser.add_argument("--out", type=Path, default=DEMO_REFERENCE, help="default: %(default)s")
     options = parser.parse_args()
     arguments = ["data", "--preset", options.preset, "--out", str(options.run)]
@@ -61,14 +61,14 @@ def main() -> None:
         for number, (name, picture) in enumerate(zip(names, pictures)):
             picture.save(options.pictures / f"{name.replace(' ', '_')}_{number // len(icons)}.png")
     network = load_features("efficientnet-lite0")
-    features = network.of_pictures(pictures)
+    features = network.of_images(pictures)
     np.savez_compressed(
         options.out,
         names=np.array(names),
         features=features.astype(np.float16),
         network=np.array(network.name),
     )
-    print(f"{options.out}: {len(names)} pictures of {len(set(names))} names, {features.shape[1]} features each")
+    print(f"{options.out}: {len(names)} images of {len(set(names))} names, {features.shape[1]} features each")
 
 
 if __name__ == "__main__":

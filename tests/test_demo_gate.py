@@ -1,4 +1,4 @@
-"""eval/demo_gate.py, gate.py and effective_keys.py: naive figures, the verdict's edges, whole small runs."""
+"""apps/demo_gate.py, demo_training/gate.py and effective_keys.py: naive figures, edges of the verdict, small runs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ import torch
 from conftest import draw, make_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "apps"))
+
+from demo_gate import main
+from demo_training import effective_keys, gate
+from demo_training.effective_keys import KeySpread, measure_effective_keys, recording
+from demo_training.gate import nearest_names, wilson_interval
 
 from agentsd import AgentConfig
-from eval import bench, effective_keys, gate, metrics
-from eval.demo_gate import main
-from eval.effective_keys import KeySpread, measure_effective_keys, recording
-from eval.metrics import NamedFeatures, load_named_features, nearest_names, wilson_interval
-from eval.protocol import BenchError, Picture, Plan
+from eval import bench, scores
+from eval.features import FeatureNetwork
+from eval.protocol import BenchError, Plan, Sample
 from eval.scenarios import full_resolution_layers
+from eval.scores import NamedFeatures, load_named_features
 
 # --- effective keys ---------------------------------------------------------------------------------------------------
 
@@ -63,7 +68,7 @@ def pipe():
     return make_pipeline()
 
 
-def test_recorded_pictures_are_the_unrecorded_ones(pipe):
+def test_recorded_images_are_the_unrecorded_ones(pipe):
     plain, processors = draw(pipe, steps=5), pipe.unet.attn_processors
     with recording(pipe, AgentConfig(early=0.4), query_stride=3) as recorders:
         assert torch.equal(draw(pipe, steps=5), plain)
@@ -84,7 +89,7 @@ def test_what_is_recorded_is_what_the_layer_attends_with(pipe):
     ]
     plan = Plan(((0, "zebra"), (1, "owl")), copies=1, steps=2, size=64)
     try:
-        spreads = measure_effective_keys(pipe, plan, plan.pictures, AgentConfig(early=1.0), query_stride=1)
+        spreads = measure_effective_keys(pipe, plan, plan.samples, AgentConfig(early=1.0), query_stride=1)
     finally:
         for hook in hooks:
             hook.remove()
@@ -119,10 +124,10 @@ def test_levels_with_cross_attention_only_are_left_out():
 def test_where_there_is_nothing_to_record(pipe):
     plan = Plan(((0, "zebra"),), copies=1, steps=2, size=64)
     with pytest.raises(BenchError, match="no UNet call of 2 steps is in the agent phase: raise --early"):
-        measure_effective_keys(pipe, plan, plan.pictures, AgentConfig(early=0.0))
+        measure_effective_keys(pipe, plan, plan.samples, AgentConfig(early=0.0))
     without = make_pipeline("sd15-deep", only_cross_attention=True, mid_block_type=None)
-    with pytest.warns(UserWarning, match="no layer"), pytest.raises(BenchError, match="no full-resolution self-att"):
-        measure_effective_keys(without, plan, plan.pictures, AgentConfig())
+    with pytest.raises(BenchError, match="no full-resolution self-att"):
+        measure_effective_keys(without, plan, plan.samples, AgentConfig())
 
 
 # --- recognition ------------------------------------------------------------------------------------------------------
@@ -146,7 +151,7 @@ def test_ties_are_no_recognition():
     assert nearest_names(np.array([[5.0, 0], [-3, 1]]), reference) == ["owl or bird", "lemon"]
     centre = reference.features.mean(0, keepdims=True)
     assert nearest_names(centre, reference) == ["owl or bird or lemon"]  # like none
-    pictures = [Picture(i, name, 0, 0) for i, name in enumerate(("owl", "lemon", "lemon"))]
+    pictures = [Sample(i, name, 0, 0) for i, name in enumerate(("owl", "lemon", "lemon"))]
     found = gate.recognition(pictures, ["owl or bird", "lemon", "owl"])
     assert found["recognised"] == 1 and found["recognition"] == pytest.approx(1 / 3)
     assert found["confusions"] == [["owl", "owl or bird", 1], ["lemon", "owl", 1]]
@@ -164,23 +169,23 @@ def test_wilson_intervals(successes, trials, low, high):
 
 
 def test_references_with_names(tmp_path):
-    network = metrics.FeatureNetwork("efficientnet-lite0", "FD", 2, None, None, torch.device("cpu"))
+    network = FeatureNetwork("efficientnet-lite0", "FD", 2, None, None, torch.device("cpu"))
     rows, names = np.arange(24.0).reshape(12, 2), np.array(["owl", "zebra", "owl"] * 4)
     np.savez(tmp_path / "a.npz", features=rows, names=names, network=np.array("efficientnet-lite0"))
     found = load_named_features(tmp_path / "a.npz", network)
     assert np.array_equal(found.of(["zebra", "owl"]), np.concatenate([rows[1::3], rows[[0, 2, 3, 5, 6, 8, 9, 11]]]))
-    with pytest.raises(BenchError, match="'lemon': the reference has no picture of that name.* 2 others: owl, zebra"):
+    with pytest.raises(BenchError, match="'lemon': the reference has no image of that name.* 2 others: owl, zebra"):
         found.of(["owl", "lemon"])
     np.savez(tmp_path / "b.npz", features=rows, network=np.array("efficientnet-lite0"))
-    with pytest.raises(BenchError, match="has 0 names for 12 pictures' features"):
+    with pytest.raises(BenchError, match="has 0 names for 12 images' features"):
         load_named_features(tmp_path / "b.npz", network)
     np.savez(tmp_path / "c.npz", mu=np.zeros(2), sigma=np.eye(2), names=names)
-    with pytest.raises(BenchError, match="has 12 names for 0 pictures' features"):
+    with pytest.raises(BenchError, match="has 12 names for 0 images' features"):
         load_named_features(tmp_path / "c.npz", network)
 
 
-def test_the_benchmarks_reference_may_have_several_pictures_to_a_name(tmp_path, monkeypatch):
-    network = metrics.FeatureNetwork("efficientnet-lite0", "FD", 2, None, None, torch.device("cpu"))
+def test_the_benchmarks_reference_may_have_several_images_per_name(tmp_path, monkeypatch):
+    network = FeatureNetwork("efficientnet-lite0", "FD", 2, None, None, torch.device("cpu"))
     rows = np.random.default_rng(0).normal(size=(12, 2))
     np.savez(tmp_path / "a.npz", features=rows, names=np.array(["owl", "zebra", "owl"] * 4))
     monkeypatch.setattr(bench, "DEMO_REFERENCE", tmp_path / "a.npz")
@@ -237,7 +242,7 @@ def test_each_bar_alone_fails_the_gate(method, changes, failed):
     assert gate.verdict(bars) == f"FAILS the gate: 1 of 8 bars is not met ({failed})."
 
 
-def test_too_many_keys_and_equal_pictures_fail():
+def test_too_many_keys_and_equal_images_fail():
     bars = gate.judge(dataclasses.replace(KEYS, median=1024.5), make_rows())
     assert [bar.met for bar in bars] == [False] + [True] * 7
     rows = make_rows()
@@ -247,12 +252,12 @@ def test_too_many_keys_and_equal_pictures_fail():
 
 def test_intervals_are_over_names_with_all_their_seeds(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(metrics, "score_sets", lambda *_, **options: seen.update(options) or {"sd": {}})
-    monkeypatch.setattr(metrics, "nearest_names", lambda *_: ["owl", "zebra"] * 3)
+    monkeypatch.setattr(scores, "score_sets", lambda *_, **options: seen.update(options) or {"sd": {}})
+    monkeypatch.setattr(gate, "nearest_names", lambda *_: ["owl", "zebra"] * 3)
     plan = Plan(((5, "owl"), (9, "zebra")), copies=3)
     job = gate.Job(None, plan, tuple(gate.make_scenarios(("sd",), (0.4,))), tmp_path)
-    network = metrics.FeatureNetwork("efficientnet-lite0", "FD", 4, None, None, torch.device("cpu"))
-    monkeypatch.setattr(metrics.FeatureNetwork, "of_files", lambda self, paths: np.zeros((len(paths), 4)))
+    network = FeatureNetwork("efficientnet-lite0", "FD", 4, None, None, torch.device("cpu"))
+    monkeypatch.setattr(FeatureNetwork, "of_files", lambda self, paths: np.zeros((len(paths), 4)))
     [row] = gate._score(job, network, None, None)
     assert seen["groups"] == [5, 9] * 3 and row["recognised"] == 6
 
@@ -295,13 +300,13 @@ def test_a_whole_run_and_again(model, reference, tmp_path, capsys):
         assert row["images"] == 12 and row["recognised"] + wrong == 12 and row["fd"] > 0
     assert len(found["effective_keys"]) == 4 and found["environment"]["versions"]["torch"] == torch.__version__
     text = (out / "gate.md").read_text()
-    for part in ("3 names × 4", found["verdict"], "20 training pictures of 4 names", "| mean-value-r0.4 |", "| all |"):
+    for part in ("3 names × 4", found["verdict"], "20 training images of 4 names", "| mean-value-r0.4 |", "| all |"):
         assert part in text, part
 
-    pictures = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    assert len(pictures) == 5 * 12
+    images = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    assert len(images) == 5 * 12
     assert main([*arguments, "--strict"]) == 1  # the same pictures, another exit code
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == pictures
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == images
     again = json.loads((out / "gate.json").read_text())
     assert again["rows"] == found["rows"] and again["effective_keys"] == found["effective_keys"]
     assert main([*arguments, "--seed", "1"]) == 2 and "another seed (0, now 1)" in capsys.readouterr().err
@@ -312,12 +317,12 @@ def test_a_whole_run_and_again(model, reference, tmp_path, capsys):
     [
         (["--reference", ""], "--reference is missing"),
         (["--reference", "nowhere.npz"], "no .npz file"),
-        (["--names", "zebra,unicorn"], "'unicorn': the reference has no picture of that name"),
+        (["--names", "zebra,unicorn"], "'unicorn': the reference has no image of that name"),
         (["--names", "zebra,zebra"], "a name stands there twice"),
-        (["--model", "demo"], "'abacus': the reference has no picture of that name"),
+        (["--model", "demo"], "'abacus': the reference has no image of that name"),
         (["--classes", "5"], "--classes 5: must lie in 1 … 4"),
-        (["--classes", "2"], "8 pictures are too few"),
-        (["--classes", "1", "--images-per-class", "10"], "5 training pictures of their names are too few"),
+        (["--classes", "2"], "8 images are too few"),
+        (["--classes", "1", "--images-per-class", "10"], "5 training images of their names are too few"),
         (["--ratio", "0"], "--ratio 0"),
         (["--ratio", "0.9"], "--ratio 0.9"),
         (["--early", "2"], "early=2.0"),

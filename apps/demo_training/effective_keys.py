@@ -14,14 +14,13 @@ from torch import Tensor
 
 from agentsd import AgentConfig
 from agentsd.unet.processor import project_key_value, project_queries
-
-from .generation import draw_batch
-from .protocol import SD, BenchError, Picture, Plan
-from .scenarios import full_resolution_layers, in_agent_phase
+from eval.generation import generate_batch
+from eval.protocol import SD, BenchError, Plan, Sample
+from eval.scenarios import full_resolution_layers, in_agent_phase
 
 QUERY_STRIDE = 7
-"""Every so many-th query token is measured. Odd, so that on grids whose width is a power of two the measured tokens
-move on through all columns; every 8th would always stand in the same ones."""
+"""One query token in so many is measured. An odd number reaches all columns of grids whose width is a power of two;
+every 8th would always be in the same ones."""
 
 _LOGITS_AT_ONCE = 1 << 22
 
@@ -50,11 +49,11 @@ def effective_keys(query: Tensor, key: Tensor) -> Tensor:
 
 
 class RecordingProcessor:
-    """The processor that stands there, with the effective keys of its self-attention noted on the side.
+    """Wraps a processor and records the effective keys of its self-attention.
 
     Attributes:
-        original: computes the output, which therefore is the unrecorded one bit for bit.
-        query_stride: every so many-th query is measured.
+        original: the wrapped processor; it computes the output, which is bit-identical to the unrecorded one.
+        query_stride: one query in so many is measured.
         found: one [B, heads, M] for each call.
         num_tokens: N of the last call.
     """
@@ -79,7 +78,7 @@ class RecordingProcessor:
 def recording(
     pipe: Any, config: AgentConfig, query_stride: int = QUERY_STRIDE
 ) -> Iterator[dict[str, RecordingProcessor]]:
-    """Record the full-resolution self-attention of an unpatched pipeline in the agent phase; it draws what it drew.
+    """Record the full-resolution self-attention of an unpatched pipeline in the agent phase; its images stay the same.
 
     Args:
         config: says which timesteps the agent phase is.
@@ -123,14 +122,14 @@ class KeySpread:
 
 
 def measure_effective_keys(
-    pipe: Any, plan: Plan, pictures: Iterable[Picture], config: AgentConfig, query_stride: int = QUERY_STRIDE
+    pipe: Any, plan: Plan, samples: Iterable[Sample], config: AgentConfig, query_stride: int = QUERY_STRIDE
 ) -> list[KeySpread]:
-    """Draw pictures with the unpatched pipeline and measure, in the agent phase, how many keys its queries attend to.
+    """Generate images with the unpatched pipeline and measure how many keys its queries attend to in the agent phase.
 
     Args:
         pipe: an unpatched pipeline.
         plan: steps, guidance and size.
-        pictures: to draw, one at a time; none is kept.
+        samples: images to generate, one at a time; none is kept.
         config: says which timesteps the agent phase is.
 
     Returns:
@@ -140,8 +139,8 @@ def measure_effective_keys(
         BenchError: no layer to measure, or none of the steps is in the agent phase.
     """
     with recording(pipe, config, query_stride) as recorders:
-        for picture in pictures:
-            draw_batch(pipe, SD, plan, [picture])
+        for sample in samples:
+            generate_batch(pipe, SD, plan, [sample])
     if not all(recorder.found for recorder in recorders.values()):
         raise BenchError(f"no UNet call of {plan.steps} steps is in the agent phase: raise --early or --steps")
     values = {

@@ -1,4 +1,4 @@
-"""The gate: bars a model must clear before attention methods are compared on it, from its arguments to the report."""
+"""The gate: what a model must show before attention methods are compared on it, from the arguments to the report."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from . import metrics, report
-from .effective_keys import QUERY_STRIDE, KeySpread, measure_effective_keys
-from .generation import Job, check_space, draw_all, lock_folder, missing_pictures, open_folders, write_whole
-from .models import ModelSpec, load_model, pick_device
-from .protocol import (
+from eval import report, scores
+from eval.environment import environment, environment_line
+from eval.features import FeatureNetwork, load_features
+from eval.generation import Job, check_space, generate_all, lock_folder, missing_images, open_folders, write_whole
+from eval.images import FEWEST_IMAGES
+from eval.models import ModelSpec, load_model, native_size, pick_device
+from eval.protocol import (
     CONTROLS,
     DEMO_REFERENCE,
     PROMPT,
     BenchError,
-    Picture,
     Plan,
+    Sample,
     choose_classes,
     demo_classes,
     make_scenarios,
 )
+
+from .effective_keys import QUERY_STRIDE, KeySpread, measure_effective_keys
 
 MOST_KEYS = 1 / 4
 LEAST_RECOGNISED = 0.8
@@ -36,23 +41,22 @@ _FEATURES = "efficientnet-lite0"
 _CONFUSIONS = 8
 
 _SCORE_COLUMNS = (
-    ("scenario", "scenario", "{}"),
-    ("recognised", "recognised", "{}"),
-    ("images", "of", "{}"),
-    ("recognition", "share", "{:.0%}"),
-    ("recognition_ci", "95 %", "{:.0%}"),
-    *(column for column in report.COLUMNS if column[0].startswith(("fd", "kid", "psnr", "ssim"))),
+    report.Column("scenario", "scenario", "{}"),
+    report.Column("recognised", "recognised", "{}"),
+    report.Column("images", "of", "{}"),
+    report.Column("recognition", "share [95 %]", "{:.0%}", interval=True),
+    *(column for column in report.COLUMNS if column.key.startswith(("fd", "kid", "psnr", "ssim")) and column.heading),
 )
 _KEY_COLUMNS = (
-    ("layer", "layer", "{}"),
-    ("queries", "queries", "{:,}"),
-    ("tokens", "keys, N", "{:,}"),
-    ("median", "effective keys, median", "{:.1f}"),
-    ("quartiles", "quartiles", "{:.1f}"),
-    ("share", "median / N", "{:.3f}"),
-    ("share_quartiles", "quartiles / N", "{:.3f}"),
+    report.Column("layer", "layer", "{}"),
+    report.Column("queries", "queries", "{:,}"),
+    report.Column("tokens", "keys, N", "{:,}"),
+    report.Column("median", "effective keys, median", "{:.1f}"),
+    report.Column("quartiles", "quartiles"),
+    report.Column("share", "median / N", "{:.3f}"),
+    report.Column("share_quartiles", "quartiles / N"),
 )
-_BAR_COLUMNS = (("bar", "bar", "{}"), ("rule", "rule", "{}"), ("figure", "figure", "{}"), ("met", "met", "{}"))
+_BAR_COLUMNS = tuple(report.Column(key, key) for key in ("bar", "rule", "figure", "met"))
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Bar:
 def run(options: argparse.Namespace, command: str) -> int:
     """Do what the arguments of demo_gate.py say; returns the exit code. Raises BenchError for wrong input.
 
-    All that can be wrong with the input is found before the first picture is drawn.
+    Wrong input is found before the first image is generated.
     """
     for name, value, high in (("processes", options.processes, 256), ("prompts", options.prompts, 1000)):
         if value is not None and not 1 <= value <= high:
@@ -83,32 +87,32 @@ def run(options: argparse.Namespace, command: str) -> int:
     scenarios = make_scenarios(("sd", "tomesd", "agentsd", *CONTROLS), (_ratio(options.ratio),), options.early)
     spec = ModelSpec(options.model, None, options.scheduler, options.device, options.dtype)
     path = _reference_path(options)
-    network = metrics.load_features(_FEATURES, pick_device(spec.device))
-    reference = metrics.load_named_features(path, network)
+    network = load_features(_FEATURES, pick_device(spec.device))
+    reference = scores.load_named_features(path, network)
     plan, trained = _make_plan(options, reference)
     folder = Path(options.out)
     job = Job(spec, plan, tuple(scenarios), folder / "images")
     with lock_folder(folder):
         pipe = load_model(spec)
-        side = plan.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
-        check_space(folder, missing_pictures(job), side**2)
+        side = plan.size or native_size(pipe)
+        check_space(folder, missing_images(job), side**2)
         open_folders(pipe, job)
         config = next(scenario.config for scenario in scenarios if scenario.method == "agentsd")
-        prompts = tqdm(_spread_over(plan, options.prompts), desc="effective keys", unit="picture")
+        prompts = tqdm(_spread_over(plan, options.prompts), desc="effective keys", unit="image")
         spreads = measure_effective_keys(pipe, plan, prompts, config)
-        draw_all(pipe, job, options.processes)
+        generate_all(pipe, job, options.processes)
         rows = _score(job, network, reference, trained)
         bars = judge(spreads[0], {row["method"]: row for row in rows})
         found = {
             "title": f"demo_gate: {spec.name}",
             "command": command,
-            "environment": report.environment(pipe.unet.device, pipe.unet.dtype),
+            "environment": environment(pipe.unet.device, pipe.unet.dtype),
             "protocol": f"{len(plan.classes)} names × {plan.copies}, prompt “{PROMPT}”, {plan.steps} {plan.scheduler} "
             f"steps, guidance {plan.guidance:g}, {side} px, batch {plan.batch_size}, seed {plan.seed}. The "
             f"agent phase is the noisiest {options.early:.0%} of the diffusion run. Effective keys in {prompts.total} "
-            f"of these pictures, both halves of guidance, every {QUERY_STRIDE}th query token.",
+            f"of these images, both halves of guidance, every {QUERY_STRIDE}th query token.",
             "label": network.label,
-            "reference": f"{len(reference.names)} training pictures of {len(set(reference.names))} names in "
+            "reference": f"{len(reference.names)} training images of {len(set(reference.names))} names in "
             + (path.name if path == DEMO_REFERENCE else str(path)),
             "passes": all(bar.met for bar in bars),
             "verdict": verdict(bars),
@@ -116,7 +120,7 @@ def run(options: argparse.Namespace, command: str) -> int:
             "effective_keys": [asdict(spread) for spread in spreads],
             "rows": rows,
         }
-        report.write_part(folder, "gate.json", found)
+        report.write_json(folder / "gate.json", found)
         write_whole(folder / "gate.md", as_markdown(found))
     print("\n".join([found["verdict"], "", *_lines(bars), "", *_confusion_lines(rows[:1], 5)]))
     print(f"report: {folder / 'gate.md'}")
@@ -175,19 +179,19 @@ def verdict(bars: Sequence[Bar]) -> str:
     return f"FAILS the gate: {len(failed)} of {len(bars)} bars {verb} not met ({'; '.join(failed)})."
 
 
-def recognition(pictures: Sequence[Picture], taken_for: Sequence[str]) -> dict[str, Any]:
-    """How many pictures are nearest to the name they were prompted with, as columns of a row.
+def recognition(images: Sequence[Sample], taken_for: Sequence[str]) -> dict[str, Any]:
+    """How many images are nearest to the name they were prompted with, as columns of a row.
 
     Args:
-        pictures: as drawn.
-        taken_for: of each the name that metrics.nearest_names gives; a tie between names is none of them.
+        images: as generated.
+        taken_for: of each the name that nearest_names gives; a tie between names is none of them.
     """
-    pairs = [(picture.name, taken) for picture, taken in zip(pictures, taken_for)]
+    pairs = [(image.name, taken) for image, taken in zip(images, taken_for)]
     wrong = Counter((name, taken) for name, taken in pairs if name != taken)
     hits = len(pairs) - wrong.total()
     return {
         "recognised": hits,
-        **metrics.wilson_interval(hits, len(pairs)).as_row("recognition"),
+        **wilson_interval(hits, len(pairs)).as_row("recognition"),
         "confusions": [[name, taken, count] for (name, taken), count in wrong.most_common()],
     }
 
@@ -197,56 +201,93 @@ def as_markdown(found: Mapping[str, Any]) -> str:
     keys = [
         {
             **spread,
-            "quartiles": [spread["low"], spread["high"]],
+            "quartiles": f"{spread['low']:.1f} … {spread['high']:.1f}",
             "share": spread["median"] / spread["tokens"],
-            "share_quartiles": [spread["low"] / spread["tokens"], spread["high"] / spread["tokens"]],
+            "share_quartiles": f"{spread['low'] / spread['tokens']:.3f} … {spread['high'] / spread['tokens']:.3f}",
         }
         for spread in found["effective_keys"]
     ]
     parts = [
         f"# {found['title']}",
         f"`{found['command']}`",
-        report.environment_line(found["environment"]),
+        environment_line(found["environment"]),
         found["protocol"],
         f"**{found['verdict']}**",
         report.table(
             [{**bar, "met": "yes" if bar["met"] else "**no**"} for bar in found["bars"]],
-            columns=_BAR_COLUMNS, texts=("bar", "rule", "figure", "met"),
+            _BAR_COLUMNS,
         ),
         "## Effective keys",
         "exp of the entropy (natural logarithm) of a query's attention weights: N where all keys weigh the same, 1 "
         "where one key has all the weight. Unpatched model, all steps of the agent phase, all heads.",
-        report.table(keys, columns=_KEY_COLUMNS, texts=("layer",)),
+        report.table(keys, _KEY_COLUMNS),
         "## Controls and recognition",
-        "mean-value and no-attention draw as agentsd does, but in the agent phase the full-resolution self-attention "
-        "returns its mean value token, or zero. A picture is recognised if, among the reference's pictures, the "
+        "mean-value and no-attention are agentsd, but in the agent phase the full-resolution self-attention returns "
+        "its mean value token, or zero. An image is recognised if, among the reference's images, the "
         f"nearest is one of the prompted name: by the cosine of {_FEATURES} features less their mean over the names; "
-        "ties with another name do not count. Intervals of shares are Wilson's; FD is taken to the training pictures "
-        "of the names drawn, its differences are paired bootstrap intervals, as in fid_bench. "
+        "ties with another name do not count. Intervals of shares are Wilson's; FD is the distance to the training "
+        "images of the same names, its differences are paired bootstrap intervals, as in fid_bench. "
         f"Reference: {found['reference']}.",
-        report.table(found["rows"], found["label"], _SCORE_COLUMNS),
+        report.table(found["rows"], _SCORE_COLUMNS, found["label"]),
         "Prompted → taken for: ",
         "\n".join(f"- {line}" for line in _confusion_lines(found["rows"], _CONFUSIONS)),
     ]  # fmt: skip
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
+# --- features -> names ------------------------------------------------------------------------------------------------
+
+
+def nearest_names(features: np.ndarray, reference: scores.NamedFeatures) -> list[str]:
+    """For each image the name of the reference image most similar to it.
+
+    Similarity is the cosine of the features less their mean over the reference, in which every name counts once: what
+    all images have in common says nothing about the name.
+
+    Args:
+        features: [N, D].
+
+    Returns:
+        N names; "a or b" where images of several names are equally near, as for one that is similar to none.
+    """
+    names = list(dict.fromkeys(reference.names))
+    owner = np.array([names.index(name) for name in reference.names])
+    centre = np.mean([reference.features[owner == i].mean(0) for i in range(len(names))], axis=0)
+
+    def directions(rows: np.ndarray) -> np.ndarray:
+        rows = rows - centre
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
+
+    cosines = directions(features) @ directions(reference.features).T
+    by_name = np.stack([cosines[:, owner == i].max(axis=1) for i in range(len(names))], axis=1)
+    nearest = by_name >= by_name.max(axis=1, keepdims=True) - 1e-9  # equal rows may differ in the last bits
+    return [" or ".join(name for name, near in zip(names, row) if near) for row in nearest]
+
+
+def wilson_interval(successes: int, trials: int) -> scores.Interval:
+    """A share with its 95 % score interval (Wilson, J. Am. Stat. Assoc. 22, 1927), valid also at 0 and 1."""
+    z, share = 1.959963984540054, successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return scores.Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
 # --- steps of a run ---------------------------------------------------------------------------------------------------
 
 
 def _score(
-    job: Job, network: metrics.FeatureNetwork, reference: metrics.NamedFeatures, trained: metrics.Statistics
+    job: Job, network: FeatureNetwork, reference: scores.NamedFeatures, trained: scores.Statistics
 ) -> list[dict[str, Any]]:
     files = {scenario.name: job.paths(scenario) for scenario in job.scenarios}
     features = {name: network.of_files(paths) for name, paths in tqdm(files.items(), desc="features", unit="scenario")}
-    groups = [picture.index for picture in job.plan.pictures]
-    scores = metrics.score_sets(features, files, network, trained, progress=tqdm, groups=groups)
+    groups = [sample.index for sample in job.plan.samples]
+    found = scores.score_sets(features, files, network, trained, progress=tqdm, groups=groups)
     return [
         {
             "scenario": scenario.name,
             "method": scenario.method,
-            **scores[scenario.name],
-            **recognition(job.plan.pictures, metrics.nearest_names(features[scenario.name], reference)),
+            **found[scenario.name],
+            **recognition(job.plan.samples, nearest_names(features[scenario.name], reference)),
         }
         for scenario in job.scenarios
     ]
@@ -258,34 +299,34 @@ def _reference_path(options: argparse.Namespace) -> Path:
     if options.model == "demo":
         return DEMO_REFERENCE
     raise BenchError(
-        "--reference is missing: give a .npz with names and features of the model's training pictures, as "
-        "eval/make_demo_reference.py writes"
+        "--reference is missing: give a .npz with names and features of the model's training images, as "
+        "apps/demo_training/gate_reference.py writes"
     )
 
 
-def _make_plan(options: argparse.Namespace, reference: metrics.NamedFeatures) -> tuple[Plan, metrics.Statistics]:
-    """What to draw, and the training pictures of the same names; raises BenchError where either are too few."""
+def _make_plan(options: argparse.Namespace, reference: scores.NamedFeatures) -> tuple[Plan, scores.Statistics]:
+    """What to draw, and the training images of the same names; raises BenchError where either are too few."""
     plan = Plan(
         _choose_names(options, reference), options.images_per_class, options.steps, options.guidance,
         options.scheduler, options.size, options.batch_size, options.threads, options.seed,
     )  # fmt: skip
-    trained = metrics.statistics_of(reference.of(name for _, name in plan.classes))
-    for count, what in ((len(plan.pictures), "pictures"), (trained.count, "training pictures of their names")):
-        if count < metrics.FEWEST_PICTURES:
+    trained = scores.statistics_of(reference.of(name for _, name in plan.classes))
+    for count, what in ((len(plan.samples), "images"), (trained.count, "training images of their names")):
+        if count < FEWEST_IMAGES:
             raise BenchError(
-                f"{count} {what} are too few for any Fréchet distance, which needs {metrics.FEWEST_PICTURES} at the "
+                f"{count} {what} are too few for any Fréchet distance, which needs {FEWEST_IMAGES} at the "
                 "very least: raise --classes or --images-per-class"
             )
     return plan, trained
 
 
-def _choose_names(options: argparse.Namespace, reference: metrics.NamedFeatures) -> tuple[tuple[int, str], ...]:
-    """(place among the reference's names, name) of what is drawn; raises BenchError for a name it does not have."""
+def _choose_names(options: argparse.Namespace, reference: scores.NamedFeatures) -> tuple[tuple[int, str], ...]:
+    """(place among the reference's names, name) of what to generate; raises BenchError for a name it does not have."""
     known = list(dict.fromkeys(reference.names))
     if options.names is not None:
         names = [name.strip() for name in options.names.split(",")]
     else:
-        # What the built-in model can draw is fixed; for any other only the reference knows.
+        # The built-in model's names are fixed; those of any other are the reference's.
         every = demo_classes() if options.model == "demo" else known
         names = [name for _, name in choose_classes(every, options.classes)]
     if len(set(names)) != len(names):
@@ -300,9 +341,9 @@ def _ratio(ratio: float) -> float:
     return ratio
 
 
-def _spread_over(plan: Plan, count: int) -> list[Picture]:
-    """So many of the plan's first pictures of each name, spread evenly."""
-    first = plan.pictures[: len(plan.classes)]
+def _spread_over(plan: Plan, count: int) -> list[Sample]:
+    """Some of the plan's first images of each name, spread evenly."""
+    first = plan.samples[: len(plan.classes)]
     return [first[k] for k in sorted({k * len(first) // count for k in range(count)})]
 
 
