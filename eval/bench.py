@@ -47,7 +47,7 @@ from .protocol import (
     parse_intervals,
     parse_methods,
     parse_ratios,
-    tomesd_rivals,
+    rivals_of,
 )
 from .scenarios import check_packages
 
@@ -83,7 +83,7 @@ class _Bench:
         device = self.processes.device or options.device
         self.spec = ModelSpec(options.model, random, options.scheduler, device, options.dtype, options.revision)
         ablate = [name for name in options.ablate.split(",") if name]
-        intervals = parse_intervals(options.cache_intervals)
+        intervals = parse_intervals(options.cache_intervals) if options.cache_intervals else ()
         self.timed = make_scenarios(
             parse_methods(options.methods), parse_ratios(options.ratios), options.early, ablate, intervals
         )
@@ -279,7 +279,7 @@ class _Scorer:
         files = {scenario.name: job.paths(scenario) for scenario in job.scenarios}
         rows = scores.score_sets(
             features, files, self.network, self.reference, self.resamples, tqdm,
-            groups=[sample.index for sample in self.plan.samples], rivals=tomesd_rivals(job.scenarios),
+            groups=[sample.index for sample in self.plan.samples], rivals=rivals_of(job.scenarios),
         )  # fmt: skip
         if self.clip is not None:
             prompts = [sample.prompt for sample in self.plan.samples]

@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         "alpha-early crosses two of them, the others save more at larger sizes",
     )  # fmt: skip
     grid.add_argument(
-        "--cache-intervals", default="3", metavar="N,N",
-        help="of deepcache: one whole UNet call in every N (default: %(default)s)",
+        "--cache-intervals", metavar="N,N",
+        help="agentsd also with step caching, and deepcache, at these intervals (default: deepcache at 3)",
     )  # fmt: skip
 
     model = parser.add_argument_group("model")

@@ -84,14 +84,6 @@ class Timing:
         """Median over the rounds, divided by the batch size."""
         return statistics.median(self.seconds) / self.workload.batch_size if self.seconds else None
 
-    @property
-    def quartiles(self) -> tuple[float, float] | None:
-        """First and third quartile of the seconds per image."""
-        if len(self.seconds) < 2:
-            return None
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return low / self.workload.batch_size, high / self.workload.batch_size
-
     def unet_median(self, phase: Phase) -> float | None:
         """Median seconds of a UNet call in a phase."""
         times = self.unet_seconds.get(phase.value)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from agentsd import AgentConfig
+from agentsd.config import PRESETS
 
 PROMPT = "A high quality photograph of a {}."
 """ToMe's wording (https://github.com/dbolya/tomesd/issues/46), which the Agent Attention paper took over."""
@@ -48,7 +49,13 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "agents": tuple({"max_agents": value} for value in (None, 256, 64, 16)),
     "tile": tuple({"match_tile": value} for value in (None, 16, 8)),
-    "fast": ({}, {"late": "downsample", "max_agents": 256, "max_keys": 1024, "match_tile": 16}),
+    "cache": (
+        {},
+        *({"cache_interval": value} for value in (2, 3, 5)),
+        {"cache_interval": 3, "cache_order": 0},
+        {"cache_interval": 3, "ratio": 0.0, "early": 0.0},
+    ),
+    "presets": tuple(PRESETS.values()),
 }
 """Name on the command line: the fields of AgentConfig that each of its scenarios sets."""
 
@@ -61,6 +68,9 @@ _LABELS = {
     "max_agents": "agents{}",
     "max_keys": "keys{}",
     "match_tile": "tile{}",
+    "cache_interval": "cache{}",
+    "cache_order": "order{}",
+    "cache_depth": "depth{}",
 }
 """How a setting of agentsd appears in a scenario's name where it is not the default."""
 
@@ -111,7 +121,7 @@ class Scenario:
     @property
     def cache_interval(self) -> int:
         """At most one UNet call in so many is computed as a whole; 1 where nothing is cached."""
-        return self.interval
+        return self.config.cache_interval if self.config else self.interval
 
 
 SD = Scenario("sd")
@@ -273,16 +283,16 @@ def make_scenarios(
     ratios: Sequence[float],
     early: float = AgentConfig.early,
     ablate: Sequence[str] = (),
-    intervals: Sequence[int] = (3,),
+    intervals: Sequence[int] = (),
 ) -> list[Scenario]:
-    """The grid methods × ratios, or × intervals, then the ablations of agentsd at the last ratio.
+    """The grid methods × ratios, with caching at each interval, then the ablations of agentsd at the last ratio.
 
     Args:
         methods: from METHODS. sd is always first: everything is compared with it.
         ratios: of the methods that merge. The controls are generated at the last one only.
         early: of agentsd and the controls.
         ablate: keys of ABLATIONS.
-        intervals: of deepcache.
+        intervals: of deepcache (3 if none is given), and of agentsd at the last ratio, which is also run uncached.
 
     Returns:
         Different scenarios, sd first.
@@ -290,13 +300,16 @@ def make_scenarios(
     scenarios = [SD]
     for method in methods:
         if method == "deepcache":
-            scenarios += [Scenario(method, interval=interval) for interval in intervals]
+            scenarios += [Scenario(method, interval=interval) for interval in intervals or (3,)]
         elif method not in METHODS_WITH_CONFIG:
             scenarios.append(Scenario(method))
         else:
             for ratio in ratios if method in ("tomesd", "agentsd") else ratios[-1:]:
                 # ToMeSD has no early phase; one value for it keeps its scenarios equal whatever --early says.
                 scenarios.append(Scenario(method, _config(ratio, 0.0 if method == "tomesd" else early)))
+            if method == "agentsd":
+                base = scenarios[-1].config
+                scenarios += [Scenario(method, replace(base, cache_interval=interval)) for interval in intervals]
     for name in ablate:
         if name not in ABLATIONS:
             raise BenchError(f"--ablate {name!r}: is unknown, use {', '.join(ABLATIONS)}")
@@ -305,11 +318,25 @@ def make_scenarios(
     return list(dict.fromkeys(scenarios))
 
 
-def tomesd_rivals(scenarios: Iterable[Scenario]) -> dict[str, str]:
-    """Names of agentsd's scenarios, each with the name of tomesd's of the same ratio, where there is one."""
+def rivals_of(scenarios: Iterable[Scenario]) -> dict[tuple[str, str], str]:
+    """(agentsd's scenario, rival method) to the rival's scenario, by name, for those to be compared with each other.
+
+    tomesd of the same ratio is the rival of agentsd without caching, deepcache of the same interval that with it.
+    """
     scenarios = tuple(scenarios)
-    merged = {s.config.ratio: s.name for s in scenarios if s.method == "tomesd"}
-    return {s.name: merged[s.config.ratio] for s in scenarios if s.method == "agentsd" and s.config.ratio in merged}
+    found = {}
+    for ours in scenarios:
+        for other in scenarios:
+            if (
+                ours.method == "agentsd"
+                and ours.cache_interval == other.cache_interval
+                and (
+                    other.method == "deepcache"
+                    or (other.method == "tomesd" and ours.config.ratio == other.config.ratio)
+                )
+            ):
+                found[ours.name, other.method] = other.name
+    return found
 
 
 def _config(ratio: float, early: float) -> AgentConfig:

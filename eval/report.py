@@ -52,19 +52,19 @@ COLUMNS = (
     Column("images", "images", tables="quality"),
     Column("fid_difference", "FID − sd [95 %]", "{:+.2f}", "quality", interval=True),
     Column("fid_difference_tomesd", "FID − tomesd [95 %]", "{:+.2f}", "quality", interval=True),
+    Column("fid_difference_deepcache", "FID − deepcache [95 %]", "{:+.2f}", "quality", interval=True),
     Column("fid", "FID", "{:.2f}", "quality"),
     Column("fd_difference", "FD − sd [95 %]", "{:+.2f}", "quality", interval=True),
     Column("fd_difference_tomesd", "FD − tomesd [95 %]", "{:+.2f}", "quality", interval=True),
+    Column("fd_difference_deepcache", "FD − deepcache [95 %]", "{:+.2f}", "quality", interval=True),
     Column("fd", "{label}", "{:.2f}", "quality"),
     Column("kid", "KID", "{:.5f}", "quality"),
     Column("kid_deviation"),
     Column("psnr", "PSNR to sd, dB", "{:.1f}", "quality"),
     Column("ssim", "SSIM to sd", "{:.4f}", "quality"),
-    Column("feature_distance"),
     Column("clip_score", "CLIP score", "{:.2f}", "quality"),
     Column("seconds"),
     Column("seconds_per_image", "s / image", "{:.3f}", "speed"),
-    Column("seconds_quartiles"),
     Column("speedup_vs_sd", "× sd", "{:.2f}", "speed"),
     Column("speedup_vs_naive"),
     Column("unet_agent_ms", "UNet call, agent phase, ms", "{:.1f}", "speed"),
@@ -176,8 +176,9 @@ def timed_apart(workloads: Sequence[Workload], size: int, batch_size: int) -> st
 def verdict(rows: Sequence[dict[str, Any]], scored: dict[str, Any]) -> list[str]:
     """What the scores say of each method's effect on quality, in sentences; none without scores.
 
-    AgentSD is compared with Stable Diffusion, as ToMeSD is, and with ToMeSD at the same ratio, by an interval of its
-    own: two methods may differ although their intervals against Stable Diffusion overlap.
+    AgentSD is compared with Stable Diffusion, as every method is, and with ToMeSD at the same ratio or DeepCache at the
+    same interval, by an interval of its own: two methods may differ although their intervals against Stable Diffusion
+    overlap.
     """
     key = "fid_difference" if scored.get("features") == "inception" else "fd_difference"
     label = scored.get("label", "")
@@ -189,8 +190,10 @@ def verdict(rows: Sequence[dict[str, Any]], scored: dict[str, Any]) -> list[str]
         if row["method"] in CONTROLS:
             continue
         sentences.append(_compared(row, key, label, "sd"))
-        if row.get(f"{key}_tomesd") is not None:
-            sentences.append(_compared(row, f"{key}_tomesd", label, f"tomesd-r{row['ratio']:g}"))
+        rivals = (("tomesd", f"tomesd-r{row.get('ratio') or 0:g}"), ("deepcache", f"deepcache-{row.get('cache_interval')}"))
+        for method, other in rivals:
+            if row.get(f"{key}_{method}") is not None:
+                sentences.append(_compared(row, f"{key}_{method}", label, other))
     least = min((row[key] for row in compared if row["method"] == "agentsd"), default=0.0)
     for row in compared:
         if row["method"] not in CONTROLS:
@@ -218,7 +221,7 @@ def as_csv(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:
     for row in rows:
         out: dict[str, Any] = {}
         for key, value in row.items():
-            if key.endswith(("_ci", "_quartiles")):
+            if key.endswith("_ci"):
                 out[f"{key}_low"], out[f"{key}_high"] = value or (None, None)
             else:
                 out[key] = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -307,7 +310,6 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
         "compiled": "compiled" if workload.compile else None,
         "seconds": timing.seconds,
         "seconds_per_image": timing.seconds_per_image,
-        "seconds_quartiles": timing.quartiles,
         "speedup_vs_sd": _ratio(sd and sd.seconds_per_image, timing.seconds_per_image),
         "speedup_vs_naive": _ratio(naive and naive.seconds_per_image, timing.seconds_per_image),
         "peak_gb": timing.peak_gb,

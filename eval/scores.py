@@ -347,12 +347,6 @@ def paired_similarity(files: Sequence[Path], baseline_files: Sequence[Path]) -> 
     return float(psnr), float(ssim)
 
 
-def feature_distance(features: np.ndarray, baseline: np.ndarray) -> float:
-    """Mean over pairs of 1 − cosine similarity of their features: 0 where all pairs are equal."""
-    norms = np.linalg.norm(features, axis=1) * np.linalg.norm(baseline, axis=1)
-    return float((1 - (features * baseline).sum(1) / norms.clip(min=1e-12)).mean())
-
-
 def score_sets(
     features: dict[str, np.ndarray],
     files: dict[str, Sequence[Path]],
@@ -361,7 +355,7 @@ def score_sets(
     resamples: int = 200,
     progress: Callable[..., Iterable] = lambda steps, **_: steps,
     groups: Sequence[Hashable] | None = None,
-    rivals: Mapping[str, str] | None = None,
+    rivals: Mapping[tuple[str, str], str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Every score of sets of images against a reference and, paired, against the set named "sd".
 
@@ -372,17 +366,17 @@ def score_sets(
         resamples: number of bootstrap samples.
         progress: called with the steps, desc and unit, as tqdm.
         groups: a label for each of the N rows, as paired_differences takes them: which images are of one prompt.
-        rivals: set to the set of ToMeSD that its distance is also compared with.
+        rivals: (set, method) to the set of that method that its distance is also compared with.
 
     Returns:
-        Set to its row of a report: images, fid or fd, differences with their intervals (to sd: fd_difference, to the
-        rival: fd_difference_tomesd), psnr, ssim, feature_distance, kid.
+        Set to its row of a report: images, fid or fd, differences with their intervals (to sd: fd_difference, to a
+        rival: fd_difference_ and its method), psnr, ssim, kid.
 
     Raises:
         ValueError: there are not as many labels as rows.
     """
     rivals = rivals or {}
-    pairs = [(name, "sd") for name in features if name != "sd"] + list(rivals.items())
+    pairs = [(name, "sd") for name in features if name != "sd"] + [(name, other) for (name, _), other in rivals.items()]
     distance = FrechetDistance(reference, network.device)
     differences = paired_differences(
         distance, features, pairs, resamples,
@@ -395,9 +389,8 @@ def score_sets(
         if name != "sd":
             row |= differences[name, "sd"].as_row(f"{key}_difference")
             row["psnr"], row["ssim"] = paired_similarity(files[name], files["sd"])
-            row["feature_distance"] = feature_distance(features[name], features["sd"])
-        if name in rivals:
-            row |= differences[name, rivals[name]].as_row(f"{key}_difference_tomesd")
+        for (_, method), other in ((pair, other) for pair, other in rivals.items() if pair[0] == name):
+            row |= differences[name, other].as_row(f"{key}_difference_{method}")
         if reference.features is not None:
             row["kid"], row["kid_deviation"] = kernel_distance(features[name], reference.features)
         rows[name] = row

@@ -31,7 +31,7 @@ from eval.protocol import (
     parse_intervals,
     parse_methods,
     parse_ratios,
-    tomesd_rivals,
+    rivals_of,
 )
 from eval.scenarios import check_packages, use_scenario
 
@@ -104,25 +104,30 @@ def test_ablations_and_intervals_as_scenarios():
     assert len(crossed) == 1 + 9 + 1 and "agentsd-r0.5-early0.8-alpha0.15" in crossed  # each once
     for ablation in ABLATIONS.values():  # each holds the default, to be compared with
         assert any(AgentConfig(**settings) == AgentConfig() for settings in ablation)
-    names = [scenario.name for scenario in make_scenarios(["sd"], (0.4,), ablate=["late", "agents", "tile", "fast"])]
+    names = [scenario.name for scenario in make_scenarios(["sd"], (0.4,), ablate=["late", "agents", "tile", "presets"])]
     assert names == [
         "sd", "agentsd-r0.4", "agentsd-r0.4-downsample", "agentsd-r0.4-downsample-stride4", "agentsd-r0.4-full",
         "agentsd-r0.4-agents256", "agentsd-r0.4-agents64", "agentsd-r0.4-agents16",
-        "agentsd-r0.4-tile16", "agentsd-r0.4-tile8", "agentsd-r0.4-downsample-agents256-keys1024-tile16",
+        "agentsd-r0.4-tile16", "agentsd-r0.4-tile8", "agentsd-r0.4-cache3",
+        "agentsd-r0.4-downsample-agents256-keys1024-tile16-cache5", "agentsd-r0.4-downsample-agents256-keys1024-tile16",
     ]  # fmt: skip
-    cached = make_scenarios(["deepcache", "tgate"], (0.4,), intervals=(2, 5))
-    assert [scenario.name for scenario in cached] == ["sd", "deepcache-2", "deepcache-5", "tgate"]
-    assert [scenario.cache_interval for scenario in cached] == [1, 2, 5, 1]
+    cached = make_scenarios(["agentsd", "deepcache", "tgate"], (0.2, 0.4), intervals=(2, 5))
+    names = ["sd", "agentsd-r0.2", "agentsd-r0.4", "agentsd-r0.4-cache2", "agentsd-r0.4-cache5"]
+    assert [scenario.name for scenario in cached] == [*names, "deepcache-2", "deepcache-5", "tgate"]
+    assert [scenario.cache_interval for scenario in cached] == [1, 1, 1, 2, 5, 2, 5, 1]
     assert make_scenarios(["sd"], (0.4,)) == [Scenario("sd")]
 
 
-def test_agentsd_is_compared_with_tomesd_of_the_same_ratio():
-    scenarios = make_scenarios(["tomesd", "agentsd", "no-attention", "deepcache"], (0.2, 0.4), ablate=["alpha"])
+def test_agentsd_is_compared_with_its_rivals():
+    methods = ["tomesd", "agentsd", "no-attention", "deepcache"]
+    scenarios = make_scenarios(methods, (0.2, 0.4), ablate=["alpha"], intervals=(3, 5))
     names = ["agentsd-r0.2", "agentsd-r0.4", *(f"agentsd-r0.4-alpha{alpha}" for alpha in ("0", "0.025", "0.15"))]
-    expected = {name: "tomesd-r0.2" if "r0.2" in name else "tomesd-r0.4" for name in names}
-    assert tomesd_rivals(iter(scenarios)) == tomesd_rivals(scenarios[::-1]) == expected
-    assert tomesd_rivals(s for s in scenarios if s.name != "tomesd-r0.2").keys() == set(names[1:])
-    assert tomesd_rivals(s for s in scenarios if s.method != "tomesd") == {}
+    expected = {(name, "tomesd"): "tomesd-r0.2" if "r0.2" in name else "tomesd-r0.4" for name in names}
+    expected |= {(f"agentsd-r0.4-cache{n}", "deepcache"): f"deepcache-{n}" for n in (3, 5)}
+    assert rivals_of(iter(scenarios)) == rivals_of(scenarios[::-1]) == expected
+    without = [s for s in scenarios if s.name not in ("tomesd-r0.2", "deepcache-5")]
+    gone = {(names[0], "tomesd"), ("agentsd-r0.4-cache5", "deepcache")}
+    assert rivals_of(without).keys() == expected.keys() - gone
 
 
 def test_the_limit_computes_the_four_projections_and_mixes_nothing(pipe):
