@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,9 +45,8 @@ from .protocol import (
     demo_classes,
     imagenet_classes,
     make_scenarios,
-    parse_intervals,
     parse_methods,
-    parse_ratios,
+    parse_numbers,
     rivals_of,
 )
 from .scenarios import check_packages
@@ -83,9 +83,13 @@ class _Bench:
         device = self.processes.device or options.device
         self.spec = ModelSpec(options.model, random, options.scheduler, device, options.dtype, options.revision)
         ablate = [name for name in options.ablate.split(",") if name]
-        intervals = parse_intervals(options.cache_intervals) if options.cache_intervals else ()
+        intervals = parse_numbers("cache-intervals", options.cache_intervals, 2, 20) if options.cache_intervals else ()
         self.timed = make_scenarios(
-            parse_methods(options.methods), parse_ratios(options.ratios), options.early, ablate, intervals
+            parse_methods(options.methods),
+            parse_numbers("ratios", options.ratios, 0.0, 0.75),
+            options.early,
+            ablate,
+            intervals,
         )
         scored = tuple(scenario for scenario in self.timed if scenario.method not in UNSCORED)
         names = demo_classes() if options.model == "demo" and not random else imagenet_classes()
@@ -178,30 +182,20 @@ class _Bench:
         return 2 if missing else 0
 
     def _estimate(self, pipe: Any, images: int) -> str:
-        seconds = {}
-        for workload in dict.fromkeys([Workload(batch_size=self.job.plan.batch_size), *self.workloads]):
-            size = workload.size or self.job.plan.size or native_size(pipe)
-            key = (size, workload.batch_size)
-            if key in seconds:
-                continue
-            short = Workload(size, workload.batch_size, _DRY_STEPS, self.options.guidance, rounds=1)
-            [timing] = measure(pipe, [SD], short)
+        seconds: dict[tuple, float] = {}  # of one pipeline call, by size and batch
+        plan = self.job.plan
+        for size, batch in {(plan.size, plan.batch_size), *((w.size, w.batch_size) for w in self.workloads)}:
+            [timing] = measure(pipe, [SD], Workload(size, batch, _DRY_STEPS, self.options.guidance, rounds=1))
             if timing.failed:
                 return f"unknown: {timing.failed}"
-            calls = [lap for laps in timing.unet_seconds.values() for lap in laps]
-            call = sum(calls) / len(calls)
-            seconds[key] = timing.seconds[0] + call * (self.options.steps - _DRY_STEPS)
-        size = self.job.plan.size or native_size(pipe)
-        each = seconds[size, self.job.plan.batch_size] / self.job.plan.batch_size
-        rounds = 0.0
-        if not self.options.quality_only:
-            rounds = sum(
-                len(self.timed) * workload.rounds * seconds[workload.size or size, workload.batch_size]
-                for workload in self.workloads
-            )
+            call = statistics.fmean(itertools.chain.from_iterable(timing.unet_seconds.values()))
+            seconds[size, batch] = timing.seconds[0] + call * (self.options.steps - _DRY_STEPS)
+        each = seconds[plan.size, plan.batch_size] / plan.batch_size
+        rounds = sum(len(self.timed) * w.rounds * seconds[w.size, w.batch_size] for w in self.workloads)
         return (
             f"{_hours(each * images)} to generate in one process ({each:.1f} s per image, from {_DRY_STEPS} steps of "
-            f"sd), {_hours(rounds)} to time; less where a method is faster than sd; scores not included"
+            f"sd), {_hours(0 if self.options.quality_only else rounds)} to time; less where a method is faster than "
+            "sd; scores not included"
         )
 
     def _check_model(self) -> None:
@@ -212,19 +206,18 @@ class _Bench:
 
     def _describe(self, pipe: Any, side: int) -> dict[str, Any]:
         options, plan = self.options, self.job.plan
-        what, sizes, batches = "", [side], [plan.batch_size]
-        if options.speed_only:
-            sizes = list(dict.fromkeys(workload.size or side for workload in self.workloads))
-            batches = list(dict.fromkeys(workload.batch_size for workload in self.workloads))
-        else:
-            what = f"{len(plan.classes)} classes × {plan.copies}, prompt “{PROMPT}”, "
-        timed = () if options.speed_only or options.quality_only else self.workloads
+        protocol = f"{plan.steps} {plan.scheduler} steps, guidance {plan.guidance:g}, seed {plan.seed}."
+        if not options.speed_only:
+            what = f"{len(plan.classes)} classes × {plan.copies}, prompt “{PROMPT}”"
+            protocol = f"{what}, {side} px, batch {plan.batch_size}, {protocol}"
+        if not options.quality_only:
+            sizes = dict.fromkeys(str(workload.size or side) for workload in self.workloads)
+            batches = dict.fromkeys(str(workload.batch_size) for workload in self.workloads)
+            protocol += f" Timed at {', '.join(sizes)} px, batch {', '.join(batches)}."
         return {
             "title": f"fid_bench: {self.spec.name}" + (", speed only" if options.speed_only else ""),
             "command": self.command,
-            "protocol": f"{what}{plan.steps} {plan.scheduler} steps, guidance {plan.guidance:g}, "
-            f"{', '.join(map(str, sizes))} px, batch {', '.join(map(str, batches))}, seed {plan.seed}."
-            + report.timed_apart(timed, side, plan.batch_size),
+            "protocol": protocol,
             "model": self.spec.name,
             "size": side,
             "batch_size": plan.batch_size,
@@ -389,23 +382,14 @@ def _inception_weights(options: argparse.Namespace) -> Path | None:
 
 
 def _workloads(options: argparse.Namespace) -> list[Workload]:
-    sizes = _integers("sizes", options.sizes, 64, 8192, 8) if options.sizes else [options.size]
-    batches = _integers("batch-sizes", options.batch_sizes, 1, 1024) if options.batch_sizes else [options.batch_size]
+    sizes = parse_numbers("sizes", options.sizes, 64, 8192, 8) if options.sizes else [options.size]
+    batches = (
+        parse_numbers("batch-sizes", options.batch_sizes, 1, 1024) if options.batch_sizes else [options.batch_size]
+    )
     return [
         Workload(size, batch, options.steps, options.guidance, options.rounds, compiled)
         for compiled, batch, size in itertools.product((False, True)[: 1 + options.compile], batches, sizes)
     ]
-
-
-def _integers(name: str, text: str, low: int, high: int, multiple: int = 1) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = [0]
-    if not all(low <= value <= high and value % multiple == 0 for value in values):
-        kind = "integers" if multiple == 1 else f"multiples of {multiple}"
-        raise BenchError(f"--{name} {text!r}: must be {kind} in {low} … {high} with commas between")
-    return list(dict.fromkeys(values))
 
 
 def _load_reference(options: argparse.Namespace, plan: Plan, network: FeatureNetwork) -> tuple[scores.Statistics, str]:

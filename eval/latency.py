@@ -16,11 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from agentsd import AgentConfig, Phase
 from agentsd.images.measure import PeakMemory
 
+from .images import first_line
 from .models import native_size
 from .protocol import CONTROLS, PROMPT, BenchError, Scenario
 from .scenarios import use_scenario
-
-_IN_PIECES = "breaks the compiler's graph: compiled in pieces and timed after the others, so no speed-up is given"
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,8 @@ class Workload:
         batch_size: images per call.
         steps, guidance: of the sampling.
         rounds: how many times each scenario is timed.
-        compile: torch.compile the UNet, one copy per scenario, as one graph for these shapes. A scenario that breaks
-            the graph is compiled in pieces, after the others: TorchDynamo stores what it learns by the source code of a
-            forward, which all copies share, and would run the others in pieces too.
+        compile: torch.compile the UNet, one copy per scenario, as one graph for these shapes; a scenario that breaks
+            the graph, as ToMeSD does, fails.
     """
 
     size: int | None = None
@@ -64,7 +62,6 @@ class Timing:
         failed: why there are no figures, or "".
         operators: phase -> PyTorch operators of one UNet call without views and allocations: about the number of
             kernels a GPU is sent, which at small sizes cost more than their arithmetic. Empty if compiled.
-        note: why it was timed apart from the others, so that speed-ups would compare different moments, or "".
     """
 
     scenario: str
@@ -77,7 +74,6 @@ class Timing:
     peak_gb_per_image: float | None = None
     failed: str = ""
     operators: dict[str, int] = field(default_factory=dict)
-    note: str = ""
 
     @property
     def seconds_per_image(self) -> float | None:
@@ -105,59 +101,42 @@ def measure(
         on_call: called with (scenario, round) before each call; round 0 is the warm-up.
     """
     workload = replace(workload, size=workload.size or native_size(pipe))
-    timings = {scenario: Timing(scenario.name, workload) for scenario in scenarios}
-    if not workload.compile:
-        _measure_rounds([_Run(pipe, scenario, workload) for scenario in scenarios], timings, on_call)
-        return list(timings.values())
+    timings = [Timing(scenario.name, workload) for scenario in scenarios]
+    runs = list(zip([_Run(pipe, scenario, workload) for scenario in scenarios], timings))
     # All copies of the UNet share the code by which TorchDynamo counts recompilations.
-    with torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, 64)):
-        torch._dynamo.reset()  # what it learnt at another size would make this one's shapes symbolic
-        broken = _measure_rounds([_Run(pipe, scenario, workload) for scenario in scenarios], timings, on_call)
-        for scenario in broken:
-            torch._dynamo.reset()
-            timings[scenario].note = _IN_PIECES
-            _measure_rounds([_Run(pipe, scenario, workload, in_pieces=True)], timings, on_call)
-    return list(timings.values())
-
-
-def _measure_rounds(
-    runs: Sequence[_Run], timings: dict[Scenario, Timing], on_call: Callable[[str, int], None] | None
-) -> list[Scenario]:
-    """Fill in the timings; returns the scenarios that cannot be compiled as one graph, which have none yet."""
-    broken: list[Scenario] = []
-    for number in range(runs[0].workload.rounds + 1):
-        turn = number % len(runs)
-        for run in [*runs[turn:], *runs[:turn]]:
-            timing = timings[run.scenario]
-            if timing.failed or run.scenario in broken:
-                continue
-            if on_call:
-                on_call(run.scenario.name, number)
-            try:
-                if number == 0:
-                    run.prepare()
-                    run.warm_up(timing)
-                else:
-                    run.record(timing)
-            except BenchError:
-                raise
-            except Exception as error:  # torch.compile raises its own kinds, memory runs out in several ways
-                if isinstance(error, torch._dynamo.exc.Unsupported) and not run.in_pieces:
-                    broken.append(run.scenario)
-                else:
-                    timing.failed = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                run.forget()
-    return broken
+    limit = max(torch._dynamo.config.recompile_limit, 64)
+    with torch._dynamo.config.patch(recompile_limit=limit) if workload.compile else contextlib.nullcontext():
+        if workload.compile:
+            torch._dynamo.reset()  # what it learnt at another size would make this one's shapes symbolic
+        for number in range(workload.rounds + 1):
+            turn = number % len(runs)
+            for run, timing in [*runs[turn:], *runs[:turn]]:
+                if timing.failed:
+                    continue
+                if on_call:
+                    on_call(timing.scenario, number)
+                try:
+                    if number == 0:
+                        run.prepare()
+                        run.warm_up(timing)
+                    else:
+                        run.record(timing)
+                except BenchError:
+                    raise
+                except Exception as error:  # torch.compile raises its own kinds, memory runs out in several ways
+                    broken = isinstance(error, torch._dynamo.exc.Unsupported)
+                    timing.failed = "not compiled: it breaks the compiler's graph" if broken else first_line(error)
+                    run.forget()
+    return timings
 
 
 class _Run:
     """One scenario: eager, the pipeline is patched at each call; compiled, it has a patched copy of its own."""
 
-    def __init__(self, pipe: Any, scenario: Scenario, workload: Workload, in_pieces: bool = False):
+    def __init__(self, pipe: Any, scenario: Scenario, workload: Workload):
         self.pipe = pipe
         self.scenario = scenario
         self.workload = workload
-        self.in_pieces = in_pieces
         self.keep = contextlib.ExitStack()
 
     def prepare(self) -> None:
@@ -172,7 +151,7 @@ class _Run:
         self.pipe = type(self.pipe)(**components, **_constructor_options(self.pipe))
         self.pipe.set_progress_bar_config(disable=True)
         self.keep.enter_context(use_scenario(self.pipe, self.scenario))
-        self.pipe.unet.compile(fullgraph=not self.in_pieces, dynamic=False)
+        self.pipe.unet.compile(fullgraph=True, dynamic=False)
 
     def warm_up(self, timing: Timing) -> None:
         """Compute one UNet call of each phase, two with caching; the other calls of the run return at once."""

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from agentsd.unet.processor import LAYER_ATTRIBUTE
 
 from .environment import environment, environment_line
 from .generation import write_whole
-from .protocol import BenchError
+from .protocol import BenchError, parse_numbers
 from .scenarios import NoMixingProcessor
 
 _TIMESTEPS = {Phase.AGENT: 900, Phase.MERGE: 100}
@@ -38,7 +38,7 @@ _OPERATORS = 12  # rows of a profile
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Do what the arguments of layer_bench.py say. Raises BenchError for wrong input."""
-    sides = _sides(options.sides)
+    sides = parse_numbers("sides", options.sides, 4, 1024)
     for name, low, high in (("heads", 1, 256), ("batch", 1, 1024), ("rounds", 1, 1000)):
         if not low <= getattr(options, name) <= high:
             raise BenchError(f"--{name} {getattr(options, name)}: must lie in {low} … {high}")
@@ -79,16 +79,6 @@ def run(options: argparse.Namespace, command: str) -> None:
         except OSError as error:
             raise BenchError(f"--out {target}: cannot be written ({error.strerror or error})") from error
     print(text)
-
-
-def _sides(text: str) -> list[int]:
-    try:
-        sides = [int(part) for part in text.split(",")]
-    except ValueError:
-        sides = [0]
-    if not all(4 <= side <= 1024 for side in sides):
-        raise BenchError(f"--sides {text!r}: must be integers in 4 … 1024 with commas between")
-    return sides
 
 
 @dataclass(frozen=True)
@@ -249,12 +239,12 @@ def _computed_as(row: Variant, unet: UNet2DConditionModel, block: BasicTransform
         block.attn1.processor = before
 
 
-def growth(sides: list[int], seconds: list[float]) -> float:
+def growth(sides: Sequence[int], seconds: list[float]) -> float:
     """Exponent p of seconds ∝ tokens ** p between the first and the last grid."""
     return math.log(seconds[-1] / seconds[0]) / math.log((sides[-1] / sides[0]) ** 2)
 
 
-def as_markdown(sides: list[int], found: list[dict[str, Measurement]], title: str, lines: list[str]) -> str:
+def as_markdown(sides: Sequence[int], found: list[dict[str, Measurement]], title: str, lines: list[str]) -> str:
     """The table: on each grid milliseconds, speed-up over SDPA, time over the limit; then the growth."""
     head, ruler = ["layer"], ["---"]
     for side in sides:

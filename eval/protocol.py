@@ -242,40 +242,26 @@ def choose_classes(names: Sequence[str], count: int) -> tuple[tuple[int, str], .
     return tuple((i, names[i]) for i in (k * len(names) // count for k in range(count)))
 
 
-def parse_ratios(text: str) -> tuple[float, ...]:
-    """ "0.2,0.4" -> (0.2, 0.4). Raises BenchError for what is no list of fractions that can be merged away."""
+def parse_numbers(flag: str, text: str, low: Any, high: Any, multiple: int = 1) -> tuple[Any, ...]:
+    """ "1,2" -> (1, 2), each once; floats if the bounds are. Raises BenchError for anything else or out of bounds."""
+    kind = type(low)
     try:
-        ratios = tuple(float(part) for part in text.split(","))
+        values = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
+        if all(low <= value <= high and (kind is float or value % multiple == 0) for value in values):
+            return values
     except ValueError:
-        raise BenchError(f"--ratios {text!r}: must be numbers with commas between, as in 0.2,0.4") from None
-    for ratio in ratios:
-        if not 0 <= ratio <= 0.75:
-            raise BenchError(f"--ratios {text!r}: {ratio:g} is not in 0 … 0.75, the fractions that can be merged away")
-    if len(set(ratios)) != len(ratios):
-        raise BenchError(f"--ratios {text!r}: a ratio stands there twice")
-    return ratios
+        pass
+    what = "numbers" if kind is float else "integers" if multiple == 1 else f"multiples of {multiple}"
+    raise BenchError(f"--{flag} {text!r}: must be {what} in {low:g} … {high:g} with commas between")
 
 
 def parse_methods(text: str) -> tuple[str, ...]:
-    """ "sd,agentsd" -> ("sd", "agentsd"). Raises BenchError for an unknown or repeated name."""
-    methods = tuple(part.strip() for part in text.split(","))
+    """ "sd,agentsd" -> ("sd", "agentsd"), each once. Raises BenchError for an unknown name."""
+    methods = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for method in methods:
         if method not in METHODS:
             raise BenchError(f"--methods {text!r}: {method!r} is unknown, use {', '.join(METHODS)}")
-    if len(set(methods)) != len(methods):
-        raise BenchError(f"--methods {text!r}: a method stands there twice")
     return methods
-
-
-def parse_intervals(text: str) -> tuple[int, ...]:
-    """ "2,3" -> (2, 3). Raises BenchError for what is no list of caching intervals."""
-    try:
-        intervals = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        intervals = (0,)
-    if not all(2 <= interval <= 20 for interval in intervals):
-        raise BenchError(f"--cache-intervals {text!r}: must be integers in 2 … 20 with commas between, as in 3,5")
-    return intervals
 
 
 def make_scenarios(

@@ -20,7 +20,7 @@ from agentsd import Phase
 
 from .environment import environment_line
 from .generation import write_whole
-from .latency import Timing, Workload
+from .latency import Timing
 from .plots import grid_image, quality_chart, speed_chart
 from .protocol import CONTROLS, BenchError, Scenario
 
@@ -158,21 +158,6 @@ def make_rows(
     return sorted(rows, key=lambda row: (workload(row), order[row["scenario"]]))
 
 
-def timed_apart(workloads: Sequence[Workload], size: int, batch_size: int) -> str:
-    """A sentence, after a space, on what was timed, for a run's protocol; "" where that is just what was generated.
-
-    Args:
-        workloads: what is timed; a size of None is the size generated. None at all: nothing was timed.
-        size: height and width of the generated images, in pixels.
-        batch_size: images per call as they were generated.
-    """
-    sizes = list(dict.fromkeys(workload.size or size for workload in workloads))
-    batches = list(dict.fromkeys(workload.batch_size for workload in workloads))
-    if not workloads or (sizes == [size] and batches == [batch_size]):
-        return ""
-    return f" Timed at {', '.join(map(str, sizes))} px, batch {', '.join(map(str, batches))}."
-
-
 def verdict(rows: Sequence[dict[str, Any]], scored: dict[str, Any]) -> list[str]:
     """What the scores say of each method's effect on quality, in sentences; none without scores.
 
@@ -190,7 +175,10 @@ def verdict(rows: Sequence[dict[str, Any]], scored: dict[str, Any]) -> list[str]
         if row["method"] in CONTROLS:
             continue
         sentences.append(_compared(row, key, label, "sd"))
-        rivals = (("tomesd", f"tomesd-r{row.get('ratio') or 0:g}"), ("deepcache", f"deepcache-{row.get('cache_interval')}"))
+        rivals = (
+            ("tomesd", f"tomesd-r{row.get('ratio') or 0:g}"),
+            ("deepcache", f"deepcache-{row.get('cache_interval')}"),
+        )
         for method, other in rivals:
             if row.get(f"{key}_{method}") is not None:
                 sentences.append(_compared(row, f"{key}_{method}", label, other))
@@ -302,8 +290,7 @@ _KEYS = ("ratio", "cache_interval", *(c.key for c in COLUMNS), *(f"{c.key}_ci" f
 def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
     workload = timing.workload
     same = {other.scenario: other for other in timings if other.workload == workload}
-    # What was timed apart shares no rounds with sd: on a busy machine the ratio once came out as 1.9.
-    sd, naive, limit = (None if timing.note else same.get(name) for name in ("sd", "sd-naive", "limit"))
+    sd, naive, limit = (same.get(name) for name in ("sd", "sd-naive", "limit"))
     out = {
         "size": workload.size,
         "batch_size": workload.batch_size,
@@ -314,7 +301,7 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
         "speedup_vs_naive": _ratio(naive and naive.seconds_per_image, timing.seconds_per_image),
         "peak_gb": timing.peak_gb,
         "peak_gb_per_image": timing.peak_gb_per_image,
-        "note": timing.failed or timing.note or _unstable(timing.seconds),
+        "note": timing.failed or _unstable(timing.seconds),
     }
     if timing.whole_seconds:
         rounds = len(timing.seconds)

@@ -107,11 +107,14 @@ def test_scores_are_not_put_beside_times_of_another_size(model, images, tmp_path
     scored, timed = sorted(result["rows"], key=lambda row: row["size"])
     assert (scored["size"], scored["batch_size"], scored["seconds_per_image"]) == (64, 1, None) and scored["fd"] > 0
     assert (timed["size"], timed["batch_size"], timed["fd"]) == (128, 2, None) and timed["seconds_per_image"] > 0
-    assert "64 px, batch 1, seed 0. Timed at 128 px, batch 2.\n" in (out / "results.md").read_text()
+    assert (
+        "64 px, batch 1, 4 dpm++2m steps, guidance 5, seed 0. Timed at 128 px, batch 2.\n"
+        in (out / "results.md").read_text()
+    )
     assert main(arguments) == 0  # the same pictures, timed as they were drawn
     result = json.loads((out / "results.json").read_text())
     assert len(result["rows"]) == 1 and result["rows"][0]["fd"] > 0 and result["rows"][0]["seconds_per_image"] > 0
-    assert result["run"]["protocol"].endswith("64 px, batch 1, seed 0.")
+    assert result["run"]["protocol"].endswith("seed 0. Timed at 64 px, batch 1.")
 
 
 @pytest.mark.parametrize("names, copies", [(4, 3), (12, 1), (1, 12)])
@@ -191,7 +194,7 @@ def test_speed_only_needs_nothing_but_an_architecture(tmp_path, capsys, monkeypa
     assert (tmp_path / "speedup.png").is_file() and not (tmp_path / "images").exists()
     assert not (tmp_path / "quality.png").exists()
     text = (tmp_path / "results.md").read_text()
-    assert "sd15 with random weights" in text and "64, 128 px, batch 1, 2, seed 0" in text
+    assert "sd15 with random weights" in text and "seed 0. Timed at 64, 128 px, batch 1, 2.\n" in text
 
 
 def test_a_run_that_timed_nothing_says_so(model, tmp_path, capsys, monkeypatch):
@@ -245,7 +248,7 @@ def _wrong(*arguments: str) -> list[str]:
     [
         (["--methods", "sd,magic"], "'magic' is unknown"),
         (["--ratios", "0.4,x"], "--ratios"),
-        (["--ratios", "0.9"], "not in 0 … 0.75"),
+        (["--ratios", "0.9"], "must be numbers in 0 … 0.75"),
         (["--early", "2"], "early=2.0"),
         (["--ablate", "beta"], "--ablate 'beta'"),
         (["--cache-intervals", "50"], "--cache-intervals '50': must be integers in 2 … 20"),
@@ -342,5 +345,5 @@ def test_the_script_runs_from_anywhere(tmp_path):
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
     )  # fmt: skip
     assert done.returncode == 2  # other packages may print warnings before
-    assert done.stderr.splitlines()[-1] == "fid_bench: --ratios 'x': must be numbers with commas between, as in 0.2,0.4"
+    assert done.stderr.splitlines()[-1] == "fid_bench: --ratios 'x': must be numbers in 0 … 0.75 with commas between"
     assert not list(tmp_path.iterdir())

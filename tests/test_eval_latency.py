@@ -157,19 +157,17 @@ def test_compiled_scenarios_and_sizes_do_not_touch_each_other(monkeypatch):
 
     compile_it = torch.nn.Module.compile
     monkeypatch.setattr(type(pipe.unet), "compile", lambda unet, **kwargs: compile_it(unet, backend=backend, **kwargs))
-    scenarios = [s for s in make_scenarios(["tomesd", "agentsd"], (0.4, 0.2)) if s.name != "tomesd-r0.2"]
+    scenarios = make_scenarios(["tomesd", "agentsd"], (0.4,))
     for size in (64, 128):
         workload = Workload(steps=4, rounds=1, size=size, compile=True)
         graphs.clear()
-        timings = measure(pipe, scenarios, workload, lambda *call: now.__setitem__(slice(None), call))
+        sd, tomesd, agentsd = measure(pipe, scenarios, workload, lambda *call: now.__setitem__(slice(None), call))
         pieces = {name: len(found) for (name, number), found in graphs.items() if number == 0}
-        assert pieces["sd"] == 1 and pieces["agentsd-r0.4"] == pieces["agentsd-r0.2"] == 2  # one graph per phase
-        assert pieces["tomesd-r0.4"] > 2
+        assert pieces["sd"] == 1 and pieces["agentsd-r0.4"] == 2  # one graph per phase
         assert not any(map(any, graphs.values()))  # no symbolic sizes
         assert all(number == 0 for _, number in graphs)  # nothing is compiled while the clock runs
-        for timing in timings:
-            assert len(timing.seconds) == 1 and not timing.failed
-            assert ("in pieces" in timing.note) == timing.scenario.startswith("tomesd")
+        assert len(sd.seconds) == len(agentsd.seconds) == 1 and not sd.failed and not agentsd.failed
+        assert tomesd.failed == "not compiled: it breaks the compiler's graph" and not tomesd.seconds
 
 
 def test_a_call_with_deepcache_is_timed_by_its_mean(monkeypatch):

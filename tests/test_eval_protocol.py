@@ -28,9 +28,8 @@ from eval.protocol import (
     image_seed,
     imagenet_classes,
     make_scenarios,
-    parse_intervals,
     parse_methods,
-    parse_ratios,
+    parse_numbers,
     rivals_of,
 )
 from eval.scenarios import check_packages, use_scenario
@@ -150,21 +149,24 @@ def test_the_limit_computes_the_four_projections_and_mixes_nothing(pipe):
     assert not torch.equal(late, output(pipe, "sd", 100)) and not torch.equal(early, output(pipe, "sd", 900))
 
 
-@pytest.mark.parametrize("text", ["", "a", "0.4,", "0.4;0.5", "-0.1", "0.8", "nan", "1", "0.4,0.4", "inf"])
-def test_ratio_lists_with_nonsense(text):
-    with pytest.raises(BenchError, match="--ratios"):
-        parse_ratios(text)
+@pytest.mark.parametrize("text", ["", "a", "0.4,", "0.4;0.5", "-0.1", "0.8", "nan", "1", "inf"])
+def test_lists_of_numbers_with_nonsense(text):
+    with pytest.raises(BenchError, match="--ratios .*: must be numbers in 0 … 0.75 with commas between"):
+        parse_numbers("ratios", text, 0.0, 0.75)
+    with pytest.raises(BenchError, match="--sizes .*: must be multiples of 8 in 64 … 8192 with commas between"):
+        parse_numbers("sizes", text, 64, 8192, 8)
 
 
 def test_other_nonsense():
-    assert parse_ratios("0.1, 0.2") == (0.1, 0.2) and parse_methods("sd, agentsd") == ("sd", "agentsd")
+    assert parse_numbers("ratios", "0.1, 0.2,0.1", 0.0, 0.75) == (0.1, 0.2)
+    assert parse_numbers("sizes", "512,64", 64, 8192, 8) == (512, 64)
+    assert parse_methods("sd, agentsd,sd") == ("sd", "agentsd")
     for call, message in [
         (lambda: parse_methods("sd,magic"), "'magic' is unknown, use sd, sd-naive"),
-        (lambda: parse_methods("sd,sd"), "twice"),
+        (lambda: parse_numbers("sizes", "100", 64, 8192, 8), "--sizes '100'"),
+        (lambda: parse_numbers("n", "1,3", 2, 20), "--n '1,3': must be integers in 2 … 20"),
         (lambda: make_scenarios(["agentsd"], (0.4,), ablate=["beta"]), "use alpha, scale, early"),
         (lambda: make_scenarios(["agentsd"], (0.4,), early=1.5), "early=1.5"),
-        (lambda: parse_intervals("1,3"), "--cache-intervals '1,3': must be integers in 2 … 20"),
-        (lambda: parse_intervals("x"), "--cache-intervals"),
         (lambda: Scenario("magic"), "is unknown"),
         (lambda: Plan(()), "--classes"),
         (lambda: Plan(CLASSES, steps=0), "--steps 0"),
