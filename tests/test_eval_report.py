@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -262,3 +263,16 @@ def test_committed_results_are_what_their_data_say(tmp_path, folder):
     report.write_report(tmp_path / folder, charts=False)
     for name in ("results.json", "results.csv", "results.md"):
         assert (tmp_path / folder / name).read_text() == (RESULTS / folder / name).read_text(), name
+
+
+def test_every_result_folder_is_linked_and_every_link_leads_somewhere():
+    eval_folder = RESULTS.parent
+    pages = [*eval_folder.glob("*.md"), *RESULTS.glob("*.md")]
+    linked = set()
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if "://" not in target:
+                path = (page.parent / target).resolve()
+                assert path.exists(), f"{page.name}: {target}"
+                linked.add(path.parent.name)
+    assert {path.name for path in RESULTS.iterdir() if path.is_dir()} - {"readme"} <= linked
