@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,6 +54,7 @@ def imported_files(path: Path, depth: int | None = None) -> set[Path]:
     return found
 
 
+@functools.cache
 def effective_code(source: str) -> str:
     """Source code without what cannot change a result; equal for sources that compute the same in the same way."""
     return ast.unparse(_Effective().visit(ast.parse(source)))

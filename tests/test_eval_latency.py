@@ -113,25 +113,6 @@ def test_one_scenario_may_fail_without_the_others(monkeypatch):
     assert second.failed == "CUDA out of memory. Tried to allocate 2 GiB"
 
 
-def test_compiled_scenarios_have_copies_of_their_own(monkeypatch):
-    pipe = make_pipeline()
-    compiled = []
-    limit = torch._dynamo.config.recompile_limit
-
-    def compile_without_inductor(unet, *args, **kwargs):  # tracing is what may fail; inductor takes minutes
-        compiled.append(unet)
-        return torch.nn.Module.compile(unet, backend="eager", **kwargs)
-
-    monkeypatch.setattr(type(pipe.unet), "compile", compile_without_inductor)
-    scenarios = [Scenario("sd"), *make_scenarios(["agentsd", "no-attention", "limit"], (0.4,))[1:]]
-    timings = measure(pipe, scenarios, Workload(steps=4, rounds=1, size=64, compile=True))
-    assert [bool(timing.failed) for timing in timings] == [False, False, True, True], [t.failed for t in timings]
-    assert all("not compiled" in timing.failed for timing in timings[2:])
-    assert len({id(unet) for unet in compiled}) == 2 and pipe.unet not in compiled
-    assert timings[1].unet_median(Phase.AGENT) > 0 and get_patch(pipe) is None
-    assert timings[1].whole_seconds == [] and torch._dynamo.config.recompile_limit == limit
-
-
 def test_operators_are_counted_without_views_and_allocations():
     pipe = make_pipeline()
     layers = 3  # patched ones in this UNet
@@ -155,19 +136,29 @@ def test_compiled_scenarios_and_sizes_do_not_touch_each_other(monkeypatch):
         graphs.setdefault(tuple(now), []).append(symbolic)
         return graph.forward
 
-    compile_it = torch.nn.Module.compile
-    monkeypatch.setattr(type(pipe.unet), "compile", lambda unet, **kwargs: compile_it(unet, backend=backend, **kwargs))
-    scenarios = make_scenarios(["tomesd", "agentsd"], (0.4,))
+    def compile_without_inductor(unet, **kwargs):  # tracing is what may fail; inductor takes minutes
+        compiled.append(unet)
+        return torch.nn.Module.compile(unet, backend=backend, **kwargs)
+
+    compiled, limit = [], torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(type(pipe.unet), "compile", compile_without_inductor)
+    scenarios = make_scenarios(["tomesd", "agentsd", "no-attention", "limit"], (0.4,))
     for size in (64, 128):
+        compiled.clear()
         workload = Workload(steps=4, rounds=1, size=size, compile=True)
         graphs.clear()
-        sd, tomesd, agentsd = measure(pipe, scenarios, workload, lambda *call: now.__setitem__(slice(None), call))
+        timings = measure(pipe, scenarios, workload, lambda *call: now.__setitem__(slice(None), call))
+        sd, tomesd, agentsd, *controls = timings
         pieces = {name: len(found) for (name, number), found in graphs.items() if number == 0}
         assert pieces["sd"] == 1 and pieces["agentsd-r0.4"] == 2  # one graph per phase
         assert not any(map(any, graphs.values()))  # no symbolic sizes
         assert all(number == 0 for _, number in graphs)  # nothing is compiled while the clock runs
         assert len(sd.seconds) == len(agentsd.seconds) == 1 and not sd.failed and not agentsd.failed
         assert tomesd.failed == "not compiled: it breaks the compiler's graph" and not tomesd.seconds
+        assert all("not compiled: " in timing.failed for timing in controls)
+        assert len({id(unet) for unet in compiled}) == 3 and pipe.unet not in compiled  # copies of their own
+        assert agentsd.unet_median(Phase.AGENT) > 0 and agentsd.whole_seconds == [] and get_patch(pipe) is None
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def test_a_call_with_deepcache_is_timed_by_its_mean(monkeypatch):
