@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from agentsd.files import write_atomically
 from agentsd.images.png import save_image
 
 from .fingerprint import code_fingerprint, package_versions, weights_fingerprint
@@ -233,7 +234,7 @@ def open_folder(folder: Path, manifest: dict[str, Any]) -> None:
                     f"{folder} has images ({strangers[0]} …) but no {MANIFEST}, so their settings are unknown: "
                     "give another --out"
                 )
-            write_whole(path, json.dumps(manifest, indent=1) + "\n")
+            write_atomically(path, json.dumps(manifest, indent=1) + "\n")
     except json.JSONDecodeError as error:
         raise BenchError(f"{path} is damaged ({error}): remove the folder, or give another --out") from error
     except OSError as error:
@@ -301,13 +302,6 @@ def is_whole(path: Path) -> bool:
     except Exception:  # Pillow raises many kinds for damaged files
         return False
     return True
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _compare(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agentsd import AgentConfig, Phase
 from agentsd.images.measure import PeakMemory
+from agentsd.images.warm_up import one_step_per_phase
 
 from .images import first_line
 from .models import native_size
@@ -154,16 +155,23 @@ class _Run:
         self.pipe.unet.compile(fullgraph=True, dynamic=False)
 
     def warm_up(self, timing: Timing) -> None:
-        """Compute one UNet call of each phase, two with caching; the other calls of the run return at once."""
-        for lap in self.call(warm_up=True).laps:
-            if lap.operators is not None:
-                timing.operators.setdefault(self.phase(lap.timestep).value, lap.operators)
+        """Run one UNet call of each phase, two with caching: the first calls are slower than the rest."""
+        config = self.scenario.config
+        if config is None or not config.early:
+            several = self.scenario.method in ("deepcache", "tgate")
+            config = AgentConfig(
+                cache_interval=2 if several else 1
+            )  # no phases of its own, but calls in both are told apart
+        with one_step_per_phase(self.pipe, config) as steps:
+            for lap in self.call(replace(self.workload, steps=steps), count=not self.workload.compile).laps:
+                if lap.operators is not None:
+                    timing.operators.setdefault(self.phase(lap.timestep).value, lap.operators)
 
-    def call(self, warm_up: bool = False) -> _Call:
+    def call(self, workload: Workload, count: bool = False) -> _Call:
         """Run the pipeline; time and peak memory are of its call alone, after the patch was applied."""
-        device, workload = self.pipe.unet.device, self.workload
+        device = self.pipe.unet.device
         patched = contextlib.nullcontext(self.pipe) if workload.compile else use_scenario(self.pipe, self.scenario)
-        with patched as call, _stopwatch(self, warm_up) as laps:
+        with patched as call, _stopwatch(self.pipe, workload.compile, count) as laps:
             memory = PeakMemory(device)
             start = _now(device)
             call(
@@ -179,7 +187,7 @@ class _Run:
         return _Call(laps, seconds, peak, growth)
 
     def record(self, timing: Timing) -> None:
-        call = self.call()
+        call = self.call(self.workload)
         timing.seconds.append(call.seconds)
         if call.peak is not None:
             per_image = call.growth / 1e9 / self.workload.batch_size
@@ -253,12 +261,11 @@ class _CountedOperators(TorchDispatchMode):
 class _TimedUNet:
     """Replaces a pipeline's UNet during one call: times each of its calls, and is the UNet in all else.
 
-    It is no hook, as hooks run inside the graph of a compiled UNet. In a warm-up only the first calls of each phase and
-    shape are computed; the others return the last output.
+    It is no hook, as hooks run inside the graph of a compiled UNet.
     """
 
-    def __init__(self, run: _Run, warm_up: bool, laps: list[_Lap]):
-        self.__dict__.update(_unet=run.pipe.unet, _run=run, _warm_up=warm_up, _laps=laps, _deep=[], _outputs={})
+    def __init__(self, unet: Any, laps: list[_Lap], count: bool, deep: list[bool] | None):
+        self.__dict__.update(_unet=unet, _laps=laps, _count=count, _deep=deep)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._unet, name)
@@ -267,44 +274,31 @@ class _TimedUNet:
         setattr(self._unet, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        sample = kwargs["sample"] if "sample" in kwargs else args[0]
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        if not self._warm_up:
-            return self._timed(timestep, args, kwargs)
-        outputs = self._outputs.setdefault((self._run.phase(timestep), sample.shape), [])
-        if len(outputs) < (2 if self._run.scenario.cache_interval > 1 else 1):
-            outputs.append(self._timed(timestep, args, kwargs))
-        return outputs[-1]
-
-    def _timed(self, timestep: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        compiled = self._run.workload.compile
-        counted = _CountedOperators() if self._warm_up and not compiled else None
-        self._deep.clear()
+        counted = _CountedOperators() if self._count else None
+        if self._deep is not None:
+            self._deep.clear()
         start = _mark(self._unet.device)
         with counted or contextlib.nullcontext():
             out = self._unet(*args, **kwargs)
         end = _mark(self._unet.device)
+        whole = None if self._deep is None else bool(self._deep)
         # Reading the time now would make a GPU wait.
-        whole = None if compiled or self._unet.mid_block is None else bool(self._deep)
         self._laps.append(_Lap(timestep, lambda: _elapsed(start, end), counted and counted.number, whole))
         return out
 
 
 @contextlib.contextmanager
-def _stopwatch(run: _Run, warm_up: bool) -> Iterator[list[_Lap]]:
-    pipe, unet, laps = run.pipe, run.pipe.unet, []
-    timed = _TimedUNet(run, warm_up, laps)
-    handle = None
-    if not run.workload.compile and unet.mid_block is not None:
-        # Every caching method skips the deepest layers in a cached call.
-        handle = unet.mid_block.resnets[0].register_forward_pre_hook(lambda *_: timed._deep.append(True))
-    vars(pipe)["unet"] = timed  # not by the pipeline's own setter, which expects a class that can be saved
-    try:
+def _stopwatch(pipe: Any, compiled: bool, count: bool) -> Iterator[list[_Lap]]:
+    unet, laps, deep = pipe.unet, [], None
+    with contextlib.ExitStack() as stack:
+        if not compiled and unet.mid_block is not None:
+            deep = []  # every caching method skips the deepest layers in a cached call
+            hook = unet.mid_block.resnets[0].register_forward_pre_hook(lambda *_: deep.append(True))
+            stack.callback(hook.remove)
+        vars(pipe)["unet"] = _TimedUNet(unet, laps, count, deep)  # past the setter, which expects a class to save
+        stack.callback(vars(pipe).__setitem__, "unet", unet)
         yield laps
-    finally:
-        vars(pipe)["unet"] = unet
-        if handle is not None:
-            handle.remove()
 
 
 def _mark(device: torch.device) -> Any:

@@ -23,11 +23,11 @@ from torch.utils.benchmark import Measurement, Timer
 
 import agentsd
 from agentsd import AgentConfig, Phase
+from agentsd.files import write_atomically
 from agentsd.images.pipelines import choose_device, choose_dtype
 from agentsd.unet.processor import LAYER_ATTRIBUTE
 
 from .environment import environment, environment_line
-from .generation import write_whole
 from .protocol import BenchError, parse_numbers
 from .scenarios import NoMixingProcessor
 
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     text = "\n".join([text, *profiles])
     if target:
         try:
-            write_whole(target, text)
+            write_atomically(target, text)
         except OSError as error:
             raise BenchError(f"--out {target}: cannot be written ({error.strerror or error})") from error
     print(text)

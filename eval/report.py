@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from agentsd import Phase
+from agentsd.files import write_atomically
 
 from .environment import environment_line
-from .generation import write_whole
 from .latency import Timing
 from .plots import grid_image, quality_chart, speed_chart
 from .protocol import CONTROLS, BenchError, Scenario
@@ -106,13 +106,13 @@ def write_report(folder: Path, results: dict[str, Any] | None = None, charts: bo
     results |= {"scored": scored, "rows": rows, "verdict": verdict(rows, scored)}
     try:
         write_json(folder / RESULTS, results)
-        write_whole(folder / "results.csv", as_csv(rows, run["environment"]))
+        write_atomically(folder / "results.csv", as_csv(rows, run["environment"]))
         if charts:
             footer = environment_line(run["environment"])
             speed_chart(rows, folder / "speedup.png", footer)
             quality_chart(rows, scored.get("label", ""), folder / "quality.png", footer)
             grid_image(run, folder / "images", folder / "grid.png", f"{run['command']}: {footer}")
-        write_whole(folder / "results.md", as_markdown(results, [n for n in _CHARTS if (folder / n).is_file()]))
+        write_atomically(folder / "results.md", as_markdown(results, [n for n in _CHARTS if (folder / n).is_file()]))
     except OSError as error:
         raise BenchError(f"{folder} cannot be written to ({error.strerror or error})") from error
     return results
@@ -120,7 +120,7 @@ def write_report(folder: Path, results: dict[str, Any] | None = None, charts: bo
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write data as JSON, atomically."""
-    write_whole(path, json.dumps(_plain(data), indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(_plain(data), indent=1, ensure_ascii=False) + "\n")
 
 
 def scenario_row(scenario: Scenario) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
 import agentsd
-from agentsd.images.methods import use_method
-from agentsd.patch import get_patch
+from agentsd.images.methods import refuse_patched, use_method
 
 from .protocol import CONTROLS, BenchError, Scenario
 
@@ -32,12 +31,10 @@ def use_scenario(pipe: Any, scenario: Scenario) -> Iterator[Callable[..., Any]]:
     Raises:
         BenchError: the pipeline is patched already, or a package is missing.
     """
-    if get_patch(pipe) is not None or hasattr(pipe.unet, "_tome_info"):
-        by = "ToMeSD" if hasattr(pipe.unet, "_tome_info") else "agentsd"
-        raise BenchError(
-            f"this pipeline is patched by {by} already, so images of {scenario.name!r} would be those of {by}: remove "
-            "the patch first (agentsd.remove_patch, tomesd.remove_patch)"
-        )
+    try:
+        refuse_patched(pipe)
+    except ValueError as error:
+        raise BenchError(str(error)) from error
     with contextlib.ExitStack() as stack:
         call = pipe
         if scenario.method == "sd-naive":

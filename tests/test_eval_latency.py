@@ -70,30 +70,32 @@ def test_the_warm_up_computes_one_call_of_each_phase(early, monkeypatch):
     """It once was a run of four steps, in which early=0.2 has no agent phase and early=0.8 no other."""
     from eval import latency
 
-    calls, computed = [], []
-    timed = latency._TimedUNet._timed
+    calls = []
+    run = latency._Run.call
 
-    def spy(unet, timestep, *rest):
-        computed.append((unet._warm_up, unet._run.phase(timestep)))
-        return timed(unet, timestep, *rest)
+    def spy(self, *args, **kwargs):
+        found = run(self, *args, **kwargs)
+        calls.append([self.phase(lap.timestep) for lap in found.laps])
+        return found
 
-    monkeypatch.setattr(latency._TimedUNet, "_timed", spy)
-    monkeypatch.setattr(latency._TimedUNet, "__call__", _counted(latency._TimedUNet.__call__, calls))
-    workload = Workload(steps=25, rounds=1, size=64)
+    monkeypatch.setattr(latency._Run, "call", spy)
     scenario = make_scenarios(["agentsd"], (0.4,), early=early)[1]
-    [timing] = measure(make_pipeline(), [scenario], workload)
-    warmed = [phase for warm_up, phase in computed if warm_up]
-    phases = {phase for warm_up, phase in computed if not warm_up}
-    assert set(warmed) == phases and len(warmed) == len(phases) and len(calls) == 2 * 26
-    assert timing.operators.keys() == {phase.value for phase in phases}
+    [timing] = measure(make_pipeline(), [scenario], Workload(steps=25, rounds=1, size=64))
+    warmed, timed = calls
+    assert set(timed) <= set(warmed) and len(timed) == 26 and len(warmed) == len(set(warmed))
+    assert timing.operators.keys() == {phase.value for phase in warmed}
 
 
-def _counted(call, calls):
-    def counted(*args, **kwargs):
-        calls.append(1)
-        return call(*args, **kwargs)
+def test_the_warm_up_of_a_caching_method_has_whole_and_cached_calls(monkeypatch):
+    from eval import latency
 
-    return counted
+    calls = []
+    run = latency._Run.call
+    monkeypatch.setattr(latency._Run, "call", lambda *args, **kwargs: calls.append(run(*args, **kwargs)) or calls[-1])
+    scenarios = make_scenarios(["agentsd", "deepcache", "tgate"], (0.4,), intervals=(3,))[2:]
+    measure(make_pipeline(), scenarios, Workload(steps=2, rounds=1, size=64))
+    kinds = [[lap.whole for lap in call.laps] for call in calls[:3]]
+    assert kinds == [[True, False] * 2, [True, False, False, True], [True] * 4]
 
 
 def test_one_scenario_may_fail_without_the_others(monkeypatch):

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from agentsd.files import write_atomically
 from eval import report, scores
 from eval.environment import environment, environment_line
 from eval.features import FeatureNetwork, load_features
-from eval.generation import Job, check_space, generate_all, lock_folder, missing_images, open_folders, write_whole
+from eval.generation import Job, check_space, generate_all, lock_folder, missing_images, open_folders
 from eval.images import FEWEST_IMAGES
 from eval.models import ModelSpec, load_model, native_size, pick_device
 from eval.protocol import (
@@ -121,7 +122,7 @@ def run(options: argparse.Namespace, command: str) -> int:
             "rows": rows,
         }
         report.write_json(folder / "gate.json", found)
-        write_whole(folder / "gate.md", as_markdown(found))
+        write_atomically(folder / "gate.md", as_markdown(found))
     print("\n".join([found["verdict"], "", *_lines(bars), "", *_confusion_lines(rows[:1], 5)]))
     print(f"report: {folder / 'gate.md'}")
     return 1 if options.strict and not found["passes"] else 0
