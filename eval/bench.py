@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from agentsd.images.pipelines import SCHEDULERS
+
 from . import report, scores
 from .environment import environment
 from .features import FeatureNetwork, check_features, load_features
@@ -84,13 +86,8 @@ class _Bench:
         self.spec = ModelSpec(options.model, random, options.scheduler, device, options.dtype, options.revision)
         ablate = [name for name in options.ablate.split(",") if name]
         intervals = parse_numbers("cache-intervals", options.cache_intervals, 2, 20) if options.cache_intervals else ()
-        self.timed = make_scenarios(
-            parse_methods(options.methods),
-            parse_numbers("ratios", options.ratios, 0.0, 0.75),
-            options.early,
-            ablate,
-            intervals,
-        )
+        ratios = parse_numbers("ratios", options.ratios, 0.0, 0.75)
+        self.timed = make_scenarios(parse_methods(options.methods), ratios, options.early, ablate, intervals)
         scored = tuple(scenario for scenario in self.timed if scenario.method not in UNSCORED)
         names = demo_classes() if options.model == "demo" and not random else imagenet_classes()
         plan = Plan(
@@ -162,11 +159,9 @@ class _Bench:
         print(f"scenarios: {len(self.timed)}, of which {len(scored)} are scored")
         for scenario in self.timed:
             print(f"  {scenario.name}" + ("" if scenario in scored else " (timed only)"))
+        local = options.model == "demo" or options.random_weights or Path(options.model).is_dir()
         try:
-            if options.model == "demo" or options.random_weights or Path(options.model).is_dir():
-                pipe = load_model(self.spec)
-            else:
-                pipe = load_model(self.spec, local_files_only=True)
+            pipe = load_model(self.spec, **({} if local else {"local_files_only": True}))
         except BenchError as error:
             pipe = None
             missing.append(f"the model is not on this machine, a run would fetch it ({str(error)[:100]} …)")
@@ -202,7 +197,9 @@ class _Bench:
         model = self.options.model
         if not self.options.random_weights and model.startswith((".", "/", "~")) and not Path(model).is_dir():
             raise BenchError(f"--model {model}: there is no such folder")
-        pick_device(self.spec.device)
+        if self.spec.scheduler not in SCHEDULERS:
+            raise BenchError(f"scheduler={self.spec.scheduler!r}: must be one of {', '.join(SCHEDULERS)}")
+        pick_device(self.spec.device, self.spec.dtype)
 
     def _describe(self, pipe: Any, side: int) -> dict[str, Any]:
         options, plan = self.options, self.job.plan
@@ -241,10 +238,8 @@ class _Bench:
         with tqdm(total=total, desc="timing", unit="call") as bar:
             for workload in self.workloads:
 
-                def show(name: str, number: int, workload: Workload = workload) -> None:
-                    bar.set_postfix_str(
-                        f"{name}, {workload.size or ''} " + (f"round {number}" if number else "warm-up")
-                    )
+                def show(name: str, number: int, size: int | None = workload.size) -> None:
+                    bar.set_postfix_str(f"{name}, {size or ''} " + (f"round {number}" if number else "warm-up"))
                     bar.update()
 
                 timings += measure(pipe, self.timed, workload, show)

@@ -19,7 +19,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": _device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "attention_backend": _attention_backend(device),
+        "attention_backend": "SDPA",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -49,14 +49,6 @@ def _device_name(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{device.type.upper()} {name or platform.machine()} ({os.cpu_count()} cores)"
-
-
-def _attention_backend(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "SDPA"
-    kinds = {"flash": "flash", "mem_efficient": "memory-efficient", "cudnn": "cuDNN", "math": "math"}
-    enabled = [name for key, name in kinds.items() if getattr(torch.backends.cuda, f"{key}_sdp_enabled")()]
-    return f"SDPA ({', '.join(enabled)} allowed)"
 
 
 def _commit() -> str:

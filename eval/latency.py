@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from agentsd import AgentConfig, Phase
 from agentsd.images.measure import PeakMemory
@@ -58,11 +57,8 @@ class Timing:
         whole_seconds, cached_seconds: of each UNet call that computed the whole network, or reused a cached feature;
             empty if compiled, where the two are not told apart.
         peak_gb: greatest memory during a call: of the allocator on CUDA, resident on Linux; None elsewhere.
-        peak_gb_per_image: memory of a call beyond the loaded, patched model, per image. The paper's GB/img must be
-            this: its smallest, 1.21, is less than the weights alone take.
+        peak_gb_per_image: memory of a call beyond the loaded, patched model, per image, as the paper's GB/img must be.
         failed: why there are no figures, or "".
-        operators: phase -> PyTorch operators of one UNet call without views and allocations: about the number of
-            kernels a GPU is sent, which at small sizes cost more than their arithmetic. Empty if compiled.
     """
 
     scenario: str
@@ -74,7 +70,6 @@ class Timing:
     peak_gb: float | None = None
     peak_gb_per_image: float | None = None
     failed: str = ""
-    operators: dict[str, int] = field(default_factory=dict)
 
     @property
     def seconds_per_image(self) -> float | None:
@@ -119,7 +114,7 @@ def measure(
                 try:
                     if number == 0:
                         run.prepare()
-                        run.warm_up(timing)
+                        run.warm_up()
                     else:
                         run.record(timing)
                 except BenchError:
@@ -154,29 +149,24 @@ class _Run:
         self.keep.enter_context(use_scenario(self.pipe, self.scenario))
         self.pipe.unet.compile(fullgraph=True, dynamic=False)
 
-    def warm_up(self, timing: Timing) -> None:
+    def warm_up(self) -> None:
         """Run one UNet call of each phase, two with caching: the first calls are slower than the rest."""
         config = self.scenario.config
-        if config is None or not config.early:
-            several = self.scenario.method in ("deepcache", "tgate")
-            config = AgentConfig(
-                cache_interval=2 if several else 1
-            )  # no phases of its own, but calls in both are told apart
+        if self.scenario.method in ("deepcache", "tgate"):
+            config = AgentConfig(cache_interval=2)
         with one_step_per_phase(self.pipe, config) as steps:
-            for lap in self.call(replace(self.workload, steps=steps), count=not self.workload.compile).laps:
-                if lap.operators is not None:
-                    timing.operators.setdefault(self.phase(lap.timestep).value, lap.operators)
+            self.call(steps)
 
-    def call(self, workload: Workload, count: bool = False) -> _Call:
+    def call(self, steps: int) -> _Call:
         """Run the pipeline; time and peak memory are of its call alone, after the patch was applied."""
-        device = self.pipe.unet.device
+        device, workload = self.pipe.unet.device, self.workload
         patched = contextlib.nullcontext(self.pipe) if workload.compile else use_scenario(self.pipe, self.scenario)
-        with patched as call, _stopwatch(self.pipe, workload.compile, count) as laps:
+        with patched as call, _stopwatch(self.pipe, workload.compile) as laps:
             memory = PeakMemory(device)
             start = _now(device)
             call(
                 [PROMPT.format("zebra")] * workload.batch_size,
-                num_inference_steps=workload.steps,
+                num_inference_steps=steps,
                 guidance_scale=workload.guidance,
                 height=workload.size,
                 width=workload.size,
@@ -187,7 +177,7 @@ class _Run:
         return _Call(laps, seconds, peak, growth)
 
     def record(self, timing: Timing) -> None:
-        call = self.call(self.workload)
+        call = self.call(self.workload.steps)
         timing.seconds.append(call.seconds)
         if call.peak is not None:
             per_image = call.growth / 1e9 / self.workload.batch_size
@@ -225,19 +215,17 @@ def _constructor_options(pipe: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Lap:
-    """One UNet call: its timestep, its time (to be read when all is done), its operators if counted, and whether it
-    computed the whole network (None where that is unknown)."""
+    """One UNet call: its timestep, its time (to be read when all is done), and whether it computed the whole network
+    (None where that is unknown)."""
 
     timestep: Any
     seconds: Callable[[], float]
-    operators: int | None = None
     whole: bool | None = None
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One pipeline call: its UNet calls, its seconds, and in bytes the peak memory (None where it is unknown) and how
-    far that is above the start."""
+    """One pipeline call: its UNet calls, seconds, peak memory in bytes (None: unknown), and its growth since the start."""
 
     laps: list[_Lap]
     seconds: float
@@ -245,27 +233,11 @@ class _Call:
     growth: int
 
 
-class _CountedOperators(TorchDispatchMode):
-    """Count the operators that are dispatched, without views and allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = operator.name()
-        self.number += not (operator.is_view or "empty" in name or "_unsafe_view" in name)
-        return operator(*args, **(kwargs or {}))
-
-
 class _TimedUNet:
-    """Replaces a pipeline's UNet during one call: times each of its calls, and is the UNet in all else.
+    """Replaces a pipeline's UNet and times its calls; a hook would become part of a compiled UNet's graph."""
 
-    It is no hook, as hooks run inside the graph of a compiled UNet.
-    """
-
-    def __init__(self, unet: Any, laps: list[_Lap], count: bool, deep: list[bool] | None):
-        self.__dict__.update(_unet=unet, _laps=laps, _count=count, _deep=deep)
+    def __init__(self, unet: Any, laps: list[_Lap], deep: list[bool] | None):
+        self.__dict__.update(_unet=unet, _laps=laps, _deep=deep)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._unet, name)
@@ -275,28 +247,25 @@ class _TimedUNet:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        counted = _CountedOperators() if self._count else None
         if self._deep is not None:
             self._deep.clear()
         start = _mark(self._unet.device)
-        with counted or contextlib.nullcontext():
-            out = self._unet(*args, **kwargs)
+        out = self._unet(*args, **kwargs)
         end = _mark(self._unet.device)
         whole = None if self._deep is None else bool(self._deep)
-        # Reading the time now would make a GPU wait.
-        self._laps.append(_Lap(timestep, lambda: _elapsed(start, end), counted and counted.number, whole))
+        self._laps.append(_Lap(timestep, lambda: _elapsed(start, end), whole))  # read later: now a GPU would wait
         return out
 
 
 @contextlib.contextmanager
-def _stopwatch(pipe: Any, compiled: bool, count: bool) -> Iterator[list[_Lap]]:
+def _stopwatch(pipe: Any, compiled: bool) -> Iterator[list[_Lap]]:
     unet, laps, deep = pipe.unet, [], None
     with contextlib.ExitStack() as stack:
         if not compiled and unet.mid_block is not None:
             deep = []  # every caching method skips the deepest layers in a cached call
             hook = unet.mid_block.resnets[0].register_forward_pre_hook(lambda *_: deep.append(True))
             stack.callback(hook.remove)
-        vars(pipe)["unet"] = _TimedUNet(unet, laps, count, deep)  # past the setter, which expects a class to save
+        vars(pipe)["unet"] = _TimedUNet(unet, laps, deep)  # past the setter, which expects a class to save
         stack.callback(vars(pipe).__setitem__, "unet", unet)
         yield laps
 

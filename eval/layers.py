@@ -120,12 +120,7 @@ def variants(ratio: float) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Shape:
-    """The layer and its input. Stable Diffusion 1.5's full-resolution layers have 320 channels and 8 heads.
-
-    Attributes:
-        channels, heads: of the layer.
-        batch: samples; guidance doubles the number of images.
-    """
+    """The layer and its input: SD 1.5's at full resolution by default. Guidance makes two samples of an image."""
 
     channels: int = 320
     heads: int = 8
@@ -203,14 +198,11 @@ def _timer(call: Callable[[], Any]) -> Timer:
 
 def profile(layer: Layer, rows: list[Variant]) -> str:
     """PyTorch's own table of the operators that one call of the layer takes longest for, under each variant."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = layer.sample.device.type == "cuda"
-    if on_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
 
     def work(call: Callable[[], Any]) -> str:
         call()
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile() as profiler:
             call()
         key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         return profiler.key_averages().table(sort_by=key, row_limit=_OPERATORS, max_name_column_width=40)

@@ -93,10 +93,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """The published configurations of Stable Diffusion 1.5, 2.1 and SDXL base: UNet and text encoders."""
 
 
-def pick_device(device: str | None) -> torch.device:
-    """The device meant: the best there is for None. Raises BenchError for one that this machine has not."""
+def pick_device(device: str | None, dtype: str | None = None) -> torch.device:
+    """The device: the best there is for None. Raises BenchError for one that is missing, or an unknown dtype."""
     try:
-        return choose_device(device)
+        chosen = choose_device(device)
+        choose_dtype(dtype, chosen)
+        return chosen
     except ValueError as error:
         raise BenchError(str(error)) from error
 
@@ -105,10 +107,8 @@ def load_model(spec: ModelSpec, **options: Any) -> Any:
     """The pipeline, unpatched, on its device, without progress bar and without safety checker.
 
     Further options are those of diffusers' from_pretrained. The checker blackens images that it finds indecent, and
-    a method would be scored on them.
-
-    Raises:
-        BenchError: it cannot be loaded, or device, dtype or scheduler are wrong.
+    a method would be scored on them. Raises BenchError where it cannot be loaded, or for a wrong device,
+    dtype or scheduler.
     """
     try:
         if spec.random_weights:
@@ -130,12 +130,7 @@ def native_size(pipe: Any) -> int:
 
 
 def random_pipeline(name: str, device: Any = None, dtype: Any = None, scheduler: str | None = None) -> Any:
-    """A pipeline with the architecture of a published model and random weights: as fast as the real one.
-
-    Args:
-        name: a key of ARCHITECTURES.
-        device, dtype, scheduler: as `agentsd.load_pipeline`.
-    """
+    """A pipeline with one of ARCHITECTURES and random weights: as fast as the real one. Arguments as load_pipeline."""
     if name not in ARCHITECTURES:
         raise BenchError(f"--random-weights {name!r}: must be one of {', '.join(ARCHITECTURES)}")
     device = choose_device(device)

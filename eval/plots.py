@@ -13,7 +13,8 @@ from .generation import is_whole
 
 _COLOURS = {
     "sd": "#777777", "sd-naive": "#bbbbbb", "tomesd": "#e08214", "agentsd": "#2166ac", "deepcache": "#4d9221",
-    "tgate": "#c51b7d", "limit": "#dddddd", "mean-value": "#b2182b", "no-attention": "#67001f",
+    "tgate": "#c51b7d", "fewer-steps": "#8c510a", "mean-value": "#b2182b", "no-attention": "#67001f",
+    "limit": "#dddddd",
 }  # fmt: skip
 _BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 _GRID_PROMPTS, _GRID_CELL = 6, 160

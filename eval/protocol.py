@@ -16,14 +16,17 @@ from agentsd.config import PRESETS
 PROMPT = "A high quality photograph of a {}."
 """ToMe's wording (https://github.com/dbolya/tomesd/issues/46), which the Agent Attention paper took over."""
 
-METHODS = ("sd", "sd-naive", "tomesd", "agentsd", "deepcache", "tgate", "mean-value", "no-attention", "limit")
+METHODS = (
+    "sd", "sd-naive", "tomesd", "agentsd", "deepcache", "tgate", "fewer-steps", "mean-value", "no-attention", "limit",
+)  # fmt: skip
 """sd is unpatched diffusers (SDPA); sd-naive computes softmax explicitly. deepcache and tgate are those packages.
-mean-value and no-attention are controls of quality: like agentsd, but in the agent phase the patched layers
-return their mean value token, or zero. limit is the control of speed: in every call the patched layers compute their
-four projections and mix no tokens."""
+fewer-steps is sd with about as many steps as a cache at that interval has whole calls. mean-value and no-attention are
+controls of quality: like agentsd, but in the agent phase the patched layers return their mean value token, or zero.
+limit is the control of speed: in every call the patched layers compute their four projections and mix no tokens."""
 
 CONTROLS = ("mean-value", "no-attention")
 METHODS_WITH_CONFIG = ("tomesd", "agentsd", *CONTROLS)
+WITH_INTERVAL = ("deepcache", "fewer-steps")
 UNSCORED = ("sd-naive", "limit")
 """Methods that are timed only: the images of sd-naive are those of sd, the limit's are of no use."""
 
@@ -86,7 +89,8 @@ class Scenario:
     Attributes:
         method: one of METHODS.
         config: settings of the patch; None for the methods that have none.
-        interval: of deepcache: the deep blocks are computed in one UNet call out of so many; 1 for all other methods.
+        interval: of deepcache: the deep blocks are computed in one UNet call out of so many; of fewer-steps: so many
+            times fewer steps; 1 for all other methods.
     """
 
     method: str
@@ -98,7 +102,7 @@ class Scenario:
             raise BenchError(f"method {self.method!r} is unknown: use {', '.join(METHODS)}")
         if (self.config is not None) != (self.method in METHODS_WITH_CONFIG):
             raise ValueError(f"method {self.method!r} takes {'no' if self.config else 'a'} config")
-        if self.method != "deepcache" and self.interval != 1:
+        if self.method not in WITH_INTERVAL and self.interval != 1:
             raise ValueError(f"method {self.method!r} takes no interval")
 
     @property
@@ -114,14 +118,16 @@ class Scenario:
                     value = getattr(self.config, name)
                     if value != getattr(AgentConfig, name):
                         parts.append(label.format(value))
-        if self.method == "deepcache":
+        if self.method in WITH_INTERVAL:
             parts.append(str(self.interval))
         return "-".join(parts)
 
     @property
     def cache_interval(self) -> int:
         """At most one UNet call in so many is computed as a whole; 1 where nothing is cached."""
-        return self.config.cache_interval if self.config else self.interval
+        if self.config is not None:
+            return self.config.cache_interval
+        return self.interval if self.method == "deepcache" else 1
 
 
 SD = Scenario("sd")
@@ -130,14 +136,7 @@ SD = Scenario("sd")
 
 @dataclass(frozen=True)
 class Sample:
-    """One image to generate.
-
-    Attributes:
-        index: place of its class in the list of all classes.
-        name: of the class.
-        copy: number among the images of its class.
-        seed: seed of the initial noise.
-    """
+    """One image to generate: index and name of its class, its number among the images of that class, its seed."""
 
     index: int
     name: str
@@ -278,14 +277,14 @@ def make_scenarios(
         ratios: of the methods that merge. The controls are generated at the last one only.
         early: of agentsd and the controls.
         ablate: keys of ABLATIONS.
-        intervals: of deepcache (3 if none is given), and of agentsd at the last ratio, which is also run uncached.
+        intervals: of deepcache and fewer-steps (3 if none is given), and of agentsd at the last ratio.
 
     Returns:
         Different scenarios, sd first.
     """
     scenarios = [SD]
     for method in methods:
-        if method == "deepcache":
+        if method in WITH_INTERVAL:
             scenarios += [Scenario(method, interval=interval) for interval in intervals or (3,)]
         elif method not in METHODS_WITH_CONFIG:
             scenarios.append(Scenario(method))

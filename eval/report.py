@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -66,15 +65,10 @@ COLUMNS = (
     Column("seconds"),
     Column("seconds_per_image", "s / image", "{:.3f}", "speed"),
     Column("speedup_vs_sd", "× sd", "{:.2f}", "speed"),
-    Column("speedup_vs_naive"),
     Column("unet_agent_ms", "UNet call, agent phase, ms", "{:.1f}", "speed"),
     Column("unet_agent_speedup"),
-    Column("unet_agent_over_limit"),
-    Column("unet_agent_operators"),
     Column("unet_merge_ms", "later phase, ms", "{:.1f}", "speed"),
     Column("unet_merge_speedup"),
-    Column("unet_merge_over_limit"),
-    Column("unet_merge_operators"),
     Column("calls", "UNet calls, whole + cached", tables="speed"),
     Column("unet_whole_ms"),
     Column("unet_cached_ms"),
@@ -120,7 +114,7 @@ def write_report(folder: Path, results: dict[str, Any] | None = None, charts: bo
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write data as JSON, atomically."""
-    write_atomically(path, json.dumps(_plain(data), indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def scenario_row(scenario: Scenario) -> dict[str, Any]:
@@ -139,8 +133,7 @@ def make_rows(
 ) -> list[dict[str, Any]]:
     """One row per scenario and workload: settings, scores, times.
 
-    Scores are of images of one size, generated in batches of one size by a UNet that was not compiled: they are in the
-    row with the times of just that, and in one of their own where that was not timed.
+    Scores are in the row with the times of the same size and batch, not compiled, or in one of their own.
     """
     rows = []
     for scenario in scenarios:
@@ -162,8 +155,7 @@ def verdict(rows: Sequence[dict[str, Any]], scored: dict[str, Any]) -> list[str]
     """What the scores say of each method's effect on quality, in sentences; none without scores.
 
     AgentSD is compared with Stable Diffusion, as every method is, and with ToMeSD at the same ratio or DeepCache at the
-    same interval, by an interval of its own: two methods may differ although their intervals against Stable Diffusion
-    overlap.
+    same interval: two methods may differ although their intervals against Stable Diffusion overlap.
     """
     key = "fid_difference" if scored.get("features") == "inception" else "fd_difference"
     label = scored.get("label", "")
@@ -290,7 +282,7 @@ _KEYS = ("ratio", "cache_interval", *(c.key for c in COLUMNS), *(f"{c.key}_ci" f
 def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
     workload = timing.workload
     same = {other.scenario: other for other in timings if other.workload == workload}
-    sd, naive, limit = (same.get(name) for name in ("sd", "sd-naive", "limit"))
+    sd = same.get("sd")
     out = {
         "size": workload.size,
         "batch_size": workload.batch_size,
@@ -298,7 +290,6 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
         "seconds": timing.seconds,
         "seconds_per_image": timing.seconds_per_image,
         "speedup_vs_sd": _ratio(sd and sd.seconds_per_image, timing.seconds_per_image),
-        "speedup_vs_naive": _ratio(naive and naive.seconds_per_image, timing.seconds_per_image),
         "peak_gb": timing.peak_gb,
         "peak_gb_per_image": timing.peak_gb_per_image,
         "note": timing.failed or _unstable(timing.seconds),
@@ -313,8 +304,6 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
         seconds = timing.unet_median(phase)
         out[f"unet_{phase.value}_ms"] = seconds and seconds * 1000
         out[f"unet_{phase.value}_speedup"] = _ratio(sd and sd.unet_median(phase), seconds)
-        out[f"unet_{phase.value}_operators"] = timing.operators.get(phase.value)
-        out[f"unet_{phase.value}_over_limit"] = _ratio(seconds, limit and limit.unet_median(phase))
     return out
 
 
@@ -344,28 +333,9 @@ def _figure(value: Any, interval: Sequence[float] | None, form: str) -> str:
     return f"{text} [{', '.join(form.format(end) for end in interval)}]" if interval else text
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no infinity: the PSNR of equal images is written as a word."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
-def _restored(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _restored(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_restored(part) for part in value]
-    return float(value) if value in ("inf", "-inf", "nan") else value
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return _restored(json.loads(path.read_text(encoding="utf-8")))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BenchError(f"{path.parent} has no {RESULTS}: give the --out of a run that has begun to measure") from None
     except (OSError, ValueError) as error:

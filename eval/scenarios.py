@@ -41,6 +41,8 @@ def use_scenario(pipe: Any, scenario: Scenario) -> Iterator[Callable[..., Any]]:
             stack.enter_context(_naive_attention(pipe))
         elif scenario.method == "deepcache":
             stack.enter_context(_deepcache(pipe, scenario.interval))
+        elif scenario.method == "fewer-steps":
+            call = _fewer_steps(pipe, scenario.interval)
         elif scenario.method == "tgate":
             call = stack.enter_context(_tgate(pipe))
         elif scenario.method in CONTROLS:
@@ -111,12 +113,9 @@ def _control(pipe: Any, scenario: Scenario) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_agent_phase(pipe: Any, config: agentsd.AgentConfig, stand_ins: Mapping[Attention, Any]) -> Iterator[None]:
-    """Other processors on these layers for the length of each UNet call in the agent phase; afterwards those before.
+    """Put other processors (by layer) in place during each UNet call in the agent phase, restore the former after it.
 
-    Args:
-        pipe: a pipeline, patched or not.
-        config: says which timesteps the agent phase is.
-        stand_ins: layer of the pipeline's UNet to the processor that stands in.
+    The pipeline may be patched or not; config says which timesteps the agent phase is.
     """
     unet = pipe.unet
     num_train_timesteps = pipe.scheduler.config.num_train_timesteps
@@ -211,6 +210,12 @@ def _tgate(pipe: Any) -> Iterator[Callable[..., Any]]:
         for module in pipe.unet.modules():
             if isinstance(module, Attention):
                 vars(module).pop("cache", None)
+
+
+def _fewer_steps(pipe: Any, factor: int) -> Callable[..., Any]:
+    return lambda *args, num_inference_steps, **options: pipe(
+        *args, num_inference_steps=-(-num_inference_steps // factor), **options
+    )
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from .protocol import BenchError
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's defaults
 _KEPT_FEATURES = 10_000
+_HIGHEST_PSNR = 100.0  # dB; equal images have an infinite one, which JSON lacks
 _BATCH = 32
 
 
@@ -51,9 +52,7 @@ def statistics_of(features: np.ndarray) -> Statistics:
 def load_statistics(path: Path, network: FeatureNetwork) -> Statistics:
     """Statistics from a .npz: mu and sigma as pytorch-fid saves them, and features where save_statistics wrote it.
 
-    Raises:
-        BenchError: no such file, another kind of file, another feature network, too few images, or values that are no
-            numbers.
+    Raises BenchError for another kind of file or feature network, too few images, or values that are no numbers.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -102,11 +101,8 @@ class NamedFeatures:
         for name in names:
             own = [i for i, other in enumerate(self.names) if other == name]
             if not own:
-                known = list(dict.fromkeys(self.names))
-                raise BenchError(
-                    f"{name!r}: the reference has no image of that name, only of {len(known)} others: "
-                    f"{', '.join(known[:8])}{' …' if len(known) > 8 else ''}"
-                )
+                known = ", ".join(sorted(set(self.names))[:8])
+                raise BenchError(f"{name!r}: the reference has no image of that name, but of {known} …")
             rows += own
         return self.features[rows]
 
@@ -114,8 +110,7 @@ class NamedFeatures:
 def load_named_features(path: Path, network: FeatureNetwork) -> NamedFeatures:
     """A .npz with names and features, as apps/demo_training/gate_reference.py writes.
 
-    Raises:
-        BenchError: as load_statistics, or it has no names, or not as many as features.
+    Raises BenchError as load_statistics, and where it has not as many names as features.
     """
     features = load_statistics(path, network).features
     with np.load(path, allow_pickle=False) as file:
@@ -221,12 +216,8 @@ def frechet_distance(statistics: Statistics, reference: Statistics) -> float:
 def kernel_distance(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """KID (Bińkowski et al. 2018, arXiv 1801.01401), computed by torch-fidelity.
 
-    Args:
-        features, reference: [N, D] and [M, D].
-
-    Returns:
-        Mean and standard deviation over 100 random subsets of 1,000 of each; of half of the smaller set where that has
-        fewer than 2,000.
+    Features [N, D] and [M, D] -> mean and standard deviation over 100 random subsets of 1,000 of each; of half of the
+    smaller set where that has fewer than 2,000.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
@@ -260,17 +251,14 @@ def paired_differences(
 ) -> dict[tuple[str, str], Interval]:
     """Differences between the distances of two sets to the reference, with 95 % bootstrap intervals.
 
-    Groups of images are resampled with replacement, the same ones from each set, so that a prompt that is hard for all
-    methods does not blur their difference. A resample has fewer different images, which raises any Fréchet distance;
-    the intervals are therefore shifted to have their mean at the value itself. The reference is held fixed. On
-    independent normal data of known distance the intervals covered the true difference in 90 % of the cases, and were
-    up to 40 % too wide where both sets are alike. There is no interval of a distance itself: its bootstrap covered the
-    true value in only 35 %.
+    Images of a prompt that is hard for all methods are in a resample of each set or of none, so that they do not blur
+    the difference. A resample has fewer different images, which raises any Fréchet distance; the intervals are shifted
+    to have their mean at the value itself. The reference is held fixed. On normal data of known distance the intervals
+    covered the true difference in 90 % of the cases; those of a distance itself, in 35 %, so there are none.
 
-    Images of one prompt under several seeds are alike, so three of them say less than three prompts do. A group is
-    therefore resampled with all its rows: the cluster bootstrap (Field & Welsh, "Bootstrapping clustered data",
-    J. R. Stat. Soc. B 69, 2007). It generalises to other prompts, not to other seeds of these prompts, and is too
-    narrow where there are only a few groups.
+    Images of one prompt under several seeds are alike, so a group of images is resampled as a whole: the cluster
+    bootstrap (Field & Welsh, "Bootstrapping clustered data", J. R. Stat. Soc. B 69, 2007). It generalises to other
+    prompts, not to other seeds of these prompts, and is too narrow where there are only a few groups.
 
     Args:
         features: name to [N, D], rows of the same prompt and seed in the same place.
@@ -325,7 +313,7 @@ def paired_similarity(files: Sequence[Path], baseline_files: Sequence[Path]) -> 
     """Similarity of images to the baseline's of the same prompt and seed, computed by torchmetrics.
 
     Returns:
-        Medians of PSNR (in dB, infinite for equal images) and of SSIM (Wang et al. 2004: Gaussian window, σ = 1.5).
+        Medians of PSNR (in dB; 100 for equal images) and of SSIM (Wang et al. 2004: Gaussian window, σ = 1.5).
 
     Raises:
         ValueError: images of a pair differ in size.
@@ -338,12 +326,12 @@ def paired_similarity(files: Sequence[Path], baseline_files: Sequence[Path]) -> 
             raise ValueError(f"{pair[0]} and {pair[1]} differ in size")
         ours, theirs = (torch.from_numpy(x).permute(2, 0, 1)[None].float() for x in (a, b))
         ssim = structural_similarity_index_measure(ours, theirs, data_range=255.0)
-        return float(peak_signal_noise_ratio(ours, theirs, data_range=255.0)), float(ssim)
+        psnr = float(peak_signal_noise_ratio(ours, theirs, data_range=255.0))
+        return min(psnr, _HIGHEST_PSNR), float(ssim)
 
     with ThreadPoolExecutor(4) as pool:
         scores = np.array(list(pool.map(compare, zip(files, baseline_files))))
-    # np.median would average two values, and of two infinite ones and one finite make nan; the lower middle is real.
-    psnr, ssim = np.sort(scores, axis=0)[(len(scores) - 1) // 2]
+    psnr, ssim = np.median(scores, axis=0)
     return float(psnr), float(ssim)
 
 
@@ -379,8 +367,8 @@ def score_sets(
     pairs = [(name, "sd") for name in features if name != "sd"] + [(name, other) for (name, _), other in rivals.items()]
     distance = FrechetDistance(reference, network.device)
     differences = paired_differences(
-        distance, features, pairs, resamples,
-        progress=lambda steps: progress(steps, desc="bootstrap", unit="resample"), groups=groups,
+        distance, features, pairs, resamples, 0,
+        lambda steps: progress(steps, desc="bootstrap", unit="resample"), groups,
     )  # fmt: skip
     key = "fid" if network.name == "inception" else "fd"
     rows = {}

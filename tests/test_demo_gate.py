@@ -174,7 +174,7 @@ def test_references_with_names(tmp_path):
     np.savez(tmp_path / "a.npz", features=rows, names=names, network=np.array("efficientnet-lite0"))
     found = load_named_features(tmp_path / "a.npz", network)
     assert np.array_equal(found.of(["zebra", "owl"]), np.concatenate([rows[1::3], rows[[0, 2, 3, 5, 6, 8, 9, 11]]]))
-    with pytest.raises(BenchError, match="'lemon': the reference has no image of that name.* 2 others: owl, zebra"):
+    with pytest.raises(BenchError, match="'lemon': the reference has no image of that name, but of owl, zebra …"):
         found.of(["owl", "lemon"])
     np.savez(tmp_path / "b.npz", features=rows, network=np.array("efficientnet-lite0"))
     with pytest.raises(BenchError, match="has 0 names for 12 images' features"):
@@ -227,7 +227,7 @@ def test_bars_are_met_at_their_edges():
     [
         ("sd", {"recognition": 0.79}, "sd: recognised"),
         ("mean-value", {"psnr": 27.1}, "mean-value: PSNR to sd"),
-        ("mean-value", {"psnr": math.inf}, "mean-value: PSNR to sd"),
+        ("mean-value", {"psnr": 100.0}, "mean-value: PSNR to sd"),
         ("no-attention", {"psnr": math.nan}, "no-attention: PSNR to sd"),
         ("mean-value", {"fd_difference_ci": [0.0, 9.0]}, "mean-value: FD − sd"),
         ("no-attention", {"fd_difference_ci": [-9.0, -1.0]}, "no-attention: FD − sd"),
@@ -246,7 +246,7 @@ def test_too_many_keys_and_equal_images_fail():
     bars = gate.judge(dataclasses.replace(KEYS, median=1024.5), make_rows())
     assert [bar.met for bar in bars] == [False] + [True] * 7
     rows = make_rows()
-    rows["tomesd"]["psnr"] = rows["mean-value"]["psnr"] = math.inf
+    rows["tomesd"]["psnr"] = rows["mean-value"]["psnr"] = 100.0
     assert [bar.met for bar in gate.judge(KEYS, rows)] == [True, True, False, *[True] * 5]
 
 

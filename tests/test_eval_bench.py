@@ -60,9 +60,9 @@ def test_a_whole_run_and_its_report_again(model, images, tmp_path, capsys, monke
     names = [row["scenario"] for row in rows]
     assert names == ["sd", "sd-naive", "agentsd-r0.4", "deepcache-3", "tgate", "mean-value-r0.4", "limit"]
     for row in rows:
-        assert row["seconds_per_image"] > 0 and row["speedup_vs_naive"] > 0
+        assert row["seconds_per_image"] > 0 and row["speedup_vs_sd"] > 0
         assert (row["fd"] is None) == (row["method"] in ("sd-naive", "limit")) and row["fid"] is None
-        assert row["unet_agent_over_limit"] > 0 and row["unet_merge_over_limit"] > 0
+        assert row["unet_agent_speedup"] > 0 and row["unet_merge_speedup"] > 0
         assert row["calls"] == ("2 + 2" if row["method"] == "deepcache" else None)
     assert not (out / "images" / "sd-naive").exists() and not (out / "images" / "limit").exists()
 
@@ -304,6 +304,8 @@ def test_what_is_cheap_is_checked_before_anything_is_fetched(tmp_path, capsys, m
         (["--preset", "paper"], "--reference is missing"),
         (["--preset", "paper", "--clip", "nowhere"], "--clip nowhere: is no CLIP model"),
         (["--features", "inception"], "holds EfficientNet-Lite0 features"),
+        (["--preset", "paper", "--scheduler", "magic"], "scheduler='magic'"),
+        (["--preset", "paper", "--dtype", "int8"], "dtype='int8'"),
         (["--score", "/nope", "/nope", "--features", "inception"], "there is no such folder"),
         (["--save-reference", "/nope", "a.npz", "--features", "inception"], "there is no such folder"),
     ]:

@@ -36,11 +36,13 @@ def test_rounds_are_interleaved_and_the_pipeline_is_left_as_it_was():
         assert not timing.failed and len(timing.seconds) == 2 and timing.workload.size == 128
         # Of 6 calls DeepCache with interval 3 computes two as a whole; T-GATE skips layers of all depths, no call.
         cached = 8 if timing.scenario == "deepcache-3" else 0
-        assert (len(timing.whole_seconds), len(timing.cached_seconds)) == (12 - cached, cached), timing.scenario
+        calls = 6 if timing.scenario == "fewer-steps-3" else 12  # PLMS makes 3 in 2 steps
+        assert (len(timing.whole_seconds), len(timing.cached_seconds)) == (calls - cached, cached), timing.scenario
+        if timing.scenario == "fewer-steps-3":
+            continue
         # PLMS calls the UNet 6 times for 5 steps, at 801, 601, 601, 401, 201, 1: three are noisier than 600.
         calls = 2 if cached else 6  # the mean of each round
         assert {phase: len(times) for phase, times in timing.unet_seconds.items()} == {"agent": calls, "merge": calls}
-        assert timing.operators.keys() == {"agent", "merge"}
         inside = sum(timing.whole_seconds + timing.cached_seconds)
         assert 0 < inside < sum(timing.seconds)
         assert min(timing.seconds) <= timing.seconds_per_image <= max(timing.seconds)
@@ -82,8 +84,9 @@ def test_the_warm_up_computes_one_call_of_each_phase(early, monkeypatch):
     scenario = make_scenarios(["agentsd"], (0.4,), early=early)[1]
     [timing] = measure(make_pipeline(), [scenario], Workload(steps=25, rounds=1, size=64))
     warmed, timed = calls
-    assert set(timed) <= set(warmed) and len(timed) == 26 and len(warmed) == len(set(warmed))
-    assert timing.operators.keys() == {phase.value for phase in warmed}
+    assert not early or set(timed) <= set(warmed)  # without agents all calls are alike
+    assert len(timed) == 26 and len(warmed) == len(set(warmed))
+    assert set(timing.unet_seconds) == {phase.value for phase in timed}
 
 
 def test_the_warm_up_of_a_caching_method_has_whole_and_cached_calls(monkeypatch):
@@ -113,18 +116,6 @@ def test_one_scenario_may_fail_without_the_others(monkeypatch):
     first, second = measure(make_pipeline(), [good, bad], SMALL)
     assert len(first.seconds) == 2 and second.seconds == [] and second.seconds_per_image is None
     assert second.failed == "CUDA out of memory. Tried to allocate 2 GiB"
-
-
-def test_operators_are_counted_without_views_and_allocations():
-    pipe = make_pipeline()
-    layers = 3  # patched ones in this UNet
-    scenarios = [Scenario("sd"), Scenario("sd-naive"), Scenario("limit")]
-    sd, naive, limit = (timing.operators for timing in measure(pipe, scenarios, replace(SMALL, rounds=1)))
-    assert sd["agent"] == sd["merge"] > 100
-    # Explicit softmax attention is bmm, softmax, bmm and what puts heads apart, where the fused kernel is one operator.
-    assert naive["agent"] > sd["agent"]
-    # Without mixing the fused kernel is gone, and at most one copy of its result.
-    assert sd["merge"] - limit["merge"] in (layers, 2 * layers)
 
 
 def test_compiled_scenarios_and_sizes_do_not_touch_each_other(monkeypatch):

@@ -153,7 +153,7 @@ def judge(keys: KeySpread, rows: Mapping[str, Mapping[str, Any]]) -> list[Bar]:
                 f"{method}: PSNR to sd",
                 f"at least {PSNR_STEP:g} dB below ToMeSD's {merged['psnr']:.1f}",
                 f"{row['psnr']:.1f} dB",
-                math.isfinite(row["psnr"]) and row["psnr"] <= merged["psnr"] - PSNR_STEP,
+                row["psnr"] <= merged["psnr"] - PSNR_STEP,
             ),
             Bar(
                 f"{method}: FD − sd",
