@@ -225,7 +225,7 @@ class _Lap:
 
 @dataclass(frozen=True)
 class _Call:
-    """One pipeline call: its UNet calls, seconds, peak memory in bytes (None: unknown), and its growth since the start."""
+    """One pipeline call: its UNet calls, seconds, peak memory in bytes (None: unknown), its growth since the start."""
 
     laps: list[_Lap]
     seconds: float

@@ -1,6 +1,6 @@
-"""Draws the README's figure of the method: what agents are, and which steps use them.
+"""Draw the README's figure of the method: what agents are, and which steps use them.
 
-python eval/method_figure.py --out eval/results/readme/method.png
+python apps/method_figure.py --out eval/results/readme/method.png
 """
 
 from __future__ import annotations
