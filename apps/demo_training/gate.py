@@ -306,7 +306,7 @@ def _reference_path(options: argparse.Namespace) -> Path:
 
 
 def _make_plan(options: argparse.Namespace, reference: scores.NamedFeatures) -> tuple[Plan, scores.Statistics]:
-    """What to draw, and the training images of the same names; raises BenchError where either are too few."""
+    """What to generate, and the training images of the same names; raises BenchError where either are too few."""
     plan = Plan(
         _choose_names(options, reference), options.images_per_class, options.steps, options.guidance,
         options.scheduler, options.size, options.batch_size, options.threads, options.seed,
