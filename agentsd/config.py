@@ -6,7 +6,7 @@ import enum
 import math
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 DEFAULT_NUM_TRAIN_TIMESTEPS = 1000
 
@@ -98,7 +98,7 @@ class AgentConfig:
         for name in ("agent_stride", "merge_stride"):
             self._set(name, _stride(name, getattr(self, name)))
         if not isinstance(self.late, str) or self.late not in LATE:
-            error = ValueError if isinstance(self.late, str) else TypeError
+            error: type[Exception] = ValueError if isinstance(self.late, str) else TypeError
             raise error(
                 f'late={self.late!r}: must be "merge" (token merging), "downsample" (one key and value per '
                 'merge_stride cell) or "full" (the model\'s own attention)'
@@ -175,7 +175,7 @@ class AgentConfig:
             stride, most = self.agent_stride, self.max_agents
         else:
             stride, most = self.merge_stride, self.max_keys if self.late == "downsample" else None
-        rows, columns = (stride, stride) if _is_int(stride) else stride
+        rows, columns = (stride, stride) if isinstance(stride, int) else stride
         if grid is None or most is None:
             return rows, columns
         height, width = grid
@@ -228,7 +228,7 @@ each measures."""
 FIELD_NAMES = tuple(field.name for field in fields(AgentConfig))
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -236,18 +236,21 @@ def _number(name: str, value: object, low: float, high: float) -> float:
     allowed = f"must be a number in {low} … {high}"
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: {allowed}, not {type(value).__name__}")
-    if not math.isfinite(value) or not low <= value <= high:
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high:
         raise ValueError(f"{name}={value!r}: {allowed}; {_HINTS[name]}")
-    return float(value)
+    return number
 
 
 def _optional_int(name: str, value: object, low: int, meaning: str) -> int | None:
     allowed = f"must be None or an integer of at least {low}; {meaning}"
-    if value is not None and not _is_int(value):
+    if value is None:
+        return None
+    if not _is_int(value):
         raise TypeError(f"{name}={value!r}: {allowed}")
-    if value is not None and value < low:
+    if value < low:
         raise ValueError(f"{name}={value}: {allowed}")
-    return None if value is None else int(value)
+    return int(value)
 
 
 _HINTS = {

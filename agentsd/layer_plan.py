@@ -194,7 +194,13 @@ class LayerCall:
         return self.merged_for_agents.shape[0]
 
     def match(self, block_input: Tensor) -> TokenMatching:
-        """Match the tokens of [B', N, C], the un-normalised input of the transformer block."""
+        """Match the tokens of [B', N, C], the un-normalised input of the transformer block.
+
+        Raises:
+            ValueError: the action is "none", which has no split.
+        """
+        if self.split is None:
+            raise ValueError(f'action="{self.action}" matches no tokens: it has no split')
         # Offloading may bring the block's input to another device than the UNet was called with.
         return match_tokens(block_input, self.split.to(block_input.device))
 

@@ -169,8 +169,8 @@ def split_grid(
         src_index = is_dst.argsort(dim=-1, stable=True)[..., :num_src]
         return GridSplit(torch.cat([src_index, dst_index], dim=-1), dst_index.unsqueeze(-2))
 
-    for length, cell, side in ((height, rows, tile[0]), (width, columns, tile[1])):
-        if side != length and (length % side or side % cell):
+    for length, cell_side, side in ((height, rows, tile[0]), (width, columns, tile[1])):
+        if side != length and (length % side or side % cell_side):
             raise ValueError(
                 f"{tile[0]}×{tile[1]} tiles do not cut a {height}×{width} grid of {rows}×{columns} cells evenly: take "
                 "what tile_size returns"

@@ -1,4 +1,4 @@
-"""Runs the compatibility matrix and writes the README's table from the outcome:
+"""Runs the compatibility matrix and writes COMPATIBILITY.md's table from the outcome:
 
     python tests/compat_table.py             # run, keep the result in compat_results.json, rewrite the table
     python tests/compat_table.py --no-run    # rewrite the table from the kept results
@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-README = TESTS.parent / "README.md"
+PAGE = TESTS / "COMPATIBILITY.md"
 PYPROJECT = TESTS.parent / "pyproject.toml"
 RESULTS = TESTS / "compat_results.json"
 BEGIN, END = "<!-- compatibility:begin -->", "<!-- compatibility:end -->"
@@ -59,14 +59,15 @@ def run_matrix() -> tuple[str, list[dict]]:
     """Run every test file of the matrix; returns the versions as text, and the rows in the order of the files."""
     sys.path.insert(0, str(TESTS.parent))  # this checkout's agentsd, installed or not
     recorder = Recorder()
-    files = ("pipelines", "schedulers", "adapters", "execution", "versions")
-    pytest.main(["-q", *(str(TESTS / f"test_compat_{name}.py") for name in files)], plugins=[recorder])
+    names = [f"compat_{name}" for name in ("pipelines", "schedulers", "adapters", "execution")]
+    names += ["right_or_told", "step_cache", "compat_versions"]
+    pytest.main(["-q", "-n0", "-m", "compat", *(str(TESTS / f"test_{name}.py") for name in names)], plugins=[recorder])
     versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in LIBRARIES)
     return f"Python {platform.python_version()}, {versions}", list(recorder.rows.values())
 
 
 def table(runs: dict[str, list[dict]]) -> str:
-    """The README's block for the kept runs, {versions: rows}."""
+    """The page's block for the kept runs, {versions: rows}."""
     rows = next(iter(runs.values()))
     lines = [f"{len(rows)} rows, all of them run by `python tests/compat_table.py` with:", ""]
     lines += [f"- {versions}" for versions in runs]
@@ -76,6 +77,7 @@ def table(runs: dict[str, list[dict]]) -> str:
             group = row["group"]
             lines += ["", f"| {group} | status | proof | note |", "|---|---|---|---|"]
         file, _, test = row["test"].partition("::")
+        file = file.removeprefix("tests/")
         lines.append(f"| {row['name']} | {row['status']} | [`{test}`]({file}) | {row['note']} |")
     return "\n".join(lines)
 
@@ -101,12 +103,12 @@ def problems(runs: dict[str, list[dict]]) -> list[str]:
     return found
 
 
-def with_table(readme: str, block: str) -> str:
-    """The README with the text between its two markers replaced."""
-    before, begin, rest = readme.partition(BEGIN)
+def with_table(page: str, block: str) -> str:
+    """The page with the text between its two markers replaced."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"{README.name} has no lines {BEGIN} and {END} to write the table between")
+        raise SystemExit(f"{PAGE.name} has no lines {BEGIN} and {END} to write the table between")
     return f"{before}{begin}\n{block}\n{end}{after}"
 
 
@@ -123,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         RESULTS.write_text(dump(runs))
     if found := problems(runs):
         raise SystemExit("no table: " + "; ".join(found))
-    README.write_text(with_table(README.read_text(), table(runs)))
+    PAGE.write_text(with_table(PAGE.read_text(), table(runs)))
 
 
 if __name__ == "__main__":

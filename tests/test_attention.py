@@ -78,3 +78,42 @@ def test_alpha_needs_one_value_per_query():
     with pytest.raises(ValueError, match="alpha=0"):
         agent_attention(query[:, :, :5], agents, key, value)
     assert agent_attention(query[:, :, :5], agents, key, value, alpha=0).shape == (2, 3, 5, 8)
+
+
+def test_biases_are_added_to_the_logits_of_each_softmax():
+    query, agents, key, value = random_inputs()
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randn(1, 3, 4, 9, generator=generator, dtype=torch.float64)
+    second = torch.randn(1, 3, 9, 4, generator=generator, dtype=torch.float64)
+    d = query.shape[-1]
+    for b1, b2 in ((first, second), (first, None), (None, second)):
+        aggregated = (agents @ key.mT * d**-0.5 + (0 if b1 is None else b1)).softmax(-1) @ value
+        expected = (query @ agents.mT * d**-0.5 + (0 if b2 is None else b2)).softmax(-1) @ aggregated
+        out = agent_attention(query, agents, key, value, 0, -0.5, aggregation_bias=b1, broadcast_bias=b2)
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_without_biases_the_fused_calls_get_no_mask(monkeypatch, upcast):
+    """A mask of zeros may choose another kernel: Stable Diffusion's results must not change by a bit."""
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention",
+        lambda *args, **kwargs: calls.append(set(kwargs)) or fused(*args, **kwargs),
+    )
+    inputs = random_inputs(dtype=torch.float32)
+    agent_attention(*inputs, upcast=upcast)
+    assert calls == [{"scale"}, {"scale"}]
+    agent_attention(*inputs, upcast=upcast, broadcast_bias=torch.zeros(1, 3, 9, 4))
+    assert calls[2:] == [{"scale"}, {"scale", "attn_mask"}]
+
+
+def test_float32_biases_serve_bfloat16_inputs():
+    inputs = random_inputs(dtype=torch.bfloat16)
+    bias = torch.randn(1, 3, 4, 9, generator=torch.Generator().manual_seed(1))
+    for upcast in (False, True):
+        out = agent_attention(*inputs, upcast=upcast, aggregation_bias=bias)
+        assert out.dtype == torch.bfloat16
+        exact = agent_attention(*(x.double() for x in inputs), aggregation_bias=bias)
+        torch.testing.assert_close(out.double(), exact, rtol=0.05, atol=0.05)

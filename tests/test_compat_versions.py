@@ -31,7 +31,7 @@ def test_kept_results_are_read_as_written():
 
 def test_the_table_has_every_row_once_and_keeps_the_rest_of_the_readme():
     block = compat_table.table({"new": [ROW, {**ROW, "group": "H", "status": "warns"}], "old": [ROW]})
-    assert "| thing | works | [`test_thing[a]`](tests/test_x.py) |  |" in block and "| H | status |" in block
+    assert "| thing | works | [`test_thing[a]`](test_x.py) |  |" in block and "| H | status |" in block
     readme = f"# Title\n{compat_table.BEGIN}\nold\n{compat_table.END}\nend\n"
     updated = compat_table.with_table(readme, block)
     assert updated == f"# Title\n{compat_table.BEGIN}\n{block}\n{compat_table.END}\nend\n"

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from ..config import Phase
 from ..layer_plan import draw_splits, layer_call, plan_layer
 from .checkpointing import watch_checkpoints
-from .layers import RESET_ATTN1, class_name, find_other_cache, is_plain_softmax, replaced_forward, stores_attention
+from .layers import (
+    RESET_ATTN1,
+    UNet,
+    class_name,
+    find_other_cache,
+    is_plain_softmax,
+    replaced_forward,
+    stores_attention,
+)
 from .merge_around import knows_places, why_unmerged
 from .processor import (
     BYPASSED,
@@ -124,12 +132,12 @@ class UNetHook:
 
     def _begin(self, args: tuple, kwargs: dict) -> None:
         patch = self.patch
-        call, cache, unet = patch.call, patch.cache, patch.unet()
+        call, cache, unet = patch.call, patch.cache, patch.unet
         sample, timestep = sample_and_timestep(args, kwargs)
         call.height, call.width = sample.shape[-2:]
         call.batch = sample.shape[0]
-        similarities = None if cache is None else cache.similarities(unet, args, kwargs, sample)
-        by_sample, similarities = _read_timesteps(timestep, similarities)
+        compared = None if cache is None else cache.similarities(unet, args, kwargs, sample)
+        by_sample, similarities = _read_timesteps(timestep, compared)
         timesteps = by_sample if isinstance(by_sample, tuple) else (by_sample,)
         patch.schedule.refresh()
         self._check_schedule(timesteps, timestep)
@@ -147,7 +155,7 @@ class UNetHook:
         self._warn_where_replaced()
         call.active = True
 
-    def _may_cache(self, unet: nn.Module) -> bool:
+    def _may_cache(self, unet: UNet) -> bool:
         """Whether nothing on the UNet forbids step caching; a warning says what does."""
         reason = None
         if (other := find_other_cache(unet)) is not None:
@@ -254,16 +262,17 @@ class UNetHook:
             if patch.call.active:
                 self._note_outcomes(completed)
                 if patch.cache is not None:
-                    patch.cache.end(patch.unet(), completed, patch.compiled, patch.schedule.last_timestep())
+                    patch.cache.end(patch.unet, completed, patch.compiled, patch.schedule.last_timestep())
         finally:
             patch.end_call()
 
     def _note_outcomes(self, completed: bool) -> None:
-        patch = self.patch
+        patch, before = self.patch, self.patch.last_call
+        assert patch.timestep is not None  # _begin has set it
         outcomes = {layer.state.name: _outcome(layer) for layer in patch.layers}
-        if patch.cached:  # what was skipped did what it did in the whole call
+        if patch.cached and before is not None:  # what was skipped did what it did in the whole call
             skipped = {layer.state.name for layer in patch.layers if layer.state.outcome == NOT_REACHED}
-            outcomes.update({name: patch.last_call.outcomes[name] for name in skipped})
+            outcomes.update({name: before.outcomes[name] for name in skipped})
         notes = {}
         for layer in patch.layers:
             attn2 = layer.block.attn2
@@ -274,11 +283,9 @@ class UNetHook:
         for kind in (CROSS, MASK, NO_INPUT, OTHER_TOKENS):
             self._warn_of(kind, kind, "ran unpatched")
         for layer in patch.layers:
-            if layer.state.plan.reason.endswith("smaller than a cell"):
-                patch.warn_once(
-                    f"small {layer.state.plan.grid}",
-                    f"agentsd: {layer.state.name}: {layer.state.plan.reason}; it runs unpatched",
-                )
+            plan = layer.state.planned()
+            if plan.reason.endswith("smaller than a cell"):
+                patch.warn_once(f"small {plan.grid}", f"agentsd: {layer.state.name}: {plan.reason}; it runs unpatched")
         if completed:
             self._warn_of(BYPASSED, BYPASSED, "were bypassed")
             if not patch.completed_once and not patch.cached:
@@ -353,7 +360,7 @@ def _read_timesteps(timestep: Tensor | float, others: Tensor | None) -> tuple[fl
 
 def _outcome(layer: PatchedLayer) -> str:
     """What became of a layer in the call that ends, in words."""
-    state, plan = layer.state, layer.state.plan
+    state, plan = layer.state, layer.state.planned()
     if not is_ours(layer):
         return f"replaced by {class_name(layer.attn.processor)}: call apply_patch again"
     if state.outcome == BYPASSED:

@@ -10,6 +10,9 @@ from torch import nn
 if TYPE_CHECKING:
     from .installation import Installation
 
+_FUNCTION = "_gradient_checkpointing_func"
+"""Where diffusers' modules keep their checkpointing function."""
+
 
 class _Checkpoint:
     """Stands before a module's checkpointing function: what runs again sees what the patch knew in its own call.
@@ -59,14 +62,14 @@ def _restore(patch: Installation, snapshot: tuple) -> None:
 def watch_checkpoints(unet: nn.Module, patch: Installation) -> None:
     """Put the wrapper before every checkpointing function of a UNet that has none yet."""
     for module in unet.modules():
-        function = vars(module).get("_gradient_checkpointing_func")
+        function = vars(module).get(_FUNCTION)
         if function is not None and not isinstance(function, _Checkpoint):
-            module._gradient_checkpointing_func = _Checkpoint(function, patch)
+            setattr(module, _FUNCTION, _Checkpoint(function, patch))
 
 
 def unwatch_checkpoints(unet: nn.Module) -> None:
     """Undo `watch_checkpoints`."""
     for module in unet.modules():
-        function = vars(module).get("_gradient_checkpointing_func")
+        function = vars(module).get(_FUNCTION)
         if isinstance(function, _Checkpoint):
-            module._gradient_checkpointing_func = function.function
+            setattr(module, _FUNCTION, function.function)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .call import UNetHook, sample_and_timestep
+from .layers import UNet
 from .weak_link import WeakLink
 
 if TYPE_CHECKING:
@@ -38,31 +39,31 @@ class _CompiledEntry:
 class _CompileAndWatch:
     """The UNet's `compile` while it is patched: compiles as ever, then puts a _CompiledEntry before the result."""
 
-    def __init__(self, unet: nn.Module, hook: UNetHook):
+    def __init__(self, unet: UNet, hook: UNetHook):
         # Weak, as it hangs on the UNet: a reference cycle would keep a dropped UNet alive until Python collects it.
         self.unet = WeakLink(unet, pickled=True)
         self.hook = hook
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        unet = self.unet()
+        unet = self.unet.target()
         type(unet).compile(unet, *args, **kwargs)
         _wrap_compiled_call(unet, self.hook)
 
 
-def watch_compilation(unet: nn.Module, hook: UNetHook) -> None:
+def watch_compilation(unet: UNet, hook: UNetHook) -> None:
     """Have the phase chosen outside the graph, whether the UNet was compiled before or is compiled later."""
     unet.compile = _CompileAndWatch(unet, hook)
     _wrap_compiled_call(unet, hook)
 
 
-def unwatch_compilation(unet: nn.Module) -> None:
+def unwatch_compilation(unet: UNet) -> None:
     """Undo `watch_compilation`."""
     unet.__dict__.pop("compile", None)
     if isinstance(unet._compiled_call_impl, _CompiledEntry):
         unet._compiled_call_impl = unet._compiled_call_impl.compiled
 
 
-def _wrap_compiled_call(unet: nn.Module, hook: UNetHook) -> None:
+def _wrap_compiled_call(unet: UNet, hook: UNetHook) -> None:
     if unet._compiled_call_impl is not None:
         unet._compiled_call_impl = _CompiledEntry(unet._compiled_call_impl, hook)
 

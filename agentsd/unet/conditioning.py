@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .layers import UNet
+
 # Everything in a UNet call that conditions it. ControlNet's and T2I-Adapter's residuals are new ones in every step:
 # only their presence counts.
 _CONDITIONS = (
@@ -44,9 +46,10 @@ class Conditioning:
         self._places = [_place(tensor) for tensor in self.tensors]
 
     @classmethod
-    def of_call(cls, unet: nn.Module, args: tuple, kwargs: dict) -> Conditioning:
+    def of_call(cls, unet: UNet, args: tuple, kwargs: dict) -> Conditioning:
         """The conditioning of a UNet call."""
-        named = {**dict(zip(_parameters(type(unet)), args)), **kwargs}
+        names = _parameters(type(unet))  # type: ignore[arg-type]  # mypy asks for the hash of an instance
+        named = {**dict(zip(names, args)), **kwargs}
         present = {name: named.get(name) is not None for name in _RESIDUALS}
         return cls({**{name: named.get(name) for name in _CONDITIONS}, **present})
 
@@ -85,11 +88,11 @@ def _place(tensor: Tensor) -> tuple:
 
 
 @lru_cache(maxsize=8)
-def _parameters(unet_class: type) -> tuple[str, ...]:
+def _parameters(unet_class: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(unet_class.forward).parameters)[1:]
 
 
-def model_state(unet: nn.Module, adapter_layers: list[nn.Module]) -> tuple:
+def model_state(unet: UNet, adapter_layers: list[Any]) -> tuple:
     """What of the model can change between two calls: FreeU, adapters, and weights that were written to.
 
     Args:
@@ -107,11 +110,11 @@ def model_state(unet: nn.Module, adapter_layers: list[nn.Module]) -> tuple:
     return freeu, versions, adapters
 
 
-def _version(stage: nn.Module) -> int:
+def _version(stage: Any) -> int:
     weight = stage.resnets[0].conv1.weight if hasattr(stage, "resnets") else next(stage.parameters(), None)
     return -1 if weight is None or weight.is_inference() else weight._version
 
 
-def find_adapter_layers(unet: nn.Module) -> list[nn.Module]:
+def find_adapter_layers(unet: UNet) -> list[Any]:
     """The layers of a UNet that LoRA adapters stand on."""
     return [module for module in unet.modules() if hasattr(module, "scaling") and hasattr(module, "active_adapters")]

@@ -18,6 +18,7 @@ from .call import BlockHook, LastCall, UNetHook, is_ours
 from .checkpointing import unwatch_checkpoints
 from .claim import Claim
 from .compiled import EagerEntry, EagerExit, unwatch_compilation, watch_compilation
+from .layers import UNet
 from .merge_around import MergeAround
 from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, CallInProgress, LayerState
 from .schedule import Schedule
@@ -65,7 +66,7 @@ class Installation:
 
     def __init__(
         self,
-        unet: nn.Module,
+        unet: UNet,
         outer: nn.Module,
         config: AgentConfig,
         schedule: Schedule,
@@ -88,7 +89,7 @@ class Installation:
         self.replaced_by = ""
         self._warned: set[str] = set()
         self.cache = StepCache(config) if config.cache_interval > 1 else None
-        self.unet = WeakLink(unet, pickled=True)
+        self._unet = WeakLink(unet, pickled=True)
         self._outer = WeakLink(outer, pickled=True)
         self._handles: list[Any] = []
         keeps_matching = config.merge_crossattn or config.merge_mlp
@@ -101,6 +102,11 @@ class Installation:
             )
             for name, block, downsample in eligible
         ]
+
+    @property
+    def unet(self) -> UNet:
+        """The UNet that the patch was made for. Raises RuntimeError once it is gone."""
+        return self._unet.target()
 
     @property
     def num_train_timesteps(self) -> int:
@@ -119,7 +125,7 @@ class Installation:
 
     def install(self) -> None:
         """Put the processors and hooks on the UNet."""
-        unet, outer = self.unet(), self._outer()
+        unet, outer = self.unet, self._outer()
         processor = AgentAttnProcessor()  # it has no state, so one serves all layers
         for layer in self.layers:
             attn, block, state = layer.attn, layer.block, layer.state
@@ -139,7 +145,7 @@ class Installation:
         hook = UNetHook(self)
         self._handles.append(unet.register_forward_pre_hook(hook, with_kwargs=True))
         self._handles.append(unet.register_forward_hook(hook.after_call, always_call=True))
-        if getattr(outer, "_orig_mod", None) is unet:
+        if outer is not None and getattr(outer, "_orig_mod", None) is unet:
             self._handles.append(outer.register_forward_pre_hook(EagerEntry(hook), with_kwargs=True))
             self._handles.append(outer.register_forward_hook(EagerExit(hook), always_call=True))
         if getattr(unet, "conv_out", None) is not None:
@@ -151,7 +157,7 @@ class Installation:
 
     def uninstall(self) -> None:
         """Restore the original processors and remove every hook. A processor that someone set after the patch stays."""
-        unet = self.unet()
+        unet = self.unet
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -175,7 +181,7 @@ class Installation:
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
         """Have this patch on the UNet for a `with` block; for a backward pass after it was removed or replaced."""
-        unet = self.unet()
+        unet = self.unet
         current: Installation | None = getattr(unet, PATCH_ATTRIBUTE, None)
         if current is self:
             yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from diffusers import UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -20,7 +20,7 @@ from torch import nn
 from ..config import AgentConfig
 from .processor import AgentAttnProcessor
 
-UNet = UNet2DConditionModel | UNetMotionModel
+UNet: TypeAlias = UNet2DConditionModel | UNetMotionModel
 
 # AnimateDiff's UNet is the first with motion modules between its blocks: its spatial layers are the same.
 UNET_CLASSES = (UNet2DConditionModel, UNetMotionModel)
@@ -111,7 +111,7 @@ def unwrap_unet(model: Any) -> tuple[UNet, nn.Module]:
     Raises:
         TypeError: there is none.
     """
-    outer = model if isinstance(model, nn.Module) else getattr(model, "unet", None)
+    outer: Any = model if isinstance(model, nn.Module) else getattr(model, "unet", None)
     unet = outer
     while not isinstance(unet, UNET_CLASSES):
         inner = _unwrapped(unet)
@@ -169,7 +169,7 @@ def find_layers(
 
     # The levels follow from the model alone, whatever processors it has.
     limit = config.max_downsample
-    if limit == "auto":
+    if isinstance(limit, str):  # "auto"
         limit = min((downsample for _, _, downsample in candidates), default=1)
     eligible = []
     for name, block, downsample in candidates:

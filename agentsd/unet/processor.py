@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attention import agent_attention, softmax_attention
 from ..config import AgentConfig
 from ..layer_plan import LayerCall, LayerPlan, token_grid
-from ..merging import TokenMatching, merge_tokens, select_tokens, unmerge_tokens
+from ..merging import GridSplit, TokenMatching, merge_tokens, select_tokens, unmerge_tokens
 
 LAYER_ATTRIBUTE = "_agentsd"
 """Where a patched `Attention` module keeps its LayerState. It hangs on the module and not on the processor because
@@ -84,6 +84,12 @@ class LayerState:
         """(height, width) of the layer's token grid in the UNet call in progress."""
         return token_grid(self.call.height, self.call.width, self.downsample)
 
+    def planned(self) -> LayerPlan:
+        """The numbers of the first part. Raises RuntimeError where no call is in progress."""
+        if self.plan is None:
+            raise RuntimeError(f"{self.name}: no UNet call is in progress, so nothing is planned for it")
+        return self.plan
+
     def clear(self) -> None:
         """Forget the last call."""
         self.parts, self.order, self.plan = (), None, None
@@ -127,32 +133,36 @@ class AgentAttnProcessor:
         elif not layer.call.told_outside:
             layer.call.told_outside = True
             _warn_outside_a_call()
-        parts = layer.parts
-        if not layer.call.active or layer.outcome != RAN or (len(parts) == 1 and parts[0].action == "none"):
+        parts, order = layer.parts, layer.order
+        unpatched = not layer.call.active or layer.outcome != RAN or (len(parts) == 1 and parts[0].action == "none")
+        if unpatched or block_input is None:  # RAN says that there is one
             return layer.fallback(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
-        if len(parts) == 1:
+        if order is None:  # one part
             return _attend(attn, layer, parts[0], hidden_states, block_input)
 
         # A timestep per sample: each sample follows its own phase. A video's frames come as samples of their own.
         frames = hidden_states.shape[0] // layer.call.batch
         outputs = []
         for part in parts:
+            assert part.samples is not None  # several parts each have their own
             samples = _repeat_frames(part.samples, frames)
             tokens, inputs = hidden_states.index_select(0, samples), block_input.index_select(0, samples)
             if part.action == "none":
                 outputs.append(layer.fallback(attn, tokens, None, None, temb, *args, **kwargs))
             else:
                 outputs.append(_attend(attn, layer, part, tokens, inputs))
-        return torch.cat(outputs).index_select(0, _repeat_frames(layer.order, frames))
+        return torch.cat(outputs).index_select(0, _repeat_frames(order, frames))
 
 
 def _attend(attn: Attention, layer: LayerState, part: LayerCall, hidden_states: Tensor, block_input: Tensor) -> Tensor:
     """What one part of a call does with its samples. [B', N, C] twice -> [B', N, C]."""
-    if part.split.tokens.ndim == 2 and hidden_states.shape[0] != part.split.tokens.shape[0]:
-        split = part.split.repeat(hidden_states.shape[0] // part.split.tokens.shape[0])
+    split = part.split
+    assert split is not None  # its action is not "none"
+    if split.tokens.ndim == 2 and hidden_states.shape[0] != split.tokens.shape[0]:
+        split = split.repeat(hidden_states.shape[0] // split.tokens.shape[0])
         part = LayerCall(part.action, split, part.merged, part.merged_for_agents)
     if part.action == "downsample":
-        return _downsampled_attention(attn, layer, part, hidden_states)
+        return _downsampled_attention(attn, layer, split, hidden_states)
     matching, r = part.match(block_input), part.num_merged
     if layer.keeps_matching and len(layer.parts) == 1:
         layer.matching = (matching, r)
@@ -171,13 +181,13 @@ def _attend(attn: Attention, layer: LayerState, part: LayerCall, hidden_states: 
     return unmerge_tokens(_project_out(attn, out), matching, r)
 
 
-def _downsampled_attention(attn: Attention, layer: LayerState, part: LayerCall, hidden_states: Tensor) -> Tensor:
+def _downsampled_attention(attn: Attention, layer: LayerState, split: GridSplit, hidden_states: Tensor) -> Tensor:
     """Softmax attention of all tokens to one token of each cell. [B, N, C] -> [B, N, C].
 
     Source: Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images"
     (arXiv 2402.13573), section 3; the token of a cell is drawn here, as a dst is.
     """
-    kept = select_tokens(hidden_states, part.split.dst_index.to(hidden_states.device))
+    kept = select_tokens(hidden_states, split.dst_index.to(hidden_states.device))
     key, value = project_key_value(attn, kept)
     out = softmax_attention(project_queries(attn, hidden_states), key, value, upcast=_upcasts(attn, layer))
     return _project_out(attn, out)

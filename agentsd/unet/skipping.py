@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .layers import UNet
 from .weak_link import WeakLink
 
 if TYPE_CHECKING:
@@ -33,11 +34,11 @@ class SkippableForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = self.cache
         if cache is not None and cache.skipping:
-            return self._stand_in()
+            return self._stand_in(cache)
         if self.inner is not None:
             output = self.inner(*args, **kwargs)
         else:
-            module = self.module()
+            module = self.module.target()
             output = type(module).forward(module, *args, **kwargs)
         if cache is not None and not torch.is_grad_enabled():
             self.like = _like(output)
@@ -46,14 +47,17 @@ class SkippableForward:
                 cache.kept = (output[0] if isinstance(output, tuple) else output).clone()
         return output
 
-    def _stand_in(self) -> Any:
+    def _stand_in(self, cache: StepCache) -> Any:
         """The output's first tensor as one that can be written to, the residuals beside it as they are."""
         if isinstance(self.like, tuple):
-            return (self._hidden_states(self.like[0]), *self.like[1:])
-        return self._hidden_states(self.like)
+            return (self._hidden_states(cache, self.like[0]), *self.like[1:])
+        return self._hidden_states(cache, self.like)
 
-    def _hidden_states(self, like: Tensor) -> Tensor:
-        return self.cache.feature if self.keeps else torch.zeros_like(like, memory_format=torch.contiguous_format)
+    def _hidden_states(self, cache: StepCache, like: Tensor) -> Tensor:
+        if not self.keeps:
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        assert cache.feature is not None  # a cached call has one
+        return cache.feature
 
     def leave_graph(self) -> None:
         """Replace tensors that a compiled graph made, as its next run may overwrite them."""
@@ -82,7 +86,7 @@ def skippable_forwards(unet: nn.Module) -> list[SkippableForward]:
     return [forward for forward in found if isinstance(forward, SkippableForward)]
 
 
-def install_skipping(unet: nn.Module, cache: StepCache, depth: int | str) -> None:
+def install_skipping(unet: UNet, cache: StepCache, depth: int | str) -> None:
     """Wrap everything that a cached call of a UNet skips.
 
     Args:
@@ -98,11 +102,11 @@ def install_skipping(unet: nn.Module, cache: StepCache, depth: int | str) -> Non
         module.forward = SkippableForward(module, cache, module is keeper)
 
 
-def skipped_parts(unet: nn.Module, depth: int | str) -> tuple[list[nn.Module], nn.Module]:
+def skipped_parts(unet: UNet, depth: int | str) -> tuple[list[nn.Module], nn.Module]:
     """What a cached call skips, and the last of it, whose output is the kept feature. As `install_skipping`."""
     last = unet.up_blocks[-1]
     pairs = len(last.resnets)
-    depth = 1 if depth == "auto" else depth
+    depth = 1 if isinstance(depth, str) else depth  # "auto"
     if depth > pairs:
         raise ValueError(
             f"cache_depth={depth}: the last up block of this {type(unet).__name__} has {pairs} pairs of resnet and "

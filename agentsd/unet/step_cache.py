@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import AgentConfig, Phase
 from .conditioning import Conditioning, find_adapter_layers, model_state
+from .layers import UNet
 from .skipping import install_skipping, skippable_forwards
 
 # Consecutive latents of one run are alike, those of two runs are not: independent noise has a cosine of 0, one step of
@@ -89,13 +90,13 @@ class StepCache:
         self._current: _Branch | None = None
         self._timestep: float | None = None  # of the last call
         self._conditioning: Conditioning | None = None
-        self._adapters: tuple[tuple[str, ...], list[nn.Module]] = ((), [])
+        self._adapters: tuple[tuple[str, ...], list[Any]] = ((), [])
 
-    def install(self, unet: nn.Module) -> None:
+    def install(self, unet: UNet) -> None:
         """Make the skippable parts of the UNet skippable."""
         install_skipping(unet, self, self.depth)
 
-    def uninstall(self, unet: nn.Module) -> None:
+    def uninstall(self, unet: UNet) -> None:
         """Undo `install` and free the features."""
         for forward in skippable_forwards(unet):
             forward.remove()
@@ -106,7 +107,7 @@ class StepCache:
         self.skipping, self.feature, self.kept, self._current = False, None, None, None
         self._branches.clear()
 
-    def similarities(self, unet: nn.Module, args: tuple, kwargs: dict, sample: Tensor) -> Tensor | None:
+    def similarities(self, unet: UNet, args: tuple, kwargs: dict, sample: Tensor) -> Tensor | None:
         """Compare this call with the last one of each branch: the cosine of their latents, the least of the batch.
 
         Returns:
@@ -130,7 +131,7 @@ class StepCache:
 
     def begin(
         self,
-        unet: nn.Module,
+        unet: UNet,
         sample: Tensor,
         timestep: float,
         phase: Phase,
@@ -149,12 +150,12 @@ class StepCache:
         self.skipping, self.feature, self.kept = False, None, None
         signature = (sample.shape, sample.dtype, sample.device, *model_state(unet, self._adapters_of(unet)))
         found = next((pair for pair in zip(self._branches, similarities) if pair[1] != _OTHER), None)
-        branch = None if found is None else found[0]
-        if found is not None and not (
+        branch, similarity = (None, _OTHER) if found is None else found
+        if branch is not None and not (
             branch.signature == signature
             # The second call at a run's first timestep begins another run: a walk through latents of one-step models.
             and (timestep < branch.timestep or branch.timestep < branch.first_timestep and timestep == branch.timestep)
-            and found[1] >= _LEAST_SIMILARITY
+            and similarity >= _LEAST_SIMILARITY
         ):
             self._branches = [one for one in self._branches if one is not branch]
             branch = None
@@ -165,6 +166,7 @@ class StepCache:
             self.pass_by(timestep)
             return False
         if branch is None:
+            assert self._conditioning is not None  # from `similarities`
             branch = _Branch(self._conditioning.copied(), signature, phase, timestep, timestep, sample)
             self._branches = [branch, *self._branches[: _MOST_BRANCHES - 1]]
         self.skipping = (
@@ -192,7 +194,7 @@ class StepCache:
         self.counts.whole += 1
         self._timestep = timestep
 
-    def end(self, unet: nn.Module, completed: bool, compiled: bool, last_timesteps: tuple[float, int] | None) -> None:
+    def end(self, unet: UNet, completed: bool, compiled: bool, last_timesteps: tuple[float, int] | None) -> None:
         """Keep what a whole call computed; free what the run needs no more.
 
         Args:
@@ -208,7 +210,7 @@ class StepCache:
         if not completed or (not skipped and kept is None):
             self._branches = [one for one in self._branches if one is not branch]
             return
-        if not skipped:
+        if not skipped and kept is not None:
             newest = (branch.timestep, kept.clone() if compiled else kept)
             older = [entry for entry in branch.features if entry[0] != branch.timestep]
             branch.features = [newest, *older][: self.order + 1]
@@ -220,7 +222,7 @@ class StepCache:
             if branch.last_calls >= last_timesteps[1]:
                 self._branches = [one for one in self._branches if one is not branch]
 
-    def _adapters_of(self, unet: nn.Module) -> list[nn.Module]:
+    def _adapters_of(self, unet: UNet) -> list[Any]:
         """The layers with adapters, looked for again when adapters were loaded or unloaded."""
         names = tuple(unet.peft_config) if getattr(unet, "_hf_peft_config_loaded", False) else ()
         if names != self._adapters[0]:
@@ -229,7 +231,7 @@ class StepCache:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has runs of its own.
-        fresh = {"_branches": [], "_current": None, "_conditioning": None, "_adapters": ((), [])}
+        fresh: dict[str, Any] = {"_branches": [], "_current": None, "_conditioning": None, "_adapters": ((), [])}
         return {**self.__dict__, **fresh, "feature": None, "kept": None, "skipping": False}
 
 

@@ -25,6 +25,20 @@ class WeakLink(Generic[T]):
     def __call__(self) -> T | None:
         return None if self._reference is None else self._reference()
 
+    def target(self) -> T:
+        """Its target, where that is needed.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        target = self()
+        if target is None:
+            raise RuntimeError(
+                "agentsd: the model that this patch was put on is gone. Keep a reference to the pipeline or UNet, and "
+                "call agentsd.apply_patch on it again"
+            )
+        return target
+
     def _set(self, target: T | None) -> None:
         try:
             self._reference = None if target is None else weakref.ref(target)

@@ -1,0 +1,1 @@
+"""The benchmark behind `python eval/vision_bench.py`: one file per stage."""
