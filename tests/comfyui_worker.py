@@ -85,6 +85,11 @@ def widgets():
     return NODES["AgentSD"].INPUT_TYPES()["required"]
 
 
+def samplers():
+    """Names of ComfyUI's samplers."""
+    return comfy.samplers.KSampler.SAMPLERS
+
+
 def loaded_packages():
     """Top-level modules that are loaded."""
     return sorted({name.partition(".")[0] for name, module in sys.modules.items() if module is not None})
