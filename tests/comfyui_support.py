@@ -47,9 +47,12 @@ class Worker:
 
     def __call__(self, function: str, **arguments: Any) -> Any:
         """Call a function of the worker. Raises RuntimeError with its traceback where it raised."""
-        pickle.dump((function, arguments), self.process.stdin)
-        self.process.stdin.flush()
-        failure, result = pickle.load(self.process.stdout)
+        try:
+            pickle.dump((function, arguments), self.process.stdin)
+            self.process.stdin.flush()
+            failure, result = pickle.load(self.process.stdout)
+        except (BrokenPipeError, EOFError) as error:
+            raise RuntimeError("ComfyUI's process ended; what it printed is in the captured stderr") from error
         if failure:
             raise RuntimeError(failure)
         return result
