@@ -30,9 +30,11 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 import comfy.ldm.modules.diffusionmodules.mmdit  # noqa: E402
+import comfy.ldm.modules.diffusionmodules.openaimodel  # noqa: E402
 import comfy.model_base  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.model_sampling  # noqa: E402
+import comfy.ops  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
@@ -43,6 +45,20 @@ from comfy_extras.nodes_hypertile import HyperTile  # noqa: E402
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale  # noqa: E402
 from comfy_extras.nodes_tomesd import TomePatchModel  # noqa: E402
 
+TINY = dict(
+    image_size=32,
+    use_spatial_transformer=True,
+    legacy=False,
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    num_res_blocks=[1, 1],
+    channel_mult=[1, 2],
+    transformer_depth=[1, 0],
+    transformer_depth_output=[1, 1, 0, 0],
+    transformer_depth_middle=1,
+    adm_in_channels=None,
+)
 SHAPES = {
     "sd15": dict(num_heads=4, num_head_channels=-1, use_linear_in_transformer=False, context_dim=32),
     "sd2": dict(
@@ -97,27 +113,14 @@ def loaded_packages():
 
 def make(name, kind, weights, prediction="eps"):
     """Make a tiny model of ComfyUI's classes with a diffusers UNet's weights, and name it."""
-    shape = dict(
-        image_size=32,
-        use_spatial_transformer=True,
-        legacy=False,
-        in_channels=4,
-        out_channels=4,
-        model_channels=32,
-        num_res_blocks=[1, 1],
-        channel_mult=[1, 2],
-        transformer_depth=[1, 0],
-        transformer_depth_output=[1, 1, 0, 0],
-        transformer_depth_middle=1,
-        adm_in_channels=None,
-    )
+    shape = {**TINY, **SHAPES[kind]}
     config = type("TinyConfig", (comfy.supported_models_base.BASE,), {"unet_extra_config": {}})(
         {**shape, **SHAPES[kind]}
     )
     config.set_inference_dtype(torch.float32, None)
     model_type = {"eps": comfy.model_base.ModelType.EPS, "v": comfy.model_base.ModelType.V_PREDICTION}[prediction]
     model = comfy.model_base.BaseModel(config, model_type=model_type)
-    names = comfy.utils.unet_to_diffusers({**shape, **SHAPES[kind]})
+    names = comfy.utils.unet_to_diffusers(shape)
     model.diffusion_model.load_state_dict({names[name]: tensor for name, tensor in weights.items()})
     cpu = torch.device("cpu")
     MODELS[name] = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
@@ -151,6 +154,9 @@ def _patched(model, nodes):
         elif name == "attn1 replace":  # as perturbed-attention guidance: every query gets its own value
             model = model.clone()
             model.set_model_attn1_replace(lambda q, k, v, extra: v, *settings["place"])
+        elif name == "other keys":  # as reference-only nodes: keys and values have more tokens than the image
+            model = model.clone()
+            model.set_model_attn1_patch(lambda n, k, v, extra: (n, torch.cat([k, k], 1), torch.cat([v, v * 2], 1)))
         elif name == "attn1 sees":
             model = model.clone()
             model.set_model_attn1_patch(_noting(settings["seen"]))
@@ -310,10 +316,31 @@ def error_on_dit():
     dit = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT(
         input_size=8, patch_size=2, depth=2, context_embedder_config=None, operations=torch.nn
     )
+    return _error_on(dit)
+
+
+def error_on_video_unet():
+    """The error on a UNet whose transformers attend over time too (Stable Video Diffusion's, tiny)."""
+    video = dict(
+        use_temporal_attention=True,
+        use_temporal_resblock=True,
+        extra_ff_mix_layer=True,
+        use_spatial_context=True,
+        merge_strategy="learned_with_images",
+        merge_factor=0.0,
+        video_kernel_size=[3, 1, 1],
+    )
+    unet = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
+        **{**TINY, **SHAPES["sd15"], **video}, operations=comfy.ops.disable_weight_init
+    )
+    return _error_on(unet)
+
+
+def _error_on(diffusion_model):
     holder = torch.nn.Module()
-    holder.diffusion_model = dit
-    MODELS["dit"] = comfy.model_patcher.ModelPatcher(holder, torch.device("cpu"), torch.device("cpu"))
-    return error_of("dit", [("AgentSD", {})])
+    holder.diffusion_model = diffusion_model
+    MODELS["other"] = comfy.model_patcher.ModelPatcher(holder, torch.device("cpu"), torch.device("cpu"))
+    return error_of("other", [("AgentSD", {})])
 
 
 def main() -> None:

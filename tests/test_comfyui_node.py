@@ -314,6 +314,14 @@ def test_a_compiled_model_runs_unpatched_and_says_so(comfyui, unets, first):  # 
     assert len(got["told"]) == 1 and "TorchCompileModel" in got["told"][0]
 
 
+def test_keys_of_another_node_keep_their_layers(comfyui, unets):  # noqa: F811
+    latent, text, *_ = inputs(unets["sd15"])
+    arguments = dict(model="sd15", latent=latent, timestep=900, text=text)
+    got = comfyui("call", nodes=[("other keys", {}), *node()], **arguments)
+    assert torch.equal(got["out"], comfyui("call", nodes=[("other keys", {})], **arguments)["out"])
+    assert len(got["told"]) == 1 and "other keys or values" in got["told"][0] and "and 2 more" in got["told"][0]
+
+
 def test_a_replaced_attention_keeps_its_layer(comfyui, unets):  # noqa: F811
     replacement = ("attn1 replace", {"place": ("input", 1, 0)})
     latent, text, *_ = inputs(unets["sd15"])
@@ -339,6 +347,7 @@ def test_bad_input_is_one_clear_message(comfyui, unets):  # noqa: F811
     assert error.startswith("ValueError: ratio=0.9: at most 0.75")
     assert "match_tile=1" in comfyui("error_of", model="sd15", nodes=node(match_tile=1))
     assert "MMDiT and no UNet" in comfyui("error_on_dit")
+    assert "belongs to a video model" in comfyui("error_on_video_unet")
 
 
 def test_report(comfyui, unets):  # noqa: F811
