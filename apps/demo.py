@@ -1,4 +1,4 @@
-"""The app in a browser: `python apps/demo.py`. Arguments only; the work is done in `playground`."""
+"""The app in a browser: `python apps/demo.py`. Arguments only; the work is in `playground`."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_multiple_of_8,
         default=1024,
         metavar="PX",
-        help="largest height and width that may be asked for (default: %(default)s)",
+        help="largest height and width of a request (default: %(default)s)",
     )
     parser.add_argument(
         "--max-steps",
         type=_positive,
         default=150,
         metavar="N",
-        help="most steps that may be asked for (default: %(default)s)",
+        help="most denoising steps of a request (default: %(default)s)",
     )
     return parser
 

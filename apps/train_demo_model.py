@@ -1,12 +1,11 @@
-"""Trains a small text-to-image model in Stable Diffusion's format from two emoji icon sets, on a CPU or a GPU.
+"""Train a small text-to-image model in Stable Diffusion's format from two emoji icon sets, on a CPU or a GPU.
 
 Usage:
 
     pip install -e ".[train]"
     python apps/train_demo_model.py --out runs/first             # all five stages
     python apps/train_demo_model.py --preset cpu --grow-from runs/first/model --out runs/cpu
-    python apps/train_demo_model.py --preset full --device cuda --compile --out runs/full
-    python apps/train_demo_model.py --smoke --out runs/smoke     # the same in a minute: tiny model, drawings of its own
+    python apps/train_demo_model.py --smoke --out runs/smoke     # the same in a minute: tiny model, four built-in icons
 
     python apps/train_demo_model.py data        --out runs/first [--icons fluent.tgz noto.tgz]
     python apps/train_demo_model.py autoencoder --out runs/first [--device cuda]
@@ -18,24 +17,23 @@ Usage:
 |---|---|---|
 | data | npm packages @iconify-json/fluent-emoji and @iconify-json/noto, or --icons | data/*/*.png, data/index.json |
 | autoencoder | data | autoencoder/weights.safetensors, autoencoder/grids |
-| unet (and its text encoder) | data, autoencoder | pool/*.safetensors, unet/weights.safetensors, unet/grids |
+| unet (and its text encoder) | data, autoencoder | unet/weights.safetensors, unet/grids |
 | export | autoencoder, unet | model/: loads with StableDiffusionPipeline.from_pretrained |
 | samples | model | samples.png, a contact sheet |
 
-| preset | pictures | latents | made for |
+| preset | images | latents | made for |
 |---|---|---|---|
 | first | 121 icons centred on white, 256 px | 32 × 32 | 2 CPU cores, 1 hour |
-| cpu | the same, on plain grounds, 512 px | 64 × 64, grown from first | 2 CPU cores, 2½ hours |
-| full | all icons, alone, in groups and as patterns, 512 px | 64 × 64 | one GPU, 25 minutes |
-| smoke, smoke-grown | four drawings, 64 px | 8 × 8, toys in the formats of first and cpu | tests |
+| cpu | the same, on three light grounds each, 512 px | 64 × 64, grown from first | 2 CPU cores, 2½ hours |
+| smoke, smoke-grown | four built-in icons, 64 px | 8 × 8, toys in the formats of first and cpu | tests |
 
-In the models of cpu and full the full-resolution self-attention is the only self-attention there is. In the last
-phase its queries and keys are set to find the tokens that look alike, and fixed but for their scale: left to be trained
-they spread over all tokens. eval/results/demo-training.md says how far that has come.
+In the model of cpu the full-resolution self-attention is the only self-attention there is. In the last
+phase its queries and keys are set to find the tokens that look alike, and fixed but for their scale: trained further,
+they spread over all tokens. eval/results/demo-training.md has the measurements.
 
 A stage that is finished is skipped; one that was stopped, even by kill -9, goes on from its last checkpoint when the
-same command is given again. Every random draw is a function of (seed, stage, step), so on the same CPU an interrupted
-run ends with the weights of an undisturbed one. A folder made with other settings is refused, by each stage.
+same command is given again. Every random number is a function of (seed, stage, step), so on the same CPU an
+interrupted run ends with the weights of an undisturbed one. Each stage refuses a folder made with other settings.
 """
 
 from __future__ import annotations
@@ -90,7 +88,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint-seconds", type=float, metavar="S", help="least time between checkpoints (default: the preset's)"
     )
-    parser.add_argument("--count", type=int, default=24, help="pictures of the contact sheet (default: 24)")
+    parser.add_argument("--count", type=int, default=24, help="images of the contact sheet (default: 24)")
     return parser.parse_args(arguments)
 
 
@@ -101,7 +99,7 @@ def make_run(options: argparse.Namespace) -> Run:
         UsageError: a value that does not work here.
     """
     if options.count < 1:
-        raise UsageError(f"--count is {options.count}, but a contact sheet has at least 1 picture")
+        raise UsageError(f"--count is {options.count}, but a contact sheet has at least 1 image")
     for path in options.icons:
         if not path.is_file():
             raise UsageError(f"--icons {path} is not a file")
@@ -136,7 +134,7 @@ def make_run(options: argparse.Namespace) -> Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the stages asked for; returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    """Run the stages asked for; returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
     options = parse_arguments(arguments)
     work = dict(zip(STAGES, (data_stage, autoencoder_stage, unet_stage, export_stage, samples_stage), strict=True))
     try:
@@ -153,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keeps notes on a valid but unusual pipeline (tiny autoencoder, no safety checker) out of the progress bars."""
+    """Keep warnings about a valid but unusual pipeline (no safety checker) out of the progress bars."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""One run of the benchmark from checked arguments to the report: check everything, draw, time, score, report."""
+"""One run of the benchmark from its arguments to the report: check, generate, time, score, report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import argparse
 import contextlib
 import itertools
 import os
+import shutil
+import statistics
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,13 +18,29 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import metrics, report
-from .generation import Job, check_space, draw_all, draw_share, lock_folder, open_folders
-from .latency import Workload, measure
-from .models import ModelSpec, load_model, pick_device
+from agentsd.images.pipelines import SCHEDULERS
+
+from . import report, scores
+from .environment import environment
+from .features import FeatureNetwork, check_features, load_features
+from .generation import (
+    BYTES_PER_PIXEL,
+    Job,
+    check_space,
+    generate_all,
+    generate_share,
+    lock_folder,
+    missing_images,
+    open_folders,
+)
+from .images import FEWEST_IMAGES, reference_files
+from .latency import Timing, Workload, measure
+from .models import ModelSpec, load_model, native_size, pick_device
 from .protocol import (
     DEMO_REFERENCE,
     PROMPT,
+    SD,
+    UNSCORED,
     BenchError,
     Plan,
     choose_classes,
@@ -28,18 +48,21 @@ from .protocol import (
     imagenet_classes,
     make_scenarios,
     parse_methods,
-    parse_ratios,
-    tomesd_rivals,
+    parse_numbers,
+    rivals_of,
 )
+from .scenarios import check_packages
 
-_LONGEST_WAIT = timedelta(days=7)  # for the slowest process's share, or the first one's scoring
+_LONGEST_WAIT = timedelta(days=7)  # for the slowest process's share, or for the first one's scores
+_DRY_STEPS = 4
 
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Do what the arguments of fid_bench.py say; returns the exit code. Raises BenchError for wrong input."""
     if options.report_only:
-        report.write_report(Path(options.report_only))
-        print((Path(options.report_only) / "results.md").read_text(encoding="utf-8"))
+        folder = Path(options.report_only)
+        report.write_report(folder)
+        print((folder / "results.md").read_text(encoding="utf-8"))
         return 0
     _check_numbers(options)
     if options.score:
@@ -47,223 +70,267 @@ def run(options: argparse.Namespace, command: str) -> int:
         return 0
     if options.save_reference:
         return _save_reference(options)
-    return _Bench(options, command).run()
+    bench = _Bench(options, command)
+    return bench.dry_run() if options.dry_run else bench.run()
 
 
 class _Bench:
-    """The steps of a run; all that can be wrong with the input is found before the first picture is drawn."""
+    """The steps of a run; wrong input is found before anything is downloaded or generated."""
 
     def __init__(self, options: argparse.Namespace, command: str):
         self.options = options
         self.command = command
         self.processes = _Processes(options.device)
-        _check(options)
         random = options.random_weights
         device = self.processes.device or options.device
         self.spec = ModelSpec(options.model, random, options.scheduler, device, options.dtype, options.revision)
         ablate = [name for name in options.ablate.split(",") if name]
-        self.timed = make_scenarios(
-            parse_methods(options.methods), parse_ratios(options.ratios), options.early, ablate, options.with_deepcache
-        )
-        # Nobody wants the limit's pictures: it is no way to draw, only the least time a UNet call can take.
-        unscored = (options.unscored, "limit")
-        drawn = tuple(scenario for scenario in self.timed if scenario.method not in unscored)
+        intervals = parse_numbers("cache-intervals", options.cache_intervals, 2, 20) if options.cache_intervals else ()
+        ratios = parse_numbers("ratios", options.ratios, 0.0, 0.75)
+        self.timed = make_scenarios(parse_methods(options.methods), ratios, options.early, ablate, intervals)
+        scored = tuple(scenario for scenario in self.timed if scenario.method not in UNSCORED)
         names = demo_classes() if options.model == "demo" and not random else imagenet_classes()
         plan = Plan(
             choose_classes(names, min(options.classes, len(names)) if random else options.classes),
             options.images_per_class, options.steps, options.guidance, options.scheduler, options.size,
             options.batch_size, options.threads, options.seed,
         )  # fmt: skip
-        if not options.speed_only and len(plan.pictures) < metrics.FEWEST_PICTURES:
+        if not options.speed_only and len(plan.samples) < FEWEST_IMAGES:
             raise BenchError(
-                f"{len(plan.pictures)} pictures are too few for any score, which needs {metrics.FEWEST_PICTURES} at "
-                "the very least: raise --classes or --images-per-class"
+                f"{len(plan.samples)} images are too few for any score, which needs {FEWEST_IMAGES} at the very least: "
+                "raise --classes or --images-per-class"
             )
         self.folder = Path(options.out or f"out/fid_bench-{options.preset}" + ("-speed" if options.speed_only else ""))
-        self.job = Job(self.spec, plan, drawn, self.folder / "images")
+        self.job = Job(self.spec, plan, scored, self.folder / "images")
         self.workloads = _workloads(options)
+
+    def checks(self) -> list[Callable[[], Any]]:
+        """Functions that raise BenchError if an input is missing, without downloading anything, cheapest first."""
+        checks = [lambda: _check_flags(self.options), lambda: check_packages(self.timed), self._check_model]
+        if not self.options.speed_only:
+            checks += [lambda: _check_clip(self.options), lambda: _check_reference(self.options)]
+        return checks
 
     def run(self) -> int:
         options, plan, first = self.options, self.job.plan, self.processes.rank == 0
+        for check in self.checks():
+            check()
         with lock_folder(self.folder) if first else contextlib.nullcontext():
             scorer = _Scorer(options, plan, self.spec) if first and not options.speed_only else None
             pipe = load_model(self.spec)
-            side = plan.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
+            side = plan.size or native_size(pipe)
             if first:
                 paths = itertools.chain.from_iterable(map(self.job.paths, self.job.scenarios))
-                pictures = 0 if options.speed_only else sum(not path.exists() for path in paths)
-                check_space(self.folder, pictures, side**2)
+                images = 0 if options.speed_only else sum(not path.exists() for path in paths)
+                check_space(self.folder, images, side**2)
                 if not options.speed_only:
                     open_folders(pipe, self.job)
-                self._note_run(pipe, side)  # from here on an earlier run's figures are gone
+            results = {"run": self._describe(pipe, side), "scored": {}, "rows": []}
+            if first:
+                report.write_report(self.folder, results, charts=False)  # the figures of an earlier run are gone
             if not options.speed_only:
-                self._draw(pipe)
+                self._generate(pipe)
             if not first:
                 return 0
-            if not options.quality_only:
-                self._time(pipe)
+            timings = [] if options.quality_only else self._time(pipe, results)
             if scorer is not None:
                 del pipe
-                scorer.score(self.job, self.folder)
-            rows = report.write_report(self.folder)
-        found = scorer.found if scorer else {}
-        print("\n".join([report.table(rows, found.get("label", "")), "", *report.verdict(rows, found)]))
+                results["scored"], rows = scorer.score(self.job)
+                results["rows"] = report.make_rows(results["run"], self.timed, timings, rows)
+            results = report.write_report(self.folder, results)
+        found = report.tables(results["rows"], results["scored"].get("label", ""))
+        print("\n\n".join([*found.values(), *results["verdict"]]))
         print(f"report: {self.folder / 'results.md'}")
-        if options.speed_only and not any(row["seconds_per_image"] for row in rows):
+        if options.speed_only and not any(row["seconds_per_image"] for row in results["rows"]):
             print("fid_bench: nothing could be timed; the table's notes say why", file=sys.stderr)
             return 1
         return 0
 
-    def _note_run(self, pipe: Any, side: int) -> None:
+    def dry_run(self) -> int:
+        """Print what a run would do, need and take; change nothing. Returns 2 where an input is missing."""
         options, plan = self.options, self.job.plan
-        what, sizes, batches = "", [side], [plan.batch_size]
-        if options.speed_only:
-            sizes = list(dict.fromkeys(workload.size or side for workload in self.workloads))
-            batches = list(dict.fromkeys(workload.batch_size for workload in self.workloads))
-        else:
-            what = f"{len(plan.classes)} classes × {plan.copies}, prompt “{PROMPT}”, "
-        found = report.environment(pipe.unet.device, pipe.unet.dtype)
-        run = {
+        missing = []
+        for check in self.checks():
+            try:
+                check()
+            except BenchError as error:
+                missing.append(str(error))
+        scored = () if options.speed_only else self.job.scenarios
+        print(f"scenarios: {len(self.timed)}, of which {len(scored)} are scored")
+        for scenario in self.timed:
+            print(f"  {scenario.name}" + ("" if scenario in scored else " (timed only)"))
+        local = options.model == "demo" or options.random_weights or Path(options.model).is_dir()
+        try:
+            pipe = load_model(self.spec, **({} if local else {"local_files_only": True}))
+        except BenchError as error:
+            pipe = None
+            missing.append(f"the model is not on this machine, a run would fetch it ({str(error)[:100]} …)")
+        side = plan.size or (native_size(pipe) if pipe else 512)
+        todo = missing_images(replace(self.job, scenarios=tuple(scored)))
+        print(f"images: {len(scored)} × {len(plan.samples)} at {side} px, {todo} of them to be generated")
+        exists = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(exists).free
+        print(f"disk: {todo * side**2 * BYTES_PER_PIXEL / 1e9:.2f} GB in {self.folder}, {free / 1e9:.2f} GB free")
+        print("missing: " + ("; ".join(missing) or "nothing"))
+        if pipe is not None:
+            print(f"time: {self._estimate(pipe, todo)}")
+        return 2 if missing else 0
+
+    def _estimate(self, pipe: Any, images: int) -> str:
+        seconds: dict[tuple, float] = {}  # of one pipeline call, by size and batch
+        plan = self.job.plan
+        for size, batch in {(plan.size, plan.batch_size), *((w.size, w.batch_size) for w in self.workloads)}:
+            [timing] = measure(pipe, [SD], Workload(size, batch, _DRY_STEPS, self.options.guidance, rounds=1))
+            if timing.failed:
+                return f"unknown: {timing.failed}"
+            call = statistics.fmean(itertools.chain.from_iterable(timing.unet_seconds.values()))
+            seconds[size, batch] = timing.seconds[0] + call * (self.options.steps - _DRY_STEPS)
+        each = seconds[plan.size, plan.batch_size] / plan.batch_size
+        rounds = sum(len(self.timed) * w.rounds * seconds[w.size, w.batch_size] for w in self.workloads)
+        return (
+            f"{_hours(each * images)} to generate in one process ({each:.1f} s per image, from {_DRY_STEPS} steps of "
+            f"sd), {_hours(0 if self.options.quality_only else rounds)} to time; less where a method is faster than "
+            "sd; scores not included"
+        )
+
+    def _check_model(self) -> None:
+        model = self.options.model
+        if not self.options.random_weights and model.startswith((".", "/", "~")) and not Path(model).is_dir():
+            raise BenchError(f"--model {model}: there is no such folder")
+        if self.spec.scheduler not in SCHEDULERS:
+            raise BenchError(f"scheduler={self.spec.scheduler!r}: must be one of {', '.join(SCHEDULERS)}")
+        pick_device(self.spec.device, self.spec.dtype)
+
+    def _describe(self, pipe: Any, side: int) -> dict[str, Any]:
+        options, plan = self.options, self.job.plan
+        protocol = f"{plan.steps} {plan.scheduler} steps, guidance {plan.guidance:g}, seed {plan.seed}."
+        if not options.speed_only:
+            what = f"{len(plan.classes)} classes × {plan.copies}, prompt “{PROMPT}”"
+            protocol = f"{what}, {side} px, batch {plan.batch_size}, {protocol}"
+        if not options.quality_only:
+            sizes = dict.fromkeys(str(workload.size or side) for workload in self.workloads)
+            batches = dict.fromkeys(str(workload.batch_size) for workload in self.workloads)
+            protocol += f" Timed at {', '.join(sizes)} px, batch {', '.join(batches)}."
+        return {
             "title": f"fid_bench: {self.spec.name}" + (", speed only" if options.speed_only else ""),
             "command": self.command,
-            "protocol": f"{what}{plan.steps} {plan.scheduler} steps, guidance {plan.guidance:g}, "
-            f"{', '.join(map(str, sizes))} px, batch {', '.join(map(str, batches))}, seed {plan.seed}."
-            + report.timed_apart(
-                () if options.speed_only or options.quality_only else self.workloads, side, plan.batch_size
-            ),
+            "protocol": protocol,
             "model": self.spec.name,
             "size": side,
             "batch_size": plan.batch_size,
-            "scenarios": [report.scenario_row(scenario) for scenario in self.timed],
-            "files": [picture.file for picture in plan.pictures][: len(plan.classes)],
-            "environment": found,
+            "scenarios": [scenario.name for scenario in self.timed],
+            "files": [sample.file for sample in plan.samples][: len(plan.classes)],
+            "environment": environment(pipe.unet.device, pipe.unet.dtype),
         }
-        report.write_run(self.folder, run)
-        for name in (report.LATENCY, report.SCORES):
-            (self.folder / name).unlink(missing_ok=True)  # of an earlier run, perhaps with other scenarios
 
-    def _draw(self, pipe: Any) -> None:
+    def _generate(self, pipe: Any) -> None:
         workers = self.processes
         workers.wait()
         if workers.count > 1:
-            draw_share(pipe, self.job, workers.rank, workers.count)
+            generate_share(pipe, self.job, workers.rank, workers.count)
         else:
-            draw_all(pipe, self.job, self.options.processes)
+            generate_all(pipe, self.job, self.options.processes)
         workers.wait()
 
-    def _time(self, pipe: Any) -> None:
-        timings = []
+    def _time(self, pipe: Any, results: dict[str, Any]) -> list[Timing]:
+        timings: list[Timing] = []
         total = len(self.timed) * sum(workload.rounds + 1 for workload in self.workloads)
         with tqdm(total=total, desc="timing", unit="call") as bar:
             for workload in self.workloads:
 
-                def show(name: str, number: int, workload: Workload = workload) -> None:
-                    bar.set_postfix_str(
-                        f"{name}, {workload.size or ''} " + (f"round {number}" if number else "warm-up")
-                    )
+                def show(name: str, number: int, size: int | None = workload.size) -> None:
+                    bar.set_postfix_str(f"{name}, {size or ''} " + (f"round {number}" if number else "warm-up"))
                     bar.update()
 
                 timings += measure(pipe, self.timed, workload, show)
-                report.write_part(self.folder, report.LATENCY, {"timings": [timing.to_dict() for timing in timings]})
+                results["rows"] = report.make_rows(results["run"], self.timed, timings, {})
+                report.write_report(self.folder, results, charts=False)
+        return timings
 
 
 class _Scorer:
-    """The feature network and the reference, loaded before a picture is drawn; then the scores."""
+    """The feature network and the reference, loaded before an image is generated; then the scores."""
 
     def __init__(self, options: argparse.Namespace, plan: Plan, spec: ModelSpec):
         device = pick_device(spec.device)
         self.plan = plan
         self.resamples = options.resamples
-        self.clip = metrics.ClipScore(Path(options.clip), device) if options.clip else None
-        weights = Path(options.inception_weights) if options.inception_weights else None
-        self.network = metrics.load_features(options.features, device, weights)
+        self.clip = scores.ClipScore(Path(options.clip), device) if options.clip else None
+        self.network = load_features(options.features, device, _inception_weights(options))
         self.reference, self.named = _load_reference(options, plan, self.network)
-        self.found: dict[str, Any] = {}
 
-    def score(self, job: Job, folder: Path) -> None:
-        """Write scores.json."""
+    def score(self, job: Job) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """What the scores are of, and each scenario's scores by name."""
         features = {}
         for scenario in tqdm(job.scenarios, desc="features", unit="scenario"):
             features[scenario.name] = self.network.of_files(job.paths(scenario))
         files = {scenario.name: job.paths(scenario) for scenario in job.scenarios}
-        rows = metrics.score_sets(
+        rows = scores.score_sets(
             features, files, self.network, self.reference, self.resamples, tqdm,
-            groups=[picture.index for picture in self.plan.pictures], rivals=tomesd_rivals(job.scenarios),
+            groups=[sample.index for sample in self.plan.samples], rivals=rivals_of(job.scenarios),
         )  # fmt: skip
         if self.clip is not None:
-            prompts = [picture.prompt for picture in self.plan.pictures]
+            prompts = [sample.prompt for sample in self.plan.samples]
             for name, row in rows.items():
                 row["clip_score"] = self.clip.of(files[name], prompts)
-        self.found = {
+        scored = {
             "features": self.network.name,
             "label": self.network.label,
             "feature_size": self.network.size,
             "reference": self.named,
             "reference_count": self.reference.count,
             "resamples": self.resamples,
-            "resampled": "names" if self.plan.copies > 1 and len(self.plan.classes) > 1 else "pictures",
-            "rows": rows,
+            "resampled": "names" if self.plan.copies > 1 and len(self.plan.classes) > 1 else "images",
         }
-        report.write_part(folder, report.SCORES, self.found)
+        return scored, rows
 
 
 def score_two(options: argparse.Namespace) -> str:
-    """The row of --score A B: the distance of A to B, and their pairwise likeness where the file names are the same.
-
-    Nobody knows which pictures of A show the same, so its interval takes each for a draw of its own.
-    """
+    """The row of --score A B: the distance of A to B, and their pairwise similarity where the file names are equal."""
+    check_features(options.features, _inception_weights(options))
     device = pick_device(options.device)
     paths = [Path(path) for path in options.score]
-    files = [
-        None if path.suffix == ".npz" else metrics.reference_files(path, options.reference_per_class) for path in paths
-    ]
-    weights = Path(options.inception_weights) if options.inception_weights else None
-    network = metrics.load_features(options.features, device, weights)
+    files = [None if path.suffix == ".npz" else reference_files(path, options.reference_per_class) for path in paths]
+    network = load_features(options.features, device, _inception_weights(options))
     a, b = (
-        metrics.load_statistics(path, network) if own is None else metrics.statistics_of(network.of_files(own, tqdm))
+        scores.load_statistics(path, network) if own is None else scores.statistics_of(network.of_files(own, tqdm))
         for path, own in zip(paths, files)
     )
     row = {"scenario": f"{paths[0]} to {paths[1]}", "images": a.count or None}
-    key = "fid" if network.name == "inception" else "fd"
-    if a.features is not None and len(a.features) == a.count:
-        distance = metrics.FrechetDistance(b, device)
-        intervals, _ = metrics.bootstrap_distances(distance, {"a": a.features}, resamples=options.resamples)
-        row |= intervals["a"].as_row(key)
-    else:
-        row[key] = metrics.frechet_distance(a, b)
+    row["fid" if network.name == "inception" else "fd"] = scores.frechet_distance(a, b)
     if a.features is not None and b.features is not None:
-        row["kid"], row["kid_deviation"] = metrics.kernel_distance(a.features, b.features)
+        row["kid"], row["kid_deviation"] = scores.kernel_distance(a.features, b.features)
     if files[0] and files[1] and [path.name for path in files[0]] == [path.name for path in files[1]]:
-        with contextlib.suppress(ValueError):  # pictures of different sizes have no PSNR
-            row["psnr"], row["ssim"] = metrics.paired_similarity(files[0], files[1])
-    return report.table([row], network.label).replace(" to sd", " of pairs")
+        with contextlib.suppress(ValueError):  # images of different sizes have no PSNR
+            row["psnr"], row["ssim"] = scores.paired_similarity(files[0], files[1])
+    return report.tables([row], network.label)["quality"].replace(" to sd", " of pairs")
 
 
 def _save_reference(options: argparse.Namespace) -> int:
     folder, target = map(Path, options.save_reference)
     if target.suffix != ".npz" or not target.absolute().parent.is_dir():
         raise BenchError(f"--save-reference {target}: must be a file name ending in .npz, in a folder that exists")
-    files = metrics.reference_files(folder, options.reference_per_class)
-    weights = Path(options.inception_weights) if options.inception_weights else None
+    check_features(options.features, _inception_weights(options))
     device = pick_device(options.device)
-    network = metrics.load_features(options.features, device, weights)
-    statistics = metrics.statistics_of(network.of_files(files, lambda x: tqdm(x, desc="features", unit="batch")))
+    files = reference_files(folder, options.reference_per_class)
+    network = load_features(options.features, device, _inception_weights(options))
+    statistics = scores.statistics_of(network.of_files(files, lambda x: tqdm(x, desc="features", unit="batch")))
     try:
-        metrics.save_statistics(target, statistics, network)
+        scores.save_statistics(target, statistics, network)
     except OSError as error:
         raise BenchError(f"{target} cannot be written ({error.strerror or error})") from error
-    print(f"{target}: {len(files)} pictures, {network.size} features of {network.name}")
+    print(f"{target}: {len(files)} images, {network.size} features of {network.name}")
     return 0
 
 
 # --- what the arguments mean ------------------------------------------------------------------------------------------
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check_flags(options: argparse.Namespace) -> None:
     if options.speed_only and options.quality_only:
         raise BenchError("--speed-only and --quality-only leave nothing to do: give one of them")
     if options.random_weights and not options.speed_only:
-        raise BenchError("--random-weights draws noise, which has no quality: add --speed-only")
+        raise BenchError("--random-weights generates noise, which has no quality: add --speed-only")
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -277,57 +344,72 @@ def _check_numbers(options: argparse.Namespace) -> None:
             raise BenchError(f"--{name} {value}: must lie in {low} … {high}")
 
 
+def _check_clip(options: argparse.Namespace) -> None:
+    if options.clip and not (Path(options.clip) / "config.json").is_file():
+        raise BenchError(
+            f"--clip {options.clip}: is no CLIP model (there is no config.json in it): give a folder that CLIPModel "
+            "and CLIPProcessor were saved to"
+        )
+
+
+def _check_reference(options: argparse.Namespace) -> None:
+    """Everything about the reference that can be known without the feature network."""
+    check_features(options.features, _inception_weights(options))
+    if options.reference is None:
+        if options.model != "demo":
+            raise BenchError(
+                "--reference is missing: give a folder of images (ImageNet's validation set, one folder per class) "
+                "or a .npz made by --save-reference; or --speed-only to time alone"
+            )
+        if options.features != "efficientnet-lite0":
+            raise BenchError(
+                "the demo model's own reference holds EfficientNet-Lite0 features: take --features efficientnet-lite0, "
+                "or give the training images with --reference (apps/demo_training/gate_reference.py writes them)"
+            )
+    elif Path(options.reference).suffix != ".npz":
+        reference_files(Path(options.reference), options.reference_per_class)
+    elif not Path(options.reference).is_file():
+        raise BenchError(f"--reference {options.reference}: is no .npz file, as there is no such file")
+
+
+def _inception_weights(options: argparse.Namespace) -> Path | None:
+    return Path(options.inception_weights) if options.inception_weights else None
+
+
 def _workloads(options: argparse.Namespace) -> list[Workload]:
-    sizes = _integers("sizes", options.sizes, 64, 8192, 8) if options.sizes else [options.size]
-    batches = _integers("batch-sizes", options.batch_sizes, 1, 1024) if options.batch_sizes else [options.batch_size]
+    sizes = parse_numbers("sizes", options.sizes, 64, 8192, 8) if options.sizes else [options.size]
+    batches = (
+        parse_numbers("batch-sizes", options.batch_sizes, 1, 1024) if options.batch_sizes else [options.batch_size]
+    )
     return [
         Workload(size, batch, options.steps, options.guidance, options.rounds, compiled)
         for compiled, batch, size in itertools.product((False, True)[: 1 + options.compile], batches, sizes)
     ]
 
 
-def _integers(name: str, text: str, low: int, high: int, multiple: int = 1) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = [0]
-    if not all(low <= value <= high and value % multiple == 0 for value in values):
-        kind = "integers" if multiple == 1 else f"multiples of {multiple}"
-        raise BenchError(f"--{name} {text!r}: must be {kind} in {low} … {high} with commas between")
-    return list(dict.fromkeys(values))
-
-
-def _load_reference(
-    options: argparse.Namespace, plan: Plan, network: metrics.FeatureNetwork
-) -> tuple[metrics.Statistics, str]:
+def _load_reference(options: argparse.Namespace, plan: Plan, network: FeatureNetwork) -> tuple[scores.Statistics, str]:
     if options.reference is None:
-        if options.model != "demo":
-            raise BenchError(
-                "--reference is missing: give a folder of pictures (ImageNet's validation set, one folder per class) "
-                "or a .npz made by --save-reference; or --speed-only to time alone"
-            )
-        if network.name != "efficientnet-lite0":
-            raise BenchError(
-                "the demo model's own reference holds EfficientNet-Lite0 features: take --features efficientnet-lite0, "
-                "or give the training pictures with --reference (eval/make_demo_reference.py --pictures writes them)"
-            )
-        every = metrics.load_named_features(DEMO_REFERENCE, network)
-        chosen = metrics.statistics_of(every.of([name for _, name in plan.classes]))
-        return chosen, "the demo model's training pictures of the same names"
+        every = scores.load_named_features(DEMO_REFERENCE, network)
+        chosen = scores.statistics_of(every.of([name for _, name in plan.classes]))
+        return chosen, "the demo model's training images of the same names"
     path = Path(options.reference)
     if path.suffix == ".npz":
-        return metrics.load_statistics(path, network), str(path)
-    files = metrics.reference_files(path, options.reference_per_class)
+        return scores.load_statistics(path, network), str(path)
+    files = reference_files(path, options.reference_per_class)
     features = network.of_files(files, lambda steps: tqdm(steps, desc="reference", unit="batch"))
     which = f", the first {options.reference_per_class} of each class" if options.reference_per_class else ""
-    return metrics.statistics_of(features), f"{path}{which}"
+    return scores.statistics_of(features), f"{path}{which}"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
 class _Processes:
-    """The processes that accelerate launch started; just this one without it.
+    """The processes that accelerate launch started, or this one alone.
 
     Attributes:
         rank, count: of this process, and of them.
@@ -344,6 +426,6 @@ class _Processes:
             self.device = str(self.state.device)
 
     def wait(self) -> None:
-        """For all of them to get here."""
+        """Wait until all processes get here."""
         if self.state is not None:
             self.state.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""run_command: what goes wrong in a command becomes one sentence and an exit code; imports nothing heavy."""
+"""run_command: turn errors of a command into one sentence and an exit code; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Callable
 
 
 def run_command(name: str, work: Callable[[], int]) -> int:
-    """Do a command's work, which can be taken up again where it stopped.
+    """Run a command that can be resumed.
 
     Args:
-        name: of the command, before each sentence.
-        work: returns the exit code; does its heavy imports itself, so that --help and wrong arguments answer at once.
+        name: name of the command, printed before each sentence.
+        work: returns the exit code; does its heavy imports itself, so that --help answers at once.
 
     Returns:
-        That exit code; 1 stopped or failed on the way, 2 wrong input.
+        That exit code; 1 stopped or failed, 2 wrong input.
     """
-    for category in (FutureWarning, DeprecationWarning):  # between libraries; not the user's business
+    for category in (FutureWarning, DeprecationWarning):  # between libraries, not for the user
         warnings.filterwarnings("ignore", category=category)
     from .protocol import BenchError
 
@@ -28,13 +28,13 @@ def run_command(name: str, work: Callable[[], int]) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"{name}: stopped; give the same command again to resume", file=sys.stderr)
         return 1
     except BrokenPipeError:  # of `fid_bench.py … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"{name}: {error}; once that is put right, the same command goes on from here", file=sys.stderr)
+        print(f"{name}: {error}; correct that and give the same command again to resume", file=sys.stderr)
         return 2
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":

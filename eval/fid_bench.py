@@ -9,22 +9,21 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # from eval/ to the repository, where `eval` is a package
 
 from eval.command import run_command  # noqa: E402
-from eval.protocol import ABLATIONS  # noqa: E402
+from eval.protocol import ABLATIONS, METHODS  # noqa: E402
 
-_ALL = "sd,sd-naive,tomesd,agentsd,mean-value,no-attention"
+_TABLE_10 = "sd,sd-naive,tomesd,agentsd,mean-value,no-attention"
 PRESETS = {
     "quick": {
-        "model": "demo", "methods": _ALL, "ratios": "0.4", "classes": 24, "images_per_class": 1,
+        "model": "demo", "methods": _TABLE_10, "ratios": "0.4", "classes": 24, "images_per_class": 1,
         "scheduler": "dpm++2m", "steps": 12, "guidance": 5.0, "features": "efficientnet-lite0", "rounds": 3,
-        "unscored": "sd-naive",
     },
     "paper": {
-        "model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "methods": _ALL, "ratios": "0.1,0.2,0.3,0.4,0.5",
+        "model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "methods": _TABLE_10, "ratios": "0.1,0.2,0.3,0.4,0.5",
         "classes": 1000, "images_per_class": 2, "steps": 50, "guidance": 7.5, "size": 512, "features": "inception",
-        "rounds": 10, "unscored": "sd-naive",
+        "rounds": 10,
     },
 }  # fmt: skip
-"""What --preset sets; single arguments override. unscored: methods that are timed only, as they draw what sd draws."""
+"""What --preset sets; single arguments override."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,45 +50,49 @@ def _options(command: list[str]) -> argparse.Namespace:
 
 
 def _told(preset: dict) -> str:
-    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in preset.items() if key != "unscored")
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in preset.items())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fid_bench.py",
-        description="Draws the same prompts by several methods, scores and times them, and writes tables. Stopped at "
-        "any moment, the same command goes on where it was.",
+        description="Generates images of the same prompts by several methods, scores and times them. A stopped "
+        "run resumes when the same command is given again.",
         epilog="Without arguments: --preset quick, a few minutes on 2 CPU cores with the built-in demo model. "
         + " ".join(f"{name}: {_told(preset)}." for name, preset in PRESETS.items())
-        + " mean-value and no-attention are controls of quality: agentsd's layers return their mean value, or nothing. "
-        "limit is one of speed: the same layers mix no tokens at all.",
+        + " mean-value and no-attention are controls of quality: agentsd's layers return their mean value, or zero. "
+        "limit is one of speed: the same layers mix no tokens. sd-naive and limit are timed only.",
     )
     what = parser.add_argument_group("what to do")
     what.add_argument(
         "--preset", choices=sorted(PRESETS), help="paper: all of Table 10; quick: the demo model (default)"
     )
     what.add_argument("--speed-only", action="store_true", help="time only: needs no reference and no trained weights")
-    what.add_argument("--quality-only", action="store_true", help="draw and score only, do not time")
+    what.add_argument("--quality-only", action="store_true", help="generate and score only, do not time")
+    what.add_argument(
+        "--dry-run", action="store_true",
+        help="print scenarios, images, disk, missing inputs and an estimate of the time, change nothing, and stop",
+    )  # fmt: skip
     what.add_argument(
         "--score", nargs=2, metavar=("A", "B"), help="score two folders or .npz files, print the row, and stop"
     )
     what.add_argument(
-        "--save-reference", nargs=2, metavar=("FOLDER", "FILE.npz"), help="statistics of pictures, and stop"
+        "--save-reference", nargs=2, metavar=("FOLDER", "FILE.npz"), help="save statistics of images, and stop"
     )
     what.add_argument("--report-only", metavar="DIR", help="rebuild the report of a finished run from disk, and stop")
 
     grid = parser.add_argument_group("scenarios")
-    grid.add_argument("--methods", help=_ALL + ",limit")
+    grid.add_argument("--methods", help=f"several of {', '.join(METHODS)}, with commas")
     grid.add_argument("--ratios", help="fractions of the tokens merged away, as in 0.2,0.4")
     grid.add_argument("--early", type=float, default=0.4, help="fraction of agent steps (default: %(default)s)")
     grid.add_argument(
         "--ablate", default="",
         help=f"several of {', '.join(ABLATIONS)}, with commas; alpha, scale and early are the paper's Tables 11-13, "
-        "alpha-early crosses two of them, the others are what saves more as pictures grow",
+        "alpha-early crosses two of them, cache and presets add step caching, the others save more at larger sizes",
     )  # fmt: skip
     grid.add_argument(
-        "--with-deepcache", nargs="?", type=int, const=3, default=1, metavar="N",
-        help="also each scenario with DeepCache, one full call in every N (3 if no N is given)",
+        "--cache-intervals", metavar="N,N",
+        help="agentsd also with step caching, deepcache and fewer-steps at these (default: the last two at 3)",
     )  # fmt: skip
 
     model = parser.add_argument_group("model")
@@ -100,21 +103,23 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     model.add_argument("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 elsewhere")
 
-    draw = parser.add_argument_group("pictures")
-    draw.add_argument("--classes", type=int, help="how many classes, spread evenly over the list")
-    draw.add_argument("--images-per-class", type=int)
-    draw.add_argument("--steps", type=int)
-    draw.add_argument("--guidance", type=float)
-    draw.add_argument("--size", type=int, help="height and width in pixels; default: the model's own")
-    draw.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
-    draw.add_argument("--seed", type=int, default=0, help="another one draws other pictures (default: %(default)s)")
-    draw.add_argument("--processes", type=int, help="on a CPU: how many draw; default: one per core if memory allows")
-    draw.add_argument("--threads", type=int, default=1, help="of each of them (default: %(default)s)")
+    image = parser.add_argument_group("images")
+    image.add_argument("--classes", type=int, help="how many classes, spread evenly over the list")
+    image.add_argument("--images-per-class", type=int)
+    image.add_argument("--steps", type=int)
+    image.add_argument("--guidance", type=float)
+    image.add_argument("--size", type=int, help="height and width in pixels; default: the model's own")
+    image.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
+    image.add_argument("--seed", type=int, default=0, help="another one gives other images (default: %(default)s)")
+    image.add_argument(
+        "--processes", type=int, help="on a CPU: how many generate; default: one per core if memory allows"
+    )
+    image.add_argument("--threads", type=int, default=1, help="of each of them (default: %(default)s)")
 
     score = parser.add_argument_group("scores")
     score.add_argument("--features", help="inception (FID) or efficientnet-lite0 (offline; FD, never called FID)")
     score.add_argument("--inception-weights", metavar="FILE", help="pytorch-fid's weights, where it cannot fetch them")
-    score.add_argument("--reference", metavar="PATH", help="folder of pictures, or .npz; default for demo: its own")
+    score.add_argument("--reference", metavar="PATH", help="folder of images, or .npz; default for demo: its own")
     score.add_argument(
         "--reference-per-class", type=int, metavar="N", help="the first N of each class: 5 as ToMe, or 50"
     )
@@ -126,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--batch-sizes", help="batch sizes to time, as in 1,8; default: --batch-size")
     speed.add_argument("--rounds", type=int, help="interleaved rounds after the warm-up")
     speed.add_argument("--compile", action="store_true", help="also time the compiled UNet")
-    parser.add_argument("--out", metavar="DIR", help="default: out/fid_bench-PRESET; results and pictures")
+    parser.add_argument("--out", metavar="DIR", help="default: out/fid_bench-PRESET; results and images")
     return parser
 
 

@@ -1,10 +1,9 @@
-"""Draws a scenario's pictures into a folder of PNGs with a manifest; stopped at any moment, it goes on where it was."""
+"""Generate a scenario's images into a folder of PNGs with a manifest; a stopped run resumes where it was."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +19,27 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import agentsd
+from agentsd.files import write_atomically
 from agentsd.images.png import save_image
 
+from .fingerprint import code_fingerprint, package_versions, weights_fingerprint
 from .models import ModelSpec, load_model
-from .protocol import CONTROLS, BenchError, Picture, Plan, Scenario
+from .protocol import PROMPT, BenchError, Plan, Sample, Scenario
 from .scenarios import use_scenario
 
 MANIFEST = "manifest.json"
-_CODE = tuple(
-    Path(agentsd.__file__).with_name(f"{name}.py") for name in ("attention", "config", "merging", "patch", "processor")
-) + (Path(__file__).with_name("scenarios.py"),)
-_PACKAGES = ("agentsd", "torch", "diffusers", "transformers", "tomesd", "DeepCache")
-_BYTES_PER_PIXEL = 3  # a PNG of noise; real pictures take about half
+BYTES_PER_PIXEL = 1.5  # a PNG of noise takes twice as much
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
 class Job:
-    """All the pictures of a run: a plain value that other processes can be handed.
+    """All the images of a run: a plain value that can be sent to other processes.
 
     Attributes:
         spec: the model.
-        plan: the pictures.
+        plan: the images.
         scenarios: each with its own folder.
         root: of those folders; all processes must see the same one.
     """
@@ -55,12 +50,12 @@ class Job:
     root: Path
 
     def folder(self, scenario: Scenario) -> Path:
-        """Where a scenario's pictures are."""
+        """The folder of a scenario's images."""
         return self.root / scenario.name
 
     def paths(self, scenario: Scenario) -> list[Path]:
-        """A scenario's pictures in the order of the plan."""
-        return [self.folder(scenario) / picture.file for picture in self.plan.pictures]
+        """A scenario's images in the order of the plan."""
+        return [self.folder(scenario) / sample.file for sample in self.plan.samples]
 
 
 def open_folders(pipe: Any, job: Job) -> None:
@@ -69,24 +64,24 @@ def open_folders(pipe: Any, job: Job) -> None:
         open_folder(job.folder(scenario), manifest_of(pipe, scenario, job.plan, job.spec.name))
 
 
-def missing_pictures(job: Job) -> int:
-    """How many pictures are not there yet, or damaged."""
+def missing_images(job: Job) -> int:
+    """How many images are missing or damaged."""
     return sum(not is_whole(path) for scenario in job.scenarios for path in job.paths(scenario))
 
 
-def draw_share(pipe: Any, job: Job, rank: int = 0, processes: int = 1, parent: int | None = None) -> int:
-    """Draw what is missing of this process's share of the pictures, in folders that open_folders has made.
+def generate_share(pipe: Any, job: Job, rank: int = 0, processes: int = 1, parent: int | None = None) -> int:
+    """Generate what is missing of this process's share of the images, in folders that open_folders has made.
 
-    A batch holds the same pictures whoever draws it, each file is written whole or not at all, and a file that cannot
-    be read is drawn again: however often it was stopped, and by however many processes, the folders end up the same.
+    However often a run was stopped, and with any number of processes, the folders end up the same: a batch holds the
+    same images whichever process generates it, and a damaged file is generated again.
 
     Args:
         pipe: an unpatched text-to-image pipeline.
-        rank, processes: this process draws every processes-th batch, from the rank-th on.
-        parent: stop where this process, which started ours, is no more.
+        rank, processes: this process generates every processes-th batch, starting with the rank-th.
+        parent: stop when this process, which started ours, has ended.
 
     Returns:
-        How many pictures this process drew.
+        How many images this process generated.
 
     Raises:
         BenchError: a folder cannot be written to, or the disk is full.
@@ -95,26 +90,26 @@ def draw_share(pipe: Any, job: Job, rank: int = 0, processes: int = 1, parent: i
     for scenario in job.scenarios:
         folder = job.folder(scenario)
         for batch in job.plan.batches[rank::processes]:
-            if missing := {picture for picture in batch if not is_whole(folder / picture.file)}:
+            if missing := {sample for sample in batch if not is_whole(folder / sample.file)}:
                 todo.append((scenario, batch, missing))
     total = sum(len(missing) for _, _, missing in todo)
     share = f" (process 1 of {processes})" if processes > 1 else ""
-    bar = tqdm(total=total, desc="drawing" + share, unit="picture", disable=rank > 0 or not total)
+    bar = tqdm(total=total, desc="generating" + share, unit="image", disable=rank > 0 or not total)
     with bar, _threads(job.plan.threads if pipe.unet.device.type == "cpu" else None):
         for scenario, batch, missing in todo:
             bar.set_postfix_str(scenario.name)
-            for picture, image in zip(batch, draw_batch(pipe, scenario, job.plan, batch)):
+            for sample, image in zip(batch, generate_batch(pipe, scenario, job.plan, batch)):
                 if parent is not None and os.getppid() != parent:
                     raise SystemExit(1)
-                if picture in missing:
-                    _save(image, job.folder(scenario) / picture.file, picture)
+                if sample in missing:
+                    _save(image, job.folder(scenario) / sample.file, sample)
                     bar.update()
     return total
 
 
 @contextlib.contextmanager
 def _threads(number: int | None) -> Iterator[None]:
-    """So many threads for PyTorch on the CPU; afterwards as many as before, which is what is timed and reported."""
+    """Set the number of PyTorch's CPU threads; afterwards it is as before, as timing and report expect."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)
@@ -124,21 +119,20 @@ def _threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def draw_all(pipe: Any, job: Job, processes: int | None = None) -> None:
-    """Draw what is missing, on a CPU in several processes; None takes as many as it has cores and memory for.
+def generate_all(pipe: Any, job: Job, processes: int | None = None) -> None:
+    """Generate what is missing, on a CPU in several processes; None takes as many as it has cores and memory for.
 
-    Raises:
-        BenchError: as draw_share and draw_in_processes.
+    Raises BenchError as generate_share and generate_in_processes.
     """
     count = processes or _processes_that_fit(pipe)
-    if count > 1 and pipe.unet.device.type == "cpu" and missing_pictures(job):
-        draw_in_processes(job, count)
+    if count > 1 and pipe.unet.device.type == "cpu" and missing_images(job):
+        generate_in_processes(job, count)
     else:
-        draw_share(pipe, job)
+        generate_share(pipe, job)
 
 
 def _processes_that_fit(pipe: Any) -> int:
-    """How many processes may draw on this CPU: one per core, as long as each can hold model and pictures."""
+    """How many processes may run on this CPU: one per core, as long as each can hold model and images."""
     networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     weights = sum(weight.numel() * weight.element_size() for part in networks for weight in part.parameters())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -149,11 +143,10 @@ def _processes_that_fit(pipe: Any) -> int:
     return int(np.clip(free // (3 * weights + 10**9), 1, cores))
 
 
-def draw_in_processes(job: Job, processes: int) -> None:
-    """draw_share in so many processes of this machine, for CPUs: one thread each is faster than one process with many.
+def generate_in_processes(job: Job, processes: int) -> None:
+    """generate_share in several processes of this machine, for CPUs: one thread each is faster than many in one.
 
-    Raises:
-        BenchError: one of them failed; what it drew stays.
+    Raises BenchError where one of them failed; its images are kept.
     """
     context = torch.multiprocessing.get_context("spawn")
     workers = [
@@ -166,8 +159,8 @@ def draw_in_processes(job: Job, processes: int) -> None:
         worker.join()
     if failed := [str(worker.exitcode) for worker in workers if worker.exitcode]:
         raise BenchError(
-            f"{len(failed)} of {processes} drawing processes failed (exit code {', '.join(failed)}; see above): give "
-            "the same command again to go on, with fewer --processes if memory ran out"
+            f"{len(failed)} of {processes} generating processes failed (exit code {', '.join(failed)}; see above): "
+            "give the same command again to resume, with fewer --processes if memory ran out"
         )
 
 
@@ -175,102 +168,69 @@ def _work(job: Job, rank: int, processes: int, parent: int) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(job.plan.threads)
     try:
-        draw_share(load_model(job.spec), job, rank, processes, parent)
+        generate_share(load_model(job.spec), job, rank, processes, parent)
     except BenchError as error:
-        print(f"drawing: {error}", file=sys.stderr)
+        print(f"generating: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(1) from None
 
 
-def draw_batch(pipe: Any, scenario: Scenario, plan: Plan, batch: Sequence[Picture]) -> list[Image.Image]:
-    """One call of the pipeline: the pictures of a batch, each from noise of its own seed, drawn on the CPU."""
-    with use_scenario(pipe, scenario):
-        return pipe(
-            [picture.prompt for picture in batch],
+def generate_batch(pipe: Any, scenario: Scenario, plan: Plan, batch: Sequence[Sample]) -> list[Image.Image]:
+    """Call the pipeline once: the images of a batch, each from noise of its own seed, sampled on the CPU."""
+    with use_scenario(pipe, scenario) as call:
+        return call(
+            [sample.prompt for sample in batch],
             num_inference_steps=plan.steps,
             guidance_scale=plan.guidance,
             height=plan.size,
             width=plan.size,
-            generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in batch],
+            generator=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
         ).images
 
 
 def manifest_of(pipe: Any, scenario: Scenario, plan: Plan, model: str) -> dict[str, Any]:
-    """Everything that decides what a folder's pictures look like, as JSON would give it back."""
+    """Everything that decides what a folder's images look like, as JSON would return it."""
     on_cpu = pipe.unet.device.type == "cpu"
     settings = {
         "scenario": scenario.name,
         "method": scenario.method,
         "patch": scenario.config and asdict(scenario.config),
-        "deepcache_interval": scenario.cache_interval,
+        "interval": scenario.interval,
         "model": model,
-        "weights": fingerprint(pipe),
+        "weights": weights_fingerprint(pipe),
         "scheduler_config": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
-        **{key: value for key, value in asdict(plan).items() if key not in ("pictures", "classes", "threads")},
+        **{key: value for key, value in asdict(plan).items() if key not in ("samples", "classes", "threads")},
         "threads": plan.threads if on_cpu else None,
+        "prompt": PROMPT,
         "classes": [name for _, name in plan.classes],
         "device": pipe.unet.device.type,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "versions": package_versions(),
-        "code": code_fingerprint() if scenario.method in ("agentsd", *CONTROLS) else None,
+        "code": code_fingerprint(scenario.method),
     }
     return json.loads(json.dumps(settings, default=str))
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that have a hand in the pictures."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found | {"torch": torch.__version__}  # the package's version does not tell CPU and CUDA builds apart
-
-
-def fingerprint(pipe: Any) -> str:
-    """A hash over 64 values from each weight of the pipeline: tells revisions, fine-tunings and LoRAs apart."""
-    digest = hashlib.sha256()
-    for name in sorted(pipe.components):
-        component = pipe.components[name]
-        if not isinstance(component, torch.nn.Module):
-            continue
-        for key, weight in sorted(component.state_dict().items()):
-            values = weight.detach().flatten()
-            sample = values[:: max(1, values.numel() // 64)][:64].float().cpu().numpy()
-            digest.update(f"{name}.{key}{tuple(weight.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def code_fingerprint() -> str:
-    """A hash over the source that decides what agentsd's pictures look like, which its version does not tell apart."""
-    digest = hashlib.sha256()
-    for path in sorted(_CODE):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def open_folder(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make a folder for pictures with these settings, or check that those in it have the same.
+    """Make a folder for images with these settings, or check that those in it have the same.
 
-    Raises:
-        BenchError: it was made with other settings, or cannot be written to.
+    Raises BenchError where it was made with other settings or cannot be written to.
     """
     path = folder / MANIFEST
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it saved a picture
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving an image
             leftover.unlink()
         if path.is_file():
             _compare(folder, json.loads(path.read_text()), manifest)
         else:
             if strangers := [entry.name for entry in folder.iterdir() if entry.suffix == ".png"]:
                 raise BenchError(
-                    f"{folder} has pictures ({strangers[0]} …) but no {MANIFEST}, so nobody knows what drew them: "
+                    f"{folder} has images ({strangers[0]} …) but no {MANIFEST}, so their settings are unknown: "
                     "give another --out"
                 )
-            write_whole(path, json.dumps(manifest, indent=1) + "\n")
+            write_atomically(path, json.dumps(manifest, indent=1) + "\n")
     except json.JSONDecodeError as error:
         raise BenchError(f"{path} is damaged ({error}): remove the folder, or give another --out") from error
     except OSError as error:
@@ -279,10 +239,9 @@ def open_folder(folder: Path, manifest: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep a second run out of the folder; the system lets go of the lock of a process that was killed.
+    """Keep a second run out of the folder; the lock of a killed process is released by the system.
 
-    Raises:
-        BenchError: another run is at work there, or it cannot be written to.
+    Raises BenchError where another run is using it, or it cannot be written to.
     """
     try:
         import fcntl
@@ -298,15 +257,16 @@ def lock_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BenchError(f"{folder}: another run is at work there; wait for it, or give another --out") from None
+            raise BenchError(
+                f"{folder}: another run is using this folder; wait for it, or give another --out"
+            ) from None
         yield
 
 
-def check_space(folder: Path, pictures: int, pixels: int) -> None:
-    """Make sure, before time is spent, that a folder can be written to and its disk has room for so many pictures.
+def check_space(folder: Path, images: int, pixels: int) -> None:
+    """Check that a folder can be written to and its disk has room for so many images.
 
-    Raises:
-        BenchError: it cannot, or has not.
+    Raises BenchError where it cannot, or has not.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -316,33 +276,26 @@ def check_space(folder: Path, pictures: int, pixels: int) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise _unwritable(folder, error) from error
-    needed = pictures * pixels * _BYTES_PER_PIXEL // 2
+    needed = images * pixels * BYTES_PER_PIXEL
     if free < needed:
         raise BenchError(
-            f"{folder} has {free / 1e9:.2f} GB free, {pictures} pictures need about {needed / 1e9:.2f} GB: make room, "
+            f"{folder} has {free / 1e9:.2f} GB free, {images} images need about {needed / 1e9:.2f} GB: make room, "
             "or give an --out on another disk"
         )
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a PNG is there and no byte of it is missing or wrong (the checksums of all its chunks)."""
+    """Whether a PNG exists and is complete: the checksums of all its chunks are right."""
     try:
         with open(path, "rb") as file:
             file.seek(-len(_PNG_END), os.SEEK_END)
-            if file.read() != _PNG_END:  # Pillow does not look at the very last checksum
+            if file.read() != _PNG_END:  # Pillow does not check the last checksum
                 return False
         with Image.open(path) as image:
             image.verify()
-    except Exception:  # Pillow raises half a dozen kinds for damaged files; all mean that it must be drawn again
+    except Exception:  # Pillow raises many kinds for damaged files
         return False
     return True
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _compare(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -353,8 +306,8 @@ def _compare(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> Non
                 name = next(name for name in [*ours, *theirs] if theirs.get(name) != ours.get(name))
                 key, theirs, ours = f"{key}.{name}", theirs.get(name), ours.get(name)
             raise BenchError(
-                f"{folder} was drawn with another {key} ({_brief(theirs)}, now {_brief(ours)}): give the settings it "
-                "was drawn with, or another --out"
+                f"{folder} was generated with another {key} ({_brief(theirs)}, now {_brief(ours)}): give the settings "
+                "it was generated with, or another --out"
             )
 
 
@@ -363,16 +316,14 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _save(image: Image.Image, path: Path, picture: Picture) -> None:
+def _save(image: Image.Image, path: Path, sample: Sample) -> None:
     try:
-        save_image(image, path, {"prompt": picture.prompt, "class": picture.index, "seed": picture.seed})
+        save_image(image, path, {"prompt": sample.prompt, "class": sample.index, "seed": sample.seed})
     except OSError as error:
         raise _unwritable(path.parent, error) from error
 
 
 def _unwritable(folder: Path, error: OSError) -> BenchError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BenchError(
-            f"the disk of {folder} is full: make room and give the same command again, it goes on from here"
-        )
+        return BenchError(f"the disk of {folder} is full: make room and give the same command again to resume")
     return BenchError(f"{folder} cannot be written to ({error.strerror or error}): give another --out")

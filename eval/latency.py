@@ -1,4 +1,4 @@
-"""Times scenarios against each other: interleaved rounds after a warm-up, the UNet call in each phase, peak memory."""
+"""Time scenarios against each other: interleaved rounds after a warm-up, the UNet call in each phase, peak memory."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from agentsd import AgentConfig, Phase
 from agentsd.images.measure import PeakMemory
+from agentsd.images.warm_up import one_step_per_phase
 
+from .images import first_line
+from .models import native_size
 from .protocol import CONTROLS, PROMPT, BenchError, Scenario
 from .scenarios import use_scenario
-
-_WARM_UP_STEPS = 4  # the fewest that take PLMS through both phases
-_IN_PIECES = "breaks the compiler's graph: compiled in pieces and timed after the others, hence no speed-up"
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,11 @@ class Workload:
 
     Attributes:
         size: height and width in pixels; None takes the model's own.
-        batch_size: pictures per call.
+        batch_size: images per call.
         steps, guidance: of the sampling.
         rounds: how many times each scenario is timed.
-        compile: torch.compile the UNet, each scenario a copy of its own, as one graph for the very shapes at hand. A
-            scenario that breaks the graph is compiled in pieces, after the others: TorchDynamo keeps what it learns by
-            the source code of a forward, which all copies share, and would run the others in pieces too.
+        compile: torch.compile the UNet, one copy per scenario, as one graph for these shapes; a scenario that breaks
+            the graph, as ToMeSD does, fails.
     """
 
     size: int | None = None
@@ -52,56 +50,36 @@ class Timing:
     Attributes:
         scenario: its name.
         workload: size filled in.
-        seconds: of each round, for the whole pipeline call (all pictures of the batch), without the time that putting a
-            patch on and taking it off takes, which a user does once and not for each picture.
-        unet_seconds: phase ("agent", "merge") -> seconds of each UNet call while the timestep was in it; with
-            DeepCache, whose calls are whole or nearly free, the mean of each round's. Phases are those of the default
-            early fraction for methods that have none, so that columns can be compared.
+        seconds: of each round, for the whole pipeline call (all images of the batch). Applying and removing the patch
+            is not included: a user does it once and not for each image.
+        unet_seconds: phase ("agent", "merge") -> seconds of each UNet call while the timestep was in it; with caching
+            the mean of each round. Methods without phases get those of the default early fraction, for comparison.
+        whole_seconds, cached_seconds: of each UNet call that computed the whole network, or reused a cached feature;
+            empty if compiled, where the two are not told apart.
         peak_gb: greatest memory during a call: of the allocator on CUDA, resident on Linux; None elsewhere.
-        peak_gb_per_image: what a call took beyond the loaded, patched model, per picture. The paper's GB/img must be
-            this: its smallest, 1.21, is less than the weights alone take.
+        peak_gb_per_image: memory of a call beyond the loaded, patched model, per image, as the paper's GB/img must be.
         failed: why there are no figures, or "".
-        operators: phase -> PyTorch operators of one UNet call that do something (no views, no allocations): about the
-            number of kernels a GPU is sent, which at small sizes cost more than their arithmetic. Empty if compiled.
-        note: why it was timed apart from the others, so that speed-ups would compare different moments, or "".
     """
 
     scenario: str
     workload: Workload
     seconds: list[float] = field(default_factory=list)
     unet_seconds: dict[str, list[float]] = field(default_factory=dict)
+    whole_seconds: list[float] = field(default_factory=list)
+    cached_seconds: list[float] = field(default_factory=list)
     peak_gb: float | None = None
     peak_gb_per_image: float | None = None
     failed: str = ""
-    operators: dict[str, int] = field(default_factory=dict)
-    note: str = ""
 
     @property
     def seconds_per_image(self) -> float | None:
         """Median over the rounds, divided by the batch size."""
         return statistics.median(self.seconds) / self.workload.batch_size if self.seconds else None
 
-    @property
-    def quartiles(self) -> tuple[float, float] | None:
-        """First and third quartile of the seconds per picture."""
-        if len(self.seconds) < 2:
-            return None
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return low / self.workload.batch_size, high / self.workload.batch_size
-
     def unet_median(self, phase: Phase) -> float | None:
         """Median seconds of a UNet call in a phase."""
         times = self.unet_seconds.get(phase.value)
         return statistics.median(times) if times else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Timing:
-        """What to_dict gave."""
-        return cls(**{**data, "workload": Workload(**data["workload"])})
 
 
 def measure(
@@ -112,97 +90,83 @@ def measure(
 ) -> list[Timing]:
     """Time every scenario, each once in every round, the rounds' order turned by one each time.
 
-    So a machine whose speed drifts favours none. Out of memory fails one scenario, not the run.
+    A machine whose speed drifts therefore favours none. Out of memory fails one scenario, not the run.
 
     Args:
         pipe: an unpatched text-to-image pipeline; as before afterwards.
         on_call: called with (scenario, round) before each call; round 0 is the warm-up.
     """
-    workload = replace(workload, size=workload.size or pipe.unet.config.sample_size * pipe.vae_scale_factor)
-    timings = {scenario: Timing(scenario.name, workload) for scenario in scenarios}
-    if workload.compile:
-        torch._dynamo.reset()  # what it learnt at another size would make this one's shapes symbolic
-    broken = _measure_rounds([_Run(pipe, scenario, workload) for scenario in scenarios], timings, on_call)
-    for scenario in broken:
-        torch._dynamo.reset()
-        timings[scenario].note = _IN_PIECES
-        _measure_rounds([_Run(pipe, scenario, workload, in_pieces=True)], timings, on_call)
-    return list(timings.values())
-
-
-def _measure_rounds(
-    runs: Sequence[_Run], timings: dict[Scenario, Timing], on_call: Callable[[str, int], None] | None
-) -> list[Scenario]:
-    """Fill in the timings; returns the scenarios that cannot be compiled as one graph, which have none yet."""
-    broken: list[Scenario] = []
-    workload = runs[0].workload
-    warm_up = replace(workload, steps=min(workload.steps, _WARM_UP_STEPS))
-    for number in range(workload.rounds + 1):
-        turn = number % len(runs)
-        for run in [*runs[turn:], *runs[:turn]]:
-            timing = timings[run.scenario]
-            if timing.failed or run.scenario in broken:
-                continue
-            if on_call:
-                on_call(run.scenario.name, number)
-            try:
-                if number == 0:
-                    run.prepare()
-                    run.warm_up(timing, warm_up)
-                else:
-                    run.record(timing)
-            except BenchError:
-                raise
-            except Exception as error:  # torch.compile raises its own kinds, memory runs out in several ways
-                if isinstance(error, torch._dynamo.exc.Unsupported) and not run.in_pieces:
-                    broken.append(run.scenario)
-                else:
-                    timing.failed = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                run.forget()
-    return broken
+    workload = replace(workload, size=workload.size or native_size(pipe))
+    timings = [Timing(scenario.name, workload) for scenario in scenarios]
+    runs = list(zip([_Run(pipe, scenario, workload) for scenario in scenarios], timings))
+    # All copies of the UNet share the code by which TorchDynamo counts recompilations.
+    limit = max(torch._dynamo.config.recompile_limit, 64)
+    with torch._dynamo.config.patch(recompile_limit=limit) if workload.compile else contextlib.nullcontext():
+        if workload.compile:
+            torch._dynamo.reset()  # what it learnt at another size would make this one's shapes symbolic
+        for number in range(workload.rounds + 1):
+            turn = number % len(runs)
+            for run, timing in [*runs[turn:], *runs[:turn]]:
+                if timing.failed:
+                    continue
+                if on_call:
+                    on_call(timing.scenario, number)
+                try:
+                    if number == 0:
+                        run.prepare()
+                        run.warm_up()
+                    else:
+                        run.record(timing)
+                except BenchError:
+                    raise
+                except Exception as error:  # torch.compile raises its own kinds, memory runs out in several ways
+                    broken = isinstance(error, torch._dynamo.exc.Unsupported)
+                    timing.failed = "not compiled: it breaks the compiler's graph" if broken else first_line(error)
+                    run.forget()
+    return timings
 
 
 class _Run:
-    """One scenario made ready: for eager runs patched at each call, for compiled ones a patched copy of its own."""
+    """One scenario: eager, the pipeline is patched at each call; compiled, it has a patched copy of its own."""
 
-    def __init__(self, pipe: Any, scenario: Scenario, workload: Workload, in_pieces: bool = False):
+    def __init__(self, pipe: Any, scenario: Scenario, workload: Workload):
         self.pipe = pipe
         self.scenario = scenario
         self.workload = workload
-        self.in_pieces = in_pieces
         self.keep = contextlib.ExitStack()
 
     def prepare(self) -> None:
         if not self.workload.compile:
             return
-        if self.scenario.method in CONTROLS or self.scenario.cache_interval > 1:
+        if self.scenario.method in (*CONTROLS, "deepcache", "tgate"):
             raise RuntimeError("not compiled: it changes the UNet between its calls")
         if self.scenario.method == "limit":
             raise RuntimeError("not compiled: a compiler leaves out the projections that it computes and does not use")
-        # One UNet each: patches that come and go would have it compiled anew in every round.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # One UNet each: patches that come and go would have it compiled again in every round.
         components = {**self.pipe.components, "unet": copy.deepcopy(self.pipe.unet)}
         self.pipe = type(self.pipe)(**components, **_constructor_options(self.pipe))
         self.pipe.set_progress_bar_config(disable=True)
         self.keep.enter_context(use_scenario(self.pipe, self.scenario))
-        self.pipe.unet.compile(fullgraph=not self.in_pieces, dynamic=False)
+        self.pipe.unet.compile(fullgraph=True, dynamic=False)
 
-    def warm_up(self, timing: Timing, workload: Workload) -> None:
-        for lap in self.call(workload, count_operators=not workload.compile).laps:
-            if lap.operators is not None:
-                timing.operators[self.phase(lap).value] = lap.operators
+    def warm_up(self) -> None:
+        """Run one UNet call of each phase, two with caching: the first calls are slower than the rest."""
+        config = self.scenario.config
+        if self.scenario.method in ("deepcache", "tgate"):
+            config = AgentConfig(cache_interval=2)
+        with one_step_per_phase(self.pipe, config) as steps:
+            self.call(steps)
 
-    def call(self, workload: Workload, count_operators: bool = False) -> _Call:
-        """Run the pipeline; clock and peak memory are of its call alone, with the patch put on before."""
-        device = self.pipe.unet.device
-        patched = contextlib.nullcontext() if workload.compile else use_scenario(self.pipe, self.scenario)
-        with patched, _stopwatch(self.pipe, count_operators) as laps:
-            # A user patches once for many pictures, so what that takes is no part of a picture's time.
+    def call(self, steps: int) -> _Call:
+        """Run the pipeline; time and peak memory are of its call alone, after the patch was applied."""
+        device, workload = self.pipe.unet.device, self.workload
+        patched = contextlib.nullcontext(self.pipe) if workload.compile else use_scenario(self.pipe, self.scenario)
+        with patched as call, _stopwatch(self.pipe, workload.compile) as laps:
             memory = PeakMemory(device)
             start = _now(device)
-            self.pipe(
+            call(
                 [PROMPT.format("zebra")] * workload.batch_size,
-                num_inference_steps=workload.steps,
+                num_inference_steps=steps,
                 guidance_scale=workload.guidance,
                 height=workload.size,
                 width=workload.size,
@@ -213,7 +177,7 @@ class _Run:
         return _Call(laps, seconds, peak, growth)
 
     def record(self, timing: Timing) -> None:
-        call = self.call(self.workload)
+        call = self.call(self.workload.steps)
         timing.seconds.append(call.seconds)
         if call.peak is not None:
             per_image = call.growth / 1e9 / self.workload.batch_size
@@ -221,18 +185,20 @@ class _Run:
             timing.peak_gb_per_image = max(timing.peak_gb_per_image or 0, per_image)
         seconds: dict[str, list[float]] = {}
         for lap in call.laps:
-            seconds.setdefault(self.phase(lap).value, []).append(lap.seconds())
+            seconds.setdefault(self.phase(lap.timestep).value, []).append(lap.seconds())
+            if lap.whole is not None:
+                (timing.whole_seconds if lap.whole else timing.cached_seconds).append(lap.seconds())
         for phase, times in seconds.items():
-            # The median over DeepCache's calls would be the time of one that skips most of the UNet.
+            # The median over calls of a caching method would be the time of one that skips most of the UNet.
             kept = [statistics.fmean(times)] if self.scenario.cache_interval > 1 else times
             timing.unet_seconds.setdefault(phase, []).extend(kept)
 
-    def phase(self, lap: _Lap) -> Phase:
+    def phase(self, timestep: Any) -> Phase:
         config = self.scenario.config
-        # ToMeSD's config has no early phase; its calls are sorted as agentsd's by default would be.
+        # ToMeSD's config has no early phase; its calls are sorted by agentsd's default.
         early = config.early if config is not None and config.early else AgentConfig.early
         horizon = self.pipe.scheduler.config.num_train_timesteps
-        return AgentConfig(early=early).phase_at(float(lap.timestep), horizon)
+        return AgentConfig(early=early).phase_at(float(timestep), horizon)
 
     def forget(self) -> None:
         self.keep.close()
@@ -249,17 +215,17 @@ def _constructor_options(pipe: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Lap:
-    """One UNet call: its timestep, how long it took (to be asked once all is done), and its operators if counted."""
+    """One UNet call: its timestep, its time (to be read when all is done), and whether it computed the whole network
+    (None where that is unknown)."""
 
     timestep: Any
     seconds: Callable[[], float]
-    operators: int | None
+    whole: bool | None = None
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One pipeline call: its UNet calls, its seconds, and in bytes the peak of memory (None where it cannot be told)
-    and how far that is above the beginning."""
+    """One pipeline call: its UNet calls, seconds, peak memory in bytes (None: unknown), its growth since the start."""
 
     laps: list[_Lap]
     seconds: float
@@ -267,27 +233,11 @@ class _Call:
     growth: int
 
 
-class _CountedOperators(TorchDispatchMode):
-    """Counts the operators that are dispatched, but for those that only look at memory or allocate it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = operator.name()
-        self.number += not (operator.is_view or "empty" in name or "_unsafe_view" in name)
-        return operator(*args, **(kwargs or {}))
-
-
 class _TimedUNet:
-    """Stands in for a pipeline's UNet during one call: times each of its calls, and is the UNet in all else.
+    """Replaces a pipeline's UNet and times its calls; a hook would become part of a compiled UNet's graph."""
 
-    No hook, as those run inside the graph of a compiled UNet.
-    """
-
-    def __init__(self, unet: Any, laps: list[_Lap], count_operators: bool):
-        self.__dict__.update(_unet=unet, _laps=laps, _count_operators=count_operators)
+    def __init__(self, unet: Any, laps: list[_Lap], deep: list[bool] | None):
+        self.__dict__.update(_unet=unet, _laps=laps, _deep=deep)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._unet, name)
@@ -297,30 +247,31 @@ class _TimedUNet:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        counted = _CountedOperators() if self._count_operators else None
+        if self._deep is not None:
+            self._deep.clear()
         start = _mark(self._unet.device)
-        with counted or contextlib.nullcontext():
-            out = self._unet(*args, **kwargs)
+        out = self._unet(*args, **kwargs)
         end = _mark(self._unet.device)
-        # Reading the time now would make a GPU wait.
-        self._laps.append(_Lap(timestep, lambda: _elapsed(start, end), counted and counted.number))
+        whole = None if self._deep is None else bool(self._deep)
+        self._laps.append(_Lap(timestep, lambda: _elapsed(start, end), whole))  # read later: now a GPU would wait
         return out
 
 
 @contextlib.contextmanager
-def _stopwatch(pipe: Any, count_operators: bool = False) -> Iterator[list[_Lap]]:
-    unet = pipe.unet
-    laps: list[_Lap] = []
-    # Past the pipeline's own setter, which looks for a saveable class.
-    vars(pipe)["unet"] = _TimedUNet(unet, laps, count_operators)
-    try:
+def _stopwatch(pipe: Any, compiled: bool) -> Iterator[list[_Lap]]:
+    unet, laps, deep = pipe.unet, [], None
+    with contextlib.ExitStack() as stack:
+        if not compiled and unet.mid_block is not None:
+            deep = []  # every caching method skips the deepest layers in a cached call
+            hook = unet.mid_block.resnets[0].register_forward_pre_hook(lambda *_: deep.append(True))
+            stack.callback(hook.remove)
+        vars(pipe)["unet"] = _TimedUNet(unet, laps, deep)  # past the setter, which expects a class to save
+        stack.callback(vars(pipe).__setitem__, "unet", unet)
         yield laps
-    finally:
-        vars(pipe)["unet"] = unet
 
 
 def _mark(device: torch.device) -> Any:
-    """This moment on the device's own clock: an event in its queue on CUDA, so that timing makes nothing wait."""
+    """The present time on the device's own clock: on CUDA an event in its queue, so that nothing has to wait."""
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
         event.record()

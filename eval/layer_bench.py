@@ -1,4 +1,4 @@
-"""Times, and profiles, one self-attention layer by grid size and setting: `python eval/layer_bench.py --help`."""
+"""Time and profile one self-attention layer by grid size and setting: `python eval/layer_bench.py --help`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # from eval/ to the repository, where `eval` is a package
 
+from eval.command import run_command  # noqa: E402
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 wrong input."""
     command = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(command)
-    from eval import layers  # heavy imports, so that --help and wrong arguments answer at once
-    from eval.protocol import BenchError
 
-    try:
+    def work() -> int:
+        from eval import layers  # heavy imports, so that --help and wrong arguments answer at once
+
         layers.run(options, " ".join(["python eval/layer_bench.py", *command]))
-    except BenchError as error:
-        print(f"layer_bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command("layer_bench", work)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,10 +35,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--sides", default="64,96,128", help="of the token grid, pixels / 8 in SD 1.5 (default: %(default)s)")
     add("--channels", type=int, default=320, help="default: %(default)s")
     add("--heads", type=int, default=8, help="default: %(default)s")
-    add("--batch", type=int, default=2, help="default: %(default)s, one picture with guidance")
+    add("--batch", type=int, default=2, help="default: %(default)s, one image with guidance")
     add("--ratio", type=float, default=0.4, help="default: %(default)s")
     add("--rounds", type=int, default=3, help="interleaved, after a warm-up (default: %(default)s)")
-    add("--profile", action="store_true", help="also say which of PyTorch's operators take the time")
+    add("--profile", action="store_true", help="also print which of PyTorch's operators take the time")
     add("--device", help="cuda, mps or cpu; default: the best there is")
     add("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 elsewhere")
     add("--out", metavar="FILE.md", help="also write the table there")

@@ -1,7 +1,6 @@
-"""Times and profiles one self-attention layer under each setting, on grids of any size, and makes tables of it.
+"""Time and profile one self-attention layer under each setting, on grids of any size, and make tables of it.
 
-The layer runs inside a real transformer block of a patched UNet; only its own time counts, between the hooks before and
-after it. Rounds are interleaved after a warm-up, times are medians.
+The layer stands in a real transformer block of a patched UNet and gets the input it would get there.
 """
 
 from __future__ import annotations
@@ -9,10 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import statistics
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +19,26 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
+from torch.utils.benchmark import Measurement, Timer
 
 import agentsd
 from agentsd import AgentConfig, Phase
-from agentsd.images.measure import PeakMemory
+from agentsd.files import write_atomically
 from agentsd.images.pipelines import choose_device, choose_dtype
+from agentsd.unet.processor import LAYER_ATTRIBUTE
 
-from .generation import write_whole
-from .protocol import BenchError
-from .report import environment, environment_line
+from .environment import environment, environment_line
+from .protocol import BenchError, parse_numbers
 from .scenarios import NoMixingProcessor
 
 _TIMESTEPS = {Phase.AGENT: 900, Phase.MERGE: 100}
 _TEXT_TOKENS, _TEXT_WIDTH = 77, 768
+_OPERATORS = 12  # rows of a profile
 
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Do what the arguments of layer_bench.py say. Raises BenchError for wrong input."""
-    sides = _sides(options.sides)
+    sides = parse_numbers("sides", options.sides, 4, 1024)
     for name, low, high in (("heads", 1, 256), ("batch", 1, 1024), ("rounds", 1, 1000)):
         if not low <= getattr(options, name) <= high:
             raise BenchError(f"--{name} {getattr(options, name)}: must lie in {low} … {high}")
@@ -60,36 +59,26 @@ def run(options: argparse.Namespace, command: str) -> None:
     for side in sides:
         print(f"{side}×{side} …", file=sys.stderr)
         with torch.inference_mode():
-            found.append(measure(side, rows, shape, options.rounds, device, dtype))
+            layer = Layer(side, shape, device, dtype)
+            found.append(measure(layer, rows, options.rounds))
             if options.profile:
-                profiles.append(profile(side, rows, shape, options.rounds, device, dtype))
+                profiles.append(f"## Operators at {side}×{side}\n\n{profile(layer, rows)}\n")
     text = as_markdown(
         sides, found, "layer_bench: one self-attention layer",
         [
             f"`{command}`",
             environment_line(environment(device, dtype)),
-            f"{shape.channels} channels, {shape.heads} heads, batch {shape.batch}, ratio {options.ratio:g}, "
-            f"{options.rounds} interleaved rounds after a warm-up. Peak: what the layer took above what was in use.",
+            f"{shape.channels} channels, {shape.heads} heads, batch {shape.batch}, ratio {options.ratio:g}, medians of "
+            f"{options.rounds} interleaved rounds after a warm-up.",
         ],
     )  # fmt: skip
-    for side, operators in zip(sides, profiles):
-        text += "\n" + profile_as_markdown(side, operators)
+    text = "\n".join([text, *profiles])
     if target:
         try:
-            write_whole(target, text)
+            write_atomically(target, text)
         except OSError as error:
             raise BenchError(f"--out {target}: cannot be written ({error.strerror or error})") from error
     print(text)
-
-
-def _sides(text: str) -> list[int]:
-    try:
-        sides = [int(part) for part in text.split(",")]
-    except ValueError:
-        sides = [0]
-    if not all(4 <= side <= 1024 for side in sides):
-        raise BenchError(f"--sides {text!r}: must be integers in 4 … 1024 with commas between")
-    return sides
 
 
 @dataclass(frozen=True)
@@ -100,7 +89,7 @@ class Variant:
         name: for people.
         phase: which of the patch's two phases; None is no patch.
         settings: fields of AgentConfig.
-        mixes: False puts the limit in place of attention: the four projections and no mixing of tokens.
+        mixes: False replaces attention by the limit: the four projections and no mixing of tokens.
     """
 
     name: str
@@ -110,7 +99,7 @@ class Variant:
 
 
 def variants(ratio: float) -> list[Variant]:
-    """SDPA, the limit, and each phase of the patch as it is by default and with what serves large grids."""
+    """SDPA, the limit, and each phase of the patch by default and with settings for large grids."""
 
     def patch(name: str, phase: Phase, **settings: Any) -> Variant:
         return Variant(name, phase, (("ratio", ratio), *settings.items()))
@@ -131,223 +120,128 @@ def variants(ratio: float) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Shape:
-    """The layer and its input. Stable Diffusion 1.5's full-resolution layers have 320 channels and 8 heads.
-
-    Attributes:
-        channels, heads: of the layer.
-        batch: samples; guidance doubles the number of pictures.
-    """
+    """The layer and its input: SD 1.5's at full resolution by default. Guidance makes two samples of an image."""
 
     channels: int = 320
     heads: int = 8
     batch: int = 2
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What one variant took on one grid.
+class Layer:
+    """A UNet of one level and the block input of its first self-attention layer, on a side × side grid."""
 
-    Attributes:
-        seconds: median over the rounds.
-        peak_mb: greatest memory above what was in use before, in MB, median over the rounds; None where it cannot be
-            told. On a CPU it is the process's, so below some 100 MB it says little.
-    """
-
-    seconds: float
-    peak_mb: float | None
-
-
-@dataclass(frozen=True)
-class Operator:
-    """What one of PyTorch's operators took in one call of the layer.
-
-    Attributes:
-        seconds: of its own, without the operators it calls; on a GPU, of its kernels.
-        calls: how often it was called.
-    """
-
-    seconds: float
-    calls: int
-
-
-def measure(
-    side: int, rows: list[Variant], shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Measured]:
-    """Time the layer on a side × side grid; returns what was measured by variant name."""
-    unet, block, x, text = _make_layer(side, shape, device, dtype)
-    laps: dict[str, list[tuple[float, float | None]]] = {row.name: [] for row in rows}
-    for number in range(rounds + 1):
-        for row in rows:
-            with _computed_as(row, unet, block, side), _stopwatch(block.attn1, device) as found:
-                block(x, encoder_hidden_states=text)
-            if number:
-                laps[row.name] += found
-    return {
-        name: Measured(
-            statistics.median(seconds for seconds, _ in found),
-            None if found[0][1] is None else statistics.median(peak for _, peak in found),
+    def __init__(self, side: int, shape: Shape, device: torch.device, dtype: torch.dtype):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=side,
+            block_out_channels=(shape.channels,),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            mid_block_type=None,
+            layers_per_block=1,
+            attention_head_dim=shape.heads,  # the number of heads, by diffusers' own misnomer
+            cross_attention_dim=_TEXT_WIDTH,
         )
-        for name, found in laps.items()
-    }
+        self.unet = unet.to(device).to(dtype).eval().requires_grad_(False)
+        self.block = next(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
+        self.tokens = _image_like(shape.batch, shape.channels, side).to(device, dtype)
+        self.text = torch.zeros(1, _TEXT_TOKENS, _TEXT_WIDTH, device=device, dtype=dtype)
+        self.sample = torch.zeros(1, unet.config.in_channels, side, side, device=device, dtype=dtype)
 
+    def run(self, row: Variant, work: Callable[[Callable[[], Any]], Any]) -> Any:
+        """Patch the UNet as a row says, and inside a call of it give `work` a function that calls the layer."""
+        attn = self.block.attn1
+        normed = self.block.norm1(self.tokens)
+        found = []
 
-def profile(
-    side: int, rows: list[Variant], shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, dict[str, Operator]]:
-    """Where the layer's time goes, as means over the rounds, in one variant after the other.
+        def inside(*_: Any) -> None:
+            state = getattr(attn, LAYER_ATTRIBUTE, None)
 
-    Returns:
-        By variant name, the operators that one call of the layer takes, by PyTorch's name.
-    """
-    unet, block, x, text = _make_layer(side, shape, device, dtype)
-    found = {}
-    for row in rows:
-        with _computed_as(row, unet, block, side):
-            block(x, encoder_hidden_states=text)
-            with _profiler(block.attn1, device) as totals:
-                for _ in range(rounds):
-                    block(x, encoder_hidden_states=text)
-        found[row.name] = {
-            name: Operator(seconds / rounds, calls // rounds) for name, (seconds, calls) in totals.items()
-        }
-    return found
+            def call() -> Tensor:
+                if state is not None:
+                    state.block_input = self.tokens  # as the block's hook does before each call
+                return attn(normed)
 
+            found.append(work(call))
+            raise _Stop  # nothing else of the UNet is of interest
 
-def _make_layer(
-    side: int, shape: Shape, device: torch.device, dtype: torch.dtype
-) -> tuple[UNet2DConditionModel, BasicTransformerBlock, Tensor, Tensor]:
-    """A UNet of one level, the transformer block that holds the layer, the block's input and its text."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=side,
-        block_out_channels=(shape.channels,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        mid_block_type=None,
-        layers_per_block=1,
-        attention_head_dim=shape.heads,  # the number of heads, by diffusers' own misnomer
-        cross_attention_dim=_TEXT_WIDTH,
-    )
-    unet = unet.to(device).to(dtype).eval().requires_grad_(False)
-    block = next(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
-    text = torch.randn(shape.batch, _TEXT_TOKENS, _TEXT_WIDTH).to(device, dtype)
-    return unet, block, _picture_like(shape.batch, shape.channels, side).to(device, dtype), text
-
-
-def _picture_like(batch: int, channels: int, side: int) -> Tensor:
-    """[B, side², C] random tokens of which neighbours are alike."""
-    coarse = torch.randn(batch, channels, -(-side // 4), -(-side // 4))
-    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
-    return (smooth + 0.3 * torch.randn(smooth.shape)).flatten(2).transpose(1, 2)
-
-
-@contextlib.contextmanager
-def _computed_as(row: Variant, unet: UNet2DConditionModel, block: BasicTransformerBlock, side: int) -> Iterator[None]:
-    if not row.mixes:
-        before, block.attn1.processor = block.attn1.processor, NoMixingProcessor()
-        try:
-            yield
-        finally:
-            block.attn1.processor = before
-    elif row.phase is None:
-        yield
-    else:
-        with agentsd.patched(unet, **dict(row.settings)):
-            _tell_phase(unet, _TIMESTEPS[row.phase], side)
-            yield
-
-
-def _tell_phase(unet: UNet2DConditionModel, timestep: int, side: int) -> None:
-    """Have the patch see a UNet call of this size and timestep, and end the call before the UNet computes anything."""
-
-    def stop(*_: Any) -> None:
-        raise _Stop
-
-    handle = unet.conv_in.register_forward_pre_hook(stop)
-    weight = unet.conv_in.weight
-    sample = torch.zeros(1, unet.config.in_channels, side, side, device=weight.device, dtype=weight.dtype)
-    text = torch.zeros(1, 1, _TEXT_WIDTH, device=weight.device, dtype=weight.dtype)
-    try:
-        unet(sample, timestep, text)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
+        with _computed_as(row, self.unet, self.block):
+            handle = self.unet.conv_in.register_forward_pre_hook(inside)
+            try:
+                self.unet(self.sample, _TIMESTEPS[row.phase or Phase.MERGE], self.text)
+            except _Stop:
+                pass
+            finally:
+                handle.remove()
+        return found[0]
 
 
 class _Stop(Exception):
     pass
 
 
+def measure(layer: Layer, rows: list[Variant], rounds: int) -> dict[str, Measurement]:
+    """Time the layer under each variant, once in every round, the rounds' order rotated; by variant name."""
+    times: dict[str, list[Measurement]] = {row.name: [] for row in rows}
+    for number in range(rounds):
+        turn = number % len(rows)
+        for row in [*rows[turn:], *rows[:turn]]:
+            times[row.name].append(layer.run(row, lambda call: _timer(call).blocked_autorange(min_run_time=0.05)))
+    return {name: Measurement.merge(found)[0] for name, found in times.items()}
+
+
+def _timer(call: Callable[[], Any]) -> Timer:
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    timer.timeit(1)  # warm-up
+    return timer
+
+
+def profile(layer: Layer, rows: list[Variant]) -> str:
+    """PyTorch's own table of the operators that one call of the layer takes longest for, under each variant."""
+    on_gpu = layer.sample.device.type == "cuda"
+
+    def work(call: Callable[[], Any]) -> str:
+        call()
+        with torch.profiler.profile() as profiler:
+            call()
+        key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        return profiler.key_averages().table(sort_by=key, row_limit=_OPERATORS, max_name_column_width=40)
+
+    return "\n\n".join(f"### {row.name}\n\n```\n{layer.run(row, work)}\n```" for row in rows)
+
+
+def _image_like(batch: int, channels: int, side: int) -> Tensor:
+    """[B, side², C] random tokens of which neighbours are similar."""
+    coarse = torch.randn(batch, channels, -(-side // 4), -(-side // 4))
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+    return (smooth + 0.3 * torch.randn(smooth.shape)).flatten(2).transpose(1, 2)
+
+
 @contextlib.contextmanager
-def _stopwatch(module: torch.nn.Module, device: torch.device) -> Iterator[list[tuple[float, float | None]]]:
-    """Collect (seconds, peak memory in MB) of each call of a module."""
-    laps: list[tuple[float, float | None]] = []
-    begun: list[Any] = []
-
-    def before(*_: Any) -> None:
-        begun[:] = [PeakMemory(device), _now()]
-
-    def after(*_: Any) -> None:
-        seconds = _now() - begun[1]
-        peak, growth = begun[0].peak()
-        laps.append((seconds, None if peak is None else growth / 1e6))
-
-    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+def _computed_as(row: Variant, unet: UNet2DConditionModel, block: BasicTransformerBlock) -> Iterator[None]:
+    if row.phase is not None:
+        with agentsd.patched(unet, **dict(row.settings)):
+            yield
+        return
+    before = block.attn1.processor
+    block.attn1.processor = before if row.mixes else NoMixingProcessor()
     try:
-        yield laps
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        block.attn1.processor = before
 
 
-@contextlib.contextmanager
-def _profiler(module: torch.nn.Module, device: torch.device) -> Iterator[dict[str, tuple[float, int]]]:
-    """Add up (seconds, calls) of PyTorch's operators over the calls of a module."""
-    totals: dict[str, tuple[float, int]] = {}
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    running: list[torch.profiler.profile] = []
-
-    def before(*_: Any) -> None:
-        running.append(torch.profiler.profile(activities=activities))
-        running[-1].start()
-
-    def after(*_: Any) -> None:
-        _now()  # waits for the device
-        running[-1].stop()
-        for event in running.pop().key_averages():
-            if event.key.startswith("aten::"):
-                own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-                seconds, calls = totals.get(event.key, (0.0, 0))
-                totals[event.key] = (seconds + own / 1e6, calls + event.count)
-
-    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        yield totals
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _now() -> float:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def growth(sides: list[int], seconds: list[float]) -> float:
+def growth(sides: Sequence[int], seconds: list[float]) -> float:
     """Exponent p of seconds ∝ tokens ** p between the first and the last grid."""
     return math.log(seconds[-1] / seconds[0]) / math.log((sides[-1] / sides[0]) ** 2)
 
 
-def as_markdown(sides: list[int], found: list[dict[str, Measured]], title: str, lines: list[str]) -> str:
-    """The table: on each grid milliseconds, speed-up over SDPA, time over the limit, peak memory; then the growth."""
+def as_markdown(sides: Sequence[int], found: list[dict[str, Measurement]], title: str, lines: list[str]) -> str:
+    """The table: on each grid milliseconds, speed-up over SDPA, time over the limit; then the growth."""
     head, ruler = ["layer"], ["---"]
     for side in sides:
-        head += [f"{side}×{side}: ms", "× sdpa", "over the limit", "peak MB"]
-        ruler += ["---:"] * 4
+        head += [f"{side}×{side}: ms", "× sdpa", "over the limit"]
+        ruler += ["---:"] * 3
     if len(sides) > 1:
         head.append("grows with tokens as")
         ruler.append("---")
@@ -355,34 +249,10 @@ def as_markdown(sides: list[int], found: list[dict[str, Measured]], title: str, 
     for name in found[0]:
         cells = [name]
         for times in found:
-            own = times[name]
-            cells += [
-                f"{own.seconds * 1000:.1f}",
-                f"{times['sdpa'].seconds / own.seconds:.2f}",
-                f"{own.seconds / times['limit'].seconds:.2f}",
-                "" if own.peak_mb is None else f"{own.peak_mb:.0f}",
-            ]
+            own = times[name].median
+            cells += [f"{own * 1000:.1f}", f"{times['sdpa'].median / own:.2f}", f"{own / times['limit'].median:.2f}"]
         if len(sides) > 1:
-            cells.append(f"N^{growth(sides, [times[name].seconds for times in found]):.2f}")
+            cells.append(f"N^{growth(sides, [times[name].median for times in found]):.2f}")
         rows.append(cells)
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return "\n\n".join([f"# {title}", *lines, table]) + "\n"
-
-
-def profile_as_markdown(side: int, found: dict[str, dict[str, Operator]], most: int = 12) -> str:
-    """The table of the operators that take longest under some variant: milliseconds of their own, and calls."""
-    names = {name for operators in found.values() for name in operators}
-    none = Operator(0.0, 0)
-    by_time = sorted(names, key=lambda name: -max(operators.get(name, none).seconds for operators in found.values()))
-    longest = by_time[:most]
-    rows = [["operator", *found], ["---", *["---:"] * len(found)]]
-    for name in longest:
-        own = [operators.get(name) for operators in found.values()]
-        rows.append([name, *("" if one is None else f"{one.seconds * 1000:.1f} ({one.calls})" for one in own)])
-    others = [[one for name, one in operators.items() if name not in longest] for operators in found.values()]
-    rows.append(
-        ["others", *(f"{sum(o.seconds for o in own) * 1000:.1f} ({sum(o.calls for o in own)})" for own in others)]
-    )
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    title = f"{side}×{side}: milliseconds of each operator's own in one call of the layer, and how often it is called"
-    return f"{title}.\n\n{table}\n"

@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from agentsd import load_pipeline
 from agentsd.images.pipelines import DEMO_MODEL, ModelError, choose_device, choose_dtype, set_scheduler
+from agentsd.unet.layers import own_latent_size
 
 from .protocol import BenchError
 
@@ -92,27 +93,28 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """The published configurations of Stable Diffusion 1.5, 2.1 and SDXL base: UNet and text encoders."""
 
 
-def pick_device(device: str | None) -> torch.device:
-    """The device meant: the best there is for None. Raises BenchError for one that this machine has not."""
+def pick_device(device: str | None, dtype: str | None = None) -> torch.device:
+    """The device: the best there is for None. Raises BenchError for one that is missing, or an unknown dtype."""
     try:
-        return choose_device(device)
+        chosen = choose_device(device)
+        choose_dtype(dtype, chosen)
+        return chosen
     except ValueError as error:
         raise BenchError(str(error)) from error
 
 
-def load_model(spec: ModelSpec) -> Any:
+def load_model(spec: ModelSpec, **options: Any) -> Any:
     """The pipeline, unpatched, on its device, without progress bar and without safety checker.
 
-    The checker paints pictures black that it takes for indecent, which would be scored as drawings of the method.
-
-    Raises:
-        BenchError: it cannot be loaded, or device, dtype or scheduler are wrong.
+    Further options are those of diffusers' from_pretrained. The checker blackens images that it finds indecent, and
+    a method would be scored on them. Raises BenchError where it cannot be loaded, or for a wrong device,
+    dtype or scheduler.
     """
     try:
         if spec.random_weights:
             pipe = random_pipeline(spec.random_weights, spec.device, spec.dtype, spec.scheduler)
         else:
-            options = {"revision": spec.revision} if spec.revision else {}
+            options |= {"revision": spec.revision} if spec.revision else {}
             pipe = load_pipeline(spec.model, device=spec.device, dtype=spec.dtype, scheduler=spec.scheduler, **options)
     except (ModelError, ValueError) as error:
         raise BenchError(str(error)) from error
@@ -122,13 +124,13 @@ def load_model(spec: ModelSpec) -> Any:
     return pipe
 
 
-def random_pipeline(name: str, device: Any = None, dtype: Any = None, scheduler: str | None = None) -> Any:
-    """A pipeline with the architecture of a published model and random weights: as fast as the real one, draws noise.
+def native_size(pipe: Any) -> int:
+    """Height and width, in pixels, of the images a pipeline generates unless told otherwise; the larger of the two."""
+    return max(own_latent_size(pipe.unet)) * pipe.vae_scale_factor
 
-    Args:
-        name: a key of ARCHITECTURES.
-        device, dtype, scheduler: as `agentsd.load_pipeline`.
-    """
+
+def random_pipeline(name: str, device: Any = None, dtype: Any = None, scheduler: str | None = None) -> Any:
+    """A pipeline with one of ARCHITECTURES and random weights: as fast as the real one. Arguments as load_pipeline."""
     if name not in ARCHITECTURES:
         raise BenchError(f"--random-weights {name!r}: must be one of {', '.join(ARCHITECTURES)}")
     device = choose_device(device)
@@ -168,7 +170,7 @@ def random_pipeline(name: str, device: Any = None, dtype: Any = None, scheduler:
 
 
 def _fill(network: torch.nn.Module) -> None:
-    """Values of a size that neither overflow nor become denormal, on the device itself: a CPU would take a minute."""
+    """Set values that neither overflow nor become denormal, on the device itself: a CPU would take a minute."""
     generator = torch.Generator(next(network.parameters()).device).manual_seed(0)
     with torch.no_grad():
         for key, weight in network.named_parameters():

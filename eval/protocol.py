@@ -1,4 +1,4 @@
-"""What a benchmark draws: the prompts, one seed per picture, and the scenarios that draw them; touches no model."""
+"""What a benchmark generates: prompts, one seed per image, and the scenarios to compare; touches no model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from typing import Any
 import numpy as np
 
 from agentsd import AgentConfig
+from agentsd.config import PRESETS
 
 PROMPT = "A high quality photograph of a {}."
 """ToMe's wording (https://github.com/dbolya/tomesd/issues/46), which the Agent Attention paper took over."""
 
-METHODS = ("sd", "sd-naive", "tomesd", "agentsd", "mean-value", "no-attention", "limit")
-"""sd is diffusers as it comes (SDPA); sd-naive computes softmax explicitly. mean-value and no-attention are controls of
-quality: like agentsd, but in the agent phase the patched layers return their mean value token, or zero. limit is the
-control of speed: in every call the patched layers compute their four projections and mix no tokens."""
+METHODS = (
+    "sd", "sd-naive", "tomesd", "agentsd", "deepcache", "tgate", "fewer-steps", "mean-value", "no-attention", "limit",
+)  # fmt: skip
+"""sd is unpatched diffusers (SDPA); sd-naive computes softmax explicitly. deepcache and tgate are those packages.
+fewer-steps is sd with about as many steps as a cache at that interval has whole calls. mean-value and no-attention are
+controls of quality: like agentsd, but in the agent phase the patched layers return their mean value token, or zero.
+limit is the control of speed: in every call the patched layers compute their four projections and mix no tokens."""
 
 CONTROLS = ("mean-value", "no-attention")
 METHODS_WITH_CONFIG = ("tomesd", "agentsd", *CONTROLS)
+WITH_INTERVAL = ("deepcache", "fewer-steps")
+UNSCORED = ("sd-naive", "limit")
+"""Methods that are timed only: the images of sd-naive are those of sd, the limit's are of no use."""
 
 DEMO_REFERENCE = Path(__file__).with_name("demo_reference.npz")
-"""Names and features of the demo model's training pictures; eval/make_demo_reference.py made it."""
+"""Names and features of the demo model's training images; apps/demo_training/gate_reference.py made it."""
 
 # torchvision calls the garment and the dog breed cardigan and Cardigan, which CLIP's tokenizer cannot tell apart.
 _RENAMED = {264: "Cardigan Welsh corgi", 517: "construction crane"}
@@ -36,7 +43,7 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "scale": tuple({"broadcast_exponent": value} for value in (-0.5, -0.25, -0.15, -0.05)),
     "early": tuple({"early": value} for value in (0.2, 0.4, 0.6, 0.8)),
     "alpha-early": tuple({"alpha": a, "early": e} for a in (0.0, 0.075, 0.15) for e in (0.2, 0.4, 0.8)),
-    # Not the paper's: what is given up for speed as pictures grow.
+    # Not the paper's: trade-offs for larger images.
     "late": (
         {"late": "merge"},
         {"late": "downsample"},
@@ -45,7 +52,13 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "agents": tuple({"max_agents": value} for value in (None, 256, 64, 16)),
     "tile": tuple({"match_tile": value} for value in (None, 16, 8)),
-    "fast": ({}, {"late": "downsample", "max_agents": 256, "max_keys": 1024, "match_tile": 16}),
+    "cache": (
+        {},
+        *({"cache_interval": value} for value in (2, 3, 5)),
+        {"cache_interval": 3, "cache_order": 0},
+        {"cache_interval": 3, "ratio": 0.0, "early": 0.0},
+    ),
+    "presets": tuple(PRESETS.values()),
 }
 """Name on the command line: the fields of AgentConfig that each of its scenarios sets."""
 
@@ -58,35 +71,39 @@ _LABELS = {
     "max_agents": "agents{}",
     "max_keys": "keys{}",
     "match_tile": "tile{}",
+    "cache_interval": "cache{}",
+    "cache_order": "order{}",
+    "cache_depth": "depth{}",
 }
-"""How a setting of agentsd shows in a scenario's name, where it is not the default."""
+"""How a setting of agentsd appears in a scenario's name where it is not the default."""
 
 
 class BenchError(ValueError):
-    """Something the user can put right; its text is the one sentence that the command line prints."""
+    """An error the user can correct; its text is the one sentence that the command line prints."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One way to draw all the pictures: a row of the table.
+    """One way to generate all the images: a row of the table.
 
     Attributes:
         method: one of METHODS.
-        config: settings of the patch; None for sd and sd-naive.
-        cache_interval: DeepCache computes the deep blocks in one UNet call out of so many; 1 is without DeepCache.
+        config: settings of the patch; None for the methods that have none.
+        interval: of deepcache: the deep blocks are computed in one UNet call out of so many; of fewer-steps: so many
+            times fewer steps; 1 for all other methods.
     """
 
     method: str
     config: AgentConfig | None = None
-    cache_interval: int = 1
+    interval: int = 1
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise BenchError(f"method {self.method!r} is unknown: use {', '.join(METHODS)}")
         if (self.config is not None) != (self.method in METHODS_WITH_CONFIG):
             raise ValueError(f"method {self.method!r} takes {'no' if self.config else 'a'} config")
-        if not 1 <= self.cache_interval <= 20:
-            raise BenchError(f"DeepCache interval {self.cache_interval}: must lie in 1 … 20")
+        if self.method not in WITH_INTERVAL and self.interval != 1:
+            raise ValueError(f"method {self.method!r} takes no interval")
 
     @property
     def name(self) -> str:
@@ -101,25 +118,25 @@ class Scenario:
                     value = getattr(self.config, name)
                     if value != getattr(AgentConfig, name):
                         parts.append(label.format(value))
-        if self.cache_interval > 1:
-            parts.append(f"deepcache{self.cache_interval}")
+        if self.method in WITH_INTERVAL:
+            parts.append(str(self.interval))
         return "-".join(parts)
+
+    @property
+    def cache_interval(self) -> int:
+        """At most one UNet call in so many is computed as a whole; 1 where nothing is cached."""
+        if self.config is not None:
+            return self.config.cache_interval
+        return self.interval if self.method == "deepcache" else 1
 
 
 SD = Scenario("sd")
-"""The baseline that pictures are paired with and speeds are divided by."""
+"""The baseline that images are paired with and times are compared with."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture to draw.
-
-    Attributes:
-        index: place of its class in the list of all classes.
-        name: of the class.
-        copy: number among the pictures of its class.
-        seed: of the initial noise.
-    """
+class Sample:
+    """One image to generate: index and name of its class, its number among the images of that class, its seed."""
 
     index: int
     name: str
@@ -138,17 +155,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides what the pictures look like, beside model and scenario. Checked when made.
+    """Everything that decides what the images look like, beside model and scenario. Checked when made.
 
     Attributes:
-        classes: (index, name) of the classes to draw.
-        copies: pictures per class.
+        classes: (index, name) of the classes to generate.
+        copies: images per class.
         steps, guidance, scheduler: of the sampling.
         size: height and width in pixels; None takes the model's own.
-        batch_size: pictures per pipeline call.
-        threads: of a process that draws on a CPU. Both change the last bits of a float, by which a token may be merged
-            elsewhere: on the demo model pictures of the same seed then differ by up to 29 of 255. So they belong here.
-        seed: another one gives other pictures throughout.
+        batch_size: images per pipeline call.
+        threads: of a process that generates on a CPU. Batch size and threads change the last bits of a float, so that a
+            token may be merged elsewhere: images of the same seed then differ by up to 29 of 255 on the demo model.
+        seed: another one gives other images throughout.
     """
 
     classes: tuple[tuple[int, str], ...]
@@ -160,11 +177,11 @@ class Plan:
     batch_size: int = 1
     threads: int = 1
     seed: int = 0
-    pictures: tuple[Picture, ...] = field(init=False, repr=False, compare=False)
+    samples: tuple[Sample, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.classes:
-            raise BenchError("there is no class to draw: --classes must be at least 1")
+            raise BenchError("there is no class to generate: --classes must be at least 1")
         for name, value, low, high in (
             ("images-per-class", self.copies, 1, 1000),
             ("steps", self.steps, 1, 999),
@@ -179,21 +196,21 @@ class Plan:
             raise BenchError(f"--guidance {self.guidance}: must lie in 0 … 100")
         if self.size is not None and self.size % 8:
             raise BenchError(f"--size {self.size}: must be a multiple of 8 (one latent pixel is 8 × 8 pixels)")
-        pictures = tuple(
-            Picture(index, name, copy, picture_seed(self.seed, index, copy))
+        samples = tuple(
+            Sample(index, name, copy, image_seed(self.seed, index, copy))
             for copy in range(self.copies)
             for index, name in self.classes
         )
-        object.__setattr__(self, "pictures", pictures)
+        object.__setattr__(self, "samples", samples)
 
     @property
-    def batches(self) -> list[tuple[Picture, ...]]:
-        """The pictures in groups of batch_size; a picture's group does not depend on which process draws it."""
-        return [self.pictures[i : i + self.batch_size] for i in range(0, len(self.pictures), self.batch_size)]
+    def batches(self) -> list[tuple[Sample, ...]]:
+        """The images in groups of batch_size; an image's group does not depend on which process generates it."""
+        return [self.samples[i : i + self.batch_size] for i in range(0, len(self.samples), self.batch_size)]
 
 
-def picture_seed(seed: int, index: int, copy: int) -> int:
-    """The seed of one picture, from the run's seed, its class and its copy alone: 0 … 2**32 − 1."""
+def image_seed(seed: int, index: int, copy: int) -> int:
+    """The seed of one image, from the run's seed, its class and its copy alone: 0 … 2**32 − 1."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{index}/{copy}".encode(), digest_size=4).digest(), "big")
 
 
@@ -212,9 +229,9 @@ def imagenet_classes() -> list[str]:
 
 
 def demo_classes() -> list[str]:
-    """The names that the demo model was trained to draw, all of them ImageNet classes, in the reference's order."""
+    """The names that the demo model was trained on, all of them ImageNet classes, in the reference's order."""
     with np.load(DEMO_REFERENCE) as file:
-        return list(dict.fromkeys(str(name) for name in file["names"]))  # a name may have several pictures
+        return list(dict.fromkeys(str(name) for name in file["names"]))  # a name may have several images
 
 
 def choose_classes(names: Sequence[str], count: int) -> tuple[tuple[int, str], ...]:
@@ -224,28 +241,25 @@ def choose_classes(names: Sequence[str], count: int) -> tuple[tuple[int, str], .
     return tuple((i, names[i]) for i in (k * len(names) // count for k in range(count)))
 
 
-def parse_ratios(text: str) -> tuple[float, ...]:
-    """ "0.2,0.4" -> (0.2, 0.4). Raises BenchError for what is no list of fractions that can be merged away."""
+def parse_numbers(flag: str, text: str, low: Any, high: Any, multiple: int = 1) -> tuple[Any, ...]:
+    """ "1,2" -> (1, 2), each once; floats if the bounds are. Raises BenchError for anything else or out of bounds."""
+    kind = type(low)
     try:
-        ratios = tuple(float(part) for part in text.split(","))
+        values = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
+        if all(low <= value <= high and (kind is float or value % multiple == 0) for value in values):
+            return values
     except ValueError:
-        raise BenchError(f"--ratios {text!r}: must be numbers with commas between, as in 0.2,0.4") from None
-    for ratio in ratios:
-        if not 0 <= ratio <= 0.75:
-            raise BenchError(f"--ratios {text!r}: {ratio:g} is not in 0 … 0.75, the fractions that can be merged away")
-    if len(set(ratios)) != len(ratios):
-        raise BenchError(f"--ratios {text!r}: a ratio stands there twice")
-    return ratios
+        pass
+    what = "numbers" if kind is float else "integers" if multiple == 1 else f"multiples of {multiple}"
+    raise BenchError(f"--{flag} {text!r}: must be {what} in {low:g} … {high:g} with commas between")
 
 
 def parse_methods(text: str) -> tuple[str, ...]:
-    """ "sd,agentsd" -> ("sd", "agentsd"). Raises BenchError for an unknown or repeated name."""
-    methods = tuple(part.strip() for part in text.split(","))
+    """ "sd,agentsd" -> ("sd", "agentsd"), each once. Raises BenchError for an unknown name."""
+    methods = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for method in methods:
         if method not in METHODS:
             raise BenchError(f"--methods {text!r}: {method!r} is unknown, use {', '.join(METHODS)}")
-    if len(set(methods)) != len(methods):
-        raise BenchError(f"--methods {text!r}: a method stands there twice")
     return methods
 
 
@@ -254,49 +268,60 @@ def make_scenarios(
     ratios: Sequence[float],
     early: float = AgentConfig.early,
     ablate: Sequence[str] = (),
-    cache_interval: int = 1,
+    intervals: Sequence[int] = (),
 ) -> list[Scenario]:
-    """The grid methods × ratios, then the ablations of agentsd at the last ratio, then all of it with DeepCache.
+    """The grid methods × ratios, with caching at each interval, then the ablations of agentsd at the last ratio.
 
     Args:
         methods: from METHODS. sd is always first: everything is compared with it.
-        ratios: of the methods that merge. The controls are drawn at the last one only.
+        ratios: of the methods that merge. The controls are generated at the last one only.
         early: of agentsd and the controls.
         ablate: keys of ABLATIONS.
-        cache_interval: above 1, every scenario but the controls and ablations is repeated with DeepCache.
+        intervals: of deepcache and fewer-steps (3 if none is given), and of agentsd at the last ratio.
 
     Returns:
         Different scenarios, sd first.
     """
     scenarios = [SD]
     for method in methods:
-        if method not in METHODS_WITH_CONFIG:
+        if method in WITH_INTERVAL:
+            scenarios += [Scenario(method, interval=interval) for interval in intervals or (3,)]
+        elif method not in METHODS_WITH_CONFIG:
             scenarios.append(Scenario(method))
-            continue
-        for ratio in ratios if method in ("tomesd", "agentsd") else ratios[-1:]:
-            # ToMeSD has no early phase; one value for it keeps its scenarios equal whatever --early says.
-            scenarios.append(Scenario(method, _config(ratio, 0.0 if method == "tomesd" else early)))
-    cached = [
-        replace(scenario, cache_interval=cache_interval)
-        for scenario in scenarios
-        if cache_interval > 1 and scenario.method not in (*CONTROLS, "limit")
-    ]
+        else:
+            for ratio in ratios if method in ("tomesd", "agentsd") else ratios[-1:]:
+                # ToMeSD has no early phase; one value for it keeps its scenarios equal whatever --early says.
+                scenarios.append(Scenario(method, _config(ratio, 0.0 if method == "tomesd" else early)))
+            if method == "agentsd":
+                base = scenarios[-1].config
+                scenarios += [Scenario(method, replace(base, cache_interval=interval)) for interval in intervals]
     for name in ablate:
         if name not in ABLATIONS:
             raise BenchError(f"--ablate {name!r}: is unknown, use {', '.join(ABLATIONS)}")
         base = _config(ratios[-1], early)
         scenarios += [Scenario("agentsd", replace(base, **settings)) for settings in ABLATIONS[name]]
-    return list(dict.fromkeys(scenarios + cached))
+    return list(dict.fromkeys(scenarios))
 
 
-def tomesd_rivals(scenarios: Iterable[Scenario]) -> dict[str, str]:
-    """Names of agentsd's scenarios, each with tomesd's of the same ratio and without DeepCache, where there is one.
+def rivals_of(scenarios: Iterable[Scenario]) -> dict[tuple[str, str], str]:
+    """(agentsd's scenario, rival method) to the rival's scenario, by name, for those to be compared with each other.
 
-    Also agentsd with DeepCache is held against tomesd without, as it is against sd, which has none either.
+    tomesd of the same ratio is the rival of agentsd without caching, deepcache of the same interval that with it.
     """
     scenarios = tuple(scenarios)
-    merged = {s.config.ratio: s.name for s in scenarios if s.method == "tomesd" and s.cache_interval == 1}
-    return {s.name: merged[s.config.ratio] for s in scenarios if s.method == "agentsd" and s.config.ratio in merged}
+    found = {}
+    for ours in scenarios:
+        for other in scenarios:
+            if (
+                ours.method == "agentsd"
+                and ours.cache_interval == other.cache_interval
+                and (
+                    other.method == "deepcache"
+                    or (other.method == "tomesd" and ours.config.ratio == other.config.ratio)
+                )
+            ):
+                found[ours.name, other.method] = other.name
+    return found
 
 
 def _config(ratio: float, early: float) -> AgentConfig:

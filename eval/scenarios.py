@@ -1,9 +1,11 @@
-"""use_scenario: makes a pipeline draw by a scenario for the length of a `with` block."""
+"""use_scenario: have a pipeline generate images by a scenario for the length of a `with` block."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,33 +13,52 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
 import agentsd
-from agentsd.images.methods import use_method
+from agentsd.images.methods import refuse_patched, use_method
 
 from .protocol import CONTROLS, BenchError, Scenario
 
 
 @contextlib.contextmanager
-def use_scenario(pipe: Any, scenario: Scenario) -> Iterator[None]:
+def use_scenario(pipe: Any, scenario: Scenario) -> Iterator[Callable[..., Any]]:
     """Patch an unpatched pipeline; afterwards it is as before.
 
-    Entered anew for every call of the pipeline: ToMeSD's draws and DeepCache's steps begin again with each entry, so
-    that a picture does not depend on those drawn before it.
+    Enter it anew for every call of the pipeline: the random choices of ToMeSD and the steps of DeepCache start again
+    with each entry, so that an image does not depend on those generated before it.
+
+    Yields:
+        What to call in place of the pipeline, with the same arguments.
 
     Raises:
-        BenchError: DeepCache is asked for and not installed.
+        BenchError: the pipeline is patched already, or a package is missing.
     """
+    try:
+        refuse_patched(pipe)
+    except ValueError as error:
+        raise BenchError(str(error)) from error
     with contextlib.ExitStack() as stack:
+        call = pipe
         if scenario.method == "sd-naive":
             stack.enter_context(_naive_attention(pipe))
+        elif scenario.method == "deepcache":
+            stack.enter_context(_deepcache(pipe, scenario.interval))
+        elif scenario.method == "fewer-steps":
+            call = _fewer_steps(pipe, scenario.interval)
+        elif scenario.method == "tgate":
+            call = stack.enter_context(_tgate(pipe))
         elif scenario.method in CONTROLS:
             stack.enter_context(_control(pipe, scenario))
         elif scenario.method == "limit":
             stack.enter_context(_limit(pipe))
         elif scenario.method != "sd":
             stack.enter_context(use_method(pipe, scenario.method, scenario.config))
-        if scenario.cache_interval > 1:
-            stack.enter_context(_deepcache(pipe, scenario.cache_interval))
-        yield
+        yield call
+
+
+def check_packages(scenarios: Iterable[Scenario]) -> None:
+    """Raise BenchError if a package of another library's method is missing."""
+    for method, package in (("deepcache", "DeepCache"), ("tgate", "tgate")):
+        if any(scenario.method == method for scenario in scenarios) and find_spec(package) is None:
+            raise BenchError(f"{package} is not installed: pip install {package}, or leave {method} out of --methods")
 
 
 class MeanValueProcessor:
@@ -92,12 +113,9 @@ def _control(pipe: Any, scenario: Scenario) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_agent_phase(pipe: Any, config: agentsd.AgentConfig, stand_ins: Mapping[Attention, Any]) -> Iterator[None]:
-    """Other processors on these layers for the length of each UNet call in the agent phase; afterwards those before.
+    """Put other processors (by layer) in place during each UNet call in the agent phase, restore the former after it.
 
-    Args:
-        pipe: a pipeline, patched or not.
-        config: says which timesteps the agent phase is.
-        stand_ins: layer of the pipeline's UNet to the processor that stands in.
+    The pipeline may be patched or not; config says which timesteps the agent phase is.
     """
     unet = pipe.unet
     num_train_timesteps = pipe.scheduler.config.num_train_timesteps
@@ -138,9 +156,11 @@ def _limit(pipe: Any) -> Iterator[None]:
 
 
 def full_resolution_layers(pipe: Any) -> dict[str, Attention]:
-    """The self-attention layers of an unpatched pipeline's UNet that agentsd patches by default, by module name."""
-    with agentsd.patched(pipe):
-        return _patched_layers(pipe.unet)
+    """The self-attention layers of a pipeline's UNet that agentsd patches by default, by module name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is none, which the caller finds out
+        with agentsd.patched(pipe):
+            return _patched_layers(pipe.unet)
 
 
 def _patched_layers(unet: nn.Module) -> dict[str, Attention]:
@@ -153,19 +173,59 @@ def _patched_layers(unet: nn.Module) -> dict[str, Attention]:
 
 @contextlib.contextmanager
 def _deepcache(pipe: Any, interval: int) -> Iterator[None]:
-    try:
-        from DeepCache import DeepCacheSDHelper
-    except ImportError:
-        raise BenchError("DeepCache is not installed: pip install DeepCache, or leave --with-deepcache out") from None
-    modules = [pipe.unet, *pipe.unet.modules()]
-    before = {module: "forward" in vars(module) for module in modules}
+    check_packages([Scenario("deepcache", interval=interval)])
+    from DeepCache import DeepCacheSDHelper
+
     helper = DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=interval, cache_branch_id=0)
-    helper.enable()
+    with _forwards_restored(pipe.unet):
+        helper.enable()
+        try:
+            yield
+        finally:
+            helper.disable()
+
+
+@contextlib.contextmanager
+def _tgate(pipe: Any) -> Iterator[Callable[..., Any]]:
+    """T-GATE as its README recommends for Stable Diffusion: 10 gated steps of 25, self-attention every 5th step."""
+    check_packages([Scenario("tgate")])
+    import tgate
+
+    loaders = {"StableDiffusionPipeline": tgate.TgateSDLoader, "StableDiffusionXLPipeline": tgate.TgateSDXLLoader}
+    if type(pipe).__name__ not in loaders:
+        raise BenchError(f"tgate has no support for {type(pipe).__name__}: leave tgate out of --methods")
+    loaders[type(pipe).__name__](pipe)
+
+    def call(*args: Any, num_inference_steps: int, **options: Any) -> Any:
+        gate = max(1, round(0.4 * num_inference_steps))
+        settings = {"gate_step": gate, "sp_interval": 5, "fi_interval": 1, "warm_up": min(2, gate - 1)}
+        return pipe.tgate(*args, num_inference_steps=num_inference_steps, **settings, **options)
+
+    try:
+        with _forwards_restored(pipe.unet):
+            yield call
+    finally:
+        del pipe.tgate
+        for module in pipe.unet.modules():
+            if isinstance(module, Attention):
+                vars(module).pop("cache", None)
+
+
+def _fewer_steps(pipe: Any, factor: int) -> Callable[..., Any]:
+    return lambda *args, num_inference_steps, **options: pipe(
+        *args, num_inference_steps=-(-num_inference_steps // factor), **options
+    )
+
+
+@contextlib.contextmanager
+def _forwards_restored(unet: nn.Module) -> Iterator[None]:
+    """Both packages set `forward` on modules and leave it there; put back what each module had."""
+    before = {module: vars(module).get("forward") for module in unet.modules()}
     try:
         yield
     finally:
-        helper.disable()
-        for module, had_its_own in before.items():
-            if not had_its_own:  # DeepCache puts the class's forward back as an attribute of the object
-                vars(module).pop("forward", None)
+        for module, forward in before.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward

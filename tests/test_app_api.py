@@ -21,6 +21,7 @@ from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from agentsd import AgentConfig  # noqa: E402
+from agentsd.config import PRESETS  # noqa: E402
 from agentsd.images.compare import generate  # noqa: E402
 from agentsd.images.methods import METHODS  # noqa: E402
 from agentsd.images.png import read_settings  # noqa: E402
@@ -68,7 +69,7 @@ def expected(studio, request, method="agentsd", config=None, model="tiny"):
 
 
 def test_compare(app, client):
-    answer = client.predict("a zebra", steps=3, seed=5, ratio=0.3, api_name="/compare")
+    answer = client.predict("a zebra", steps=3, seed=5, ratio=0.3, rounds=1, api_name="/compare")
     assert set(answer) == {*METHODS, "verdict"}
     request, config = Request("a zebra", steps=3, seed=5, guidance=5.0), AgentConfig(ratio=0.3)
     for method in METHODS:
@@ -77,7 +78,8 @@ def test_compare(app, client):
         assert read_settings(one["picture"]) == one["settings"] and one["settings"]["method"] == method
         assert one["seconds"] > 0 and len(one["all_seconds"]) == 1
     assert answer["sd"]["speed_up"] is None and answer["agentsd"]["speed_up"] > 0
-    assert answer["agentsd"]["distance"] > 0 and "Rough times" in answer["verdict"]
+    assert answer["agentsd"]["distance"] > 0 and "Timings unstable" in answer["verdict"]
+    assert [answer[method]["stable"] for method in METHODS] == [False] * 3
 
 
 def test_only_the_prompt_must_be_given(client):
@@ -104,7 +106,7 @@ def test_inspect(app, client):
 
 def test_sweep(app, client):
     answer = client.predict(
-        "a zebra", steps=2, field="early", first=0, last=1, count=3, scheduler="ddim", api_name="/sweep"
+        "a zebra", steps=2, field="early", first=0, last=1, count=3, scheduler="ddim", rounds=1, api_name="/sweep"
     )
     assert [one["value"] for one in answer["drawings"]] == [None, 0.0, 0.5, 1.0]
     assert [one["method"] for one in answer["drawings"]] == ["sd"] + ["agentsd"] * 3
@@ -117,6 +119,12 @@ def test_sweep(app, client):
     about = read_settings(answer["sheet"])
     assert about["sweep"] == {"field": "early", "values": [0.0, 0.5, 1.0]} and about["patch"]["early"] == 0.4
     assert type(app[1].models.get("tiny").pipe.scheduler).__name__ == "PNDMScheduler"
+
+
+def test_a_preset_with_single_settings_beside_it(client):
+    values = {"steps": 1, "rounds": 1, "width": 64, "height": 64, "preset": "fastest", "cache_interval": 2}
+    patch = client.predict("a zebra", **values, api_name="/compare")["agentsd"]["settings"]["patch"]
+    assert AgentConfig(**patch) == AgentConfig(**{**PRESETS["fastest"], "cache_interval": 2})
 
 
 @pytest.mark.parametrize(
@@ -136,6 +144,9 @@ def test_sweep(app, client):
         ("/inspect", {"call": None}, "call=None"),
         ("/sweep", {"field": "prompt"}, "field='prompt'"),
         ("/sweep", {"count": 1000}, "count=1000"),
+        ("/compare", {"preset": "fats"}, "preset='fats': must be one of paper, fast"),
+        ("/compare", {"cache_interval": 0}, "cache_interval=0"),
+        ("/sweep", {"field": "cache_interval", "first": 1, "last": 2, "count": 4}, "fewer integers from 1 to 2"),
         ("/sweep", {"first": 0.1, "last": 0.9}, "ratio=0.9: at most 0.75"),
     ],
 )
@@ -176,7 +187,8 @@ def test_twenty_at_once(app, client):
         {
             "prompt": f"a zebra number {i}",
             "seed": i,
-            "steps": 2 + i % 2,
+            "steps": 1 + i % 2,
+            "rounds": 1,
             "ratio": round(0.05 + i * 0.03, 2),
             "width": 64,
             "height": 64 + 64 * (i % 2),
@@ -200,7 +212,7 @@ def test_twenty_at_once(app, client):
             }
             assert settings["scheduler_name"] == values["scheduler"]
         assert answer["agentsd"]["settings"]["patch"]["ratio"] == values["ratio"]
-        # and the pictures are those of the settings: nothing of the neighbours leaked into them
+        # and the images are those of the settings: nothing of other requests leaked into them
         if values["scheduler"] == "model's own":
             names = ("prompt", "steps", "seed", "width", "height")
             request = Request(**{name: values[name] for name in names}, guidance=5.0)

@@ -9,25 +9,30 @@ import re
 import threading
 import time
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import gradio as gr
 import numpy as np
 import pytest
+import tomesd
 import torch
 from app_support import CountingLoader, tiny_models
 from PIL import Image
-from playground import captions, pictures
+from playground import captions, charts, figures, images, sweeps
 from playground.context import Context, Recent
 from playground.form import Form
-from playground.jobs import Drawn, Loading, Looked, Run, Stepped, Stopped, Studio, Unread, explain, methods_to_compare
+from playground.jobs import Finished, Loading, Looked, Note, Run, Stepped, Stopped, Studio, explain, methods_to_compare
 from playground.look_tab import LookTab, layer_choices
 from playground.models import Models
 from playground.outputs import Outputs, file_name
 from playground.page import Page
-from playground.settings import Limits, check
+from playground.restore import form_values
+from playground.settings import PATCH_FIELDS, Limits, check
 
+import agentsd
 from agentsd import AgentConfig
-from agentsd.images.compare import GeneratedImage, generate
+from agentsd.config import PRESETS
+from agentsd.images.generate import GeneratedImage, generate
 from agentsd.images.methods import METHODS
 from agentsd.images.pipelines import ModelError, set_scheduler
 from agentsd.images.png import read_settings
@@ -42,7 +47,9 @@ def studio():
 
 
 def settings(**values):
-    return check({"prompt": "a zebra", "steps": 4, "seed": 3, "model": "tiny", **values}, ["tiny"], Limits())
+    return check(
+        {"prompt": "a zebra", "steps": 4, "seed": 3, "rounds": 1, "model": "tiny", **values}, ["tiny"], Limits()
+    )
 
 
 def is_clean(studio):
@@ -57,12 +64,12 @@ def is_clean(studio):
 
 def run_compare(studio, wanted):
     reports = list(studio.generate(Run(), wanted, methods_to_compare(wanted.config)))
-    return reports, {report.drawing.method: report.drawing for report in reports if isinstance(report, Drawn)}
+    return reports, {report.generated.method: report.generated for report in reports if isinstance(report, Finished)}
 
 
-def test_each_picture_comes_as_soon_as_it_is_ready(studio):
+def test_each_image_comes_as_soon_as_it_is_ready(studio):
     wanted = settings(ratio=0.3, scheduler="ddim")
-    reports, drawings = run_compare(studio, wanted)
+    reports, done = run_compare(studio, wanted)
     assert isinstance(reports.pop(0), Loading)
     seen = [(r.case, r.round) if isinstance(r, Stepped) else r.case for r in reports]
     assert list(dict.fromkeys(seen)) == [(0, 0), (0, 1), 0, (1, 0), (1, 1), 1, (2, 0), (2, 1), 2]
@@ -76,18 +83,18 @@ def test_each_picture_comes_as_soon_as_it_is_ready(studio):
     set_scheduler(pipe, "ddim")
     for method in METHODS:
         alone = generate(pipe, wanted.request, method, wanted.config)
-        assert np.array_equal(np.asarray(alone.image), np.asarray(drawings[method].image)), method
+        assert np.array_equal(np.asarray(alone.image), np.asarray(done[method].image)), method
     pipe.scheduler = own
-    assert drawings["agentsd"].settings["scheduler_name"] == "ddim"
+    assert done["agentsd"].settings["scheduler_name"] == "ddim"
 
     again, _ = run_compare(studio, settings(ratio=0.5))
     assert 0 not in {report.round for report in again if isinstance(report, Stepped)}  # warm already
 
 
 def test_rounds_are_interleaved_and_their_times_collected(studio):
-    reports, drawings = run_compare(studio, settings(rounds=3))
-    assert [report.case for report in reports if isinstance(report, Drawn)] == [0, 1, 2] * 3
-    assert all(len(drawing.all_seconds) == 3 for drawing in drawings.values())
+    reports, done = run_compare(studio, settings(rounds=3))
+    assert [report.case for report in reports if isinstance(report, Finished)] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+    assert all(len(one.all_seconds) == 3 for one in done.values())
     assert all(not report.preview for report in reports if isinstance(report, Stepped) and report.round > 1)
 
 
@@ -176,13 +183,70 @@ def test_looking_inside(studio):
     assert is_clean(studio)
 
 
+def test_step_caching_is_counted_and_shown(studio):
+    usual = {"steps": 20, "width": 64, "height": 64, "scheduler": "ddim", "early": 0.0}
+    wanted = settings(**usual, cache_interval=3)
+    _, done = run_compare(studio, wanted)
+    ours = done["agentsd"]
+    # Whole are the first call and every third after it.
+    assert ours.settings["unet_calls"] == {"whole": 7, "cached": 13} and "unet_calls" not in done["sd"].settings
+    assert "7 of 20 UNet calls whole, 13 cached" in captions.figures_html(figures.Figures.of(ours, done["sd"]))
+    assert "Step caching: 7 of 20 UNet calls whole" in figures.verdict([done["sd"], ours])
+    values, remarks = form_values(ours.settings, ["tiny"], Limits())  # as the history does
+    assert values["cache_interval"] == 3 and remarks == []
+    assert np.array_equal(np.asarray(ours.image), np.asarray(generate_with(studio, wanted).image))
+
+    _, few = run_compare(studio, settings(**{**usual, "steps": 4}, cache_interval=3))
+    assert "all 4 UNet calls whole, none cached" in captions.figures_html(figures.Figures.of(few["agentsd"], few["sd"]))
+    _, without = run_compare(studio, settings(**{**usual, "steps": 4}))
+    assert "unet_calls" not in without["agentsd"].settings
+
+    cases = sweeps.sweep_cases(wanted.config, "cache_interval", [1, 4])
+    reports = studio.generate(Run(), wanted, cases)
+    swept = {report.case: report.generated for report in reports if isinstance(report, Finished)}
+    ordered = [swept[i] for i in range(3)]
+    rows = sweeps.sweep_rows([None, 1, 4], ordered)
+    table = list(csv.DictReader(io.StringIO(sweeps.sweep_csv("cache_interval", rows, ordered))))
+    assert [row["cache_interval"] for row in table] == ["", "1", "4"]
+    assert [row["unet_calls_cached"] for row in table] == ["", "", "15"]
+
+    looked = list(studio.look(Run(), wanted, 0))[-1]  # a layer that cached calls skip: whole calls, by their numbers
+    assert [view.call for view in looked.views] == [0, 3, 6, 9, 12, 15, 18]
+    with pytest.raises(ValueError, match="call=1: .*step caching skips it"):
+        list(studio.look(Run(), wanted, 0, call=1))
+    assert is_clean(studio)
+
+
+def generate_with(studio, wanted):
+    """AgentSD's image of a request, without the app."""
+    pipe = studio.models.get("tiny").pipe
+    own = pipe.scheduler
+    set_scheduler(pipe, wanted.scheduler)
+    try:
+        return generate(pipe, wanted.request, "agentsd", wanted.config)
+    finally:
+        pipe.scheduler = own
+
+
 def test_what_the_model_does_not_read_is_told(studio):
     prompt = " ".join(["zebra"] * 75 + ["castle", "frog"])
     reports, _ = run_compare(studio, settings(prompt=prompt))
-    (unread,) = [report for report in reports if isinstance(report, Unread)]
-    assert unread.text == "castle frog"
+    (note,) = [report for report in reports if isinstance(report, Note)]
+    assert "longer than the model reads" in note.text and "“castle frog”" in note.text
     reports, _ = run_compare(studio, settings(prompt=" ".join(["zebra"] * 75)))
-    assert not any(isinstance(report, Unread) for report in reports)
+    assert not any(isinstance(report, Note) for report in reports)
+
+
+def test_a_prompt_the_demo_model_does_not_know_is_told():
+    studio = Studio(Models(["demo", "tiny"], load=CountingLoader()))
+    asked = {"prompt": "an astronaut riding a hrose", "steps": 1, "rounds": 1, "width": 64, "height": 64}
+    for values, told in (({}, True), ({"prompt": "a photograph of a zebra"}, False), ({"model": "tiny"}, False)):
+        wanted = check({"model": "demo", **asked, **values}, ["demo", "tiny"], Limits())
+        notes = [report.text for report in run_compare(studio, wanted)[0] if isinstance(report, Note)]
+        assert len(notes) == told, values
+        if told:
+            assert "knows 121 things" in notes[0] and "Nearest in spelling: " in notes[0] and "list" in notes[0]
+    studio.worker.close()
 
 
 # --- the models -------------------------------------------------------------------------------------------------------
@@ -215,17 +279,46 @@ def test_only_named_models_are_loaded_and_failures_tried_again(tmp_path):
     assert models.get("tiny").name == "tiny"
 
 
-def test_the_preview_shows_the_picture():
-    model = Models(["demo"]).get("demo")
+def test_a_patched_pipeline_is_refused(studio):
+    """Its "unpatched" image would be made with the patch."""
+    from conftest import make_pipeline
+
+    patched = agentsd.apply_patch(make_pipeline(), ratio=0.3)
+    models = Models(["mine"], load=lambda name, **options: patched)
+    with pytest.raises(ModelError, match="mine: .*already patched.*agentsd.remove_patch"):
+        models.get("mine")
+    assert models.loaded("mine") is None and get_patch(patched) is not None
+    agentsd.remove_patch(patched)
+    assert models.get("mine").pipe is patched
+
+    tomesd.apply_patch(patched)
+    with pytest.raises(ModelError, match="tomesd.remove_patch"):
+        Models(["mine"], load=lambda name, **options: patched).get("mine")
+    tomesd.remove_patch(patched)
+    assert Models(["mine"], load=lambda name, **options: patched).get("mine").pipe is patched
+
+    pipe = studio.models.get("tiny").pipe  # patched by someone after it was loaded
+    with agentsd.patched(pipe):
+        with pytest.raises(ValueError, match="already patched"):
+            run_compare(studio, settings())
+        with pytest.raises(ValueError, match="already patched"):
+            list(studio.look(Run(), settings(), 0))
+        assert get_patch(pipe) is not None
+    run_compare(studio, settings())
+    assert is_clean(studio)
+
+
+def test_the_preview_shows_the_image():
+    model = Models(["demo"], load=CountingLoader()).get("demo")
     latents = []
-    drawing = generate(
+    done = generate(
         model.pipe, check({"prompt": "a castle", "steps": 10}, ["demo"], Limits()).request, "sd",
         on_step=lambda step: latents.append(step.latents),
     )  # fmt: skip
     preview = np.asarray(model.preview(latents[-1]), dtype=float)
-    picture = np.asarray(drawing.image.resize((64, 64), Image.Resampling.BOX), dtype=float)
-    assert preview.shape == (64, 64, 3)
-    assert np.corrcoef(preview.ravel(), picture.ravel())[0, 1] > 0.6
+    image = np.asarray(done.image.resize((32, 32), Image.Resampling.BOX), dtype=float)
+    assert preview.shape == (32, 32, 3)
+    assert np.corrcoef(preview.ravel(), image.ravel())[0, 1] > 0.6
 
 
 def test_sdxl_whose_autoencoder_overflows_in_half_precision():
@@ -242,10 +335,10 @@ def test_sdxl_whose_autoencoder_overflows_in_half_precision():
     assert len({label for label, _ in looks}) == len(looks) == len(model.layers) + 1
 
 
-# --- what is said of the pictures -------------------------------------------------------------------------------------
+# --- what is said of the images -------------------------------------------------------------------------------------
 
 
-def drawing(method="sd", seconds=(2.0,), shade=0, **about):
+def made(method="sd", seconds=(2.0,), shade=0, **about):
     return GeneratedImage(method, Image.new("RGB", (16, 8), (shade, 0, 0)), seconds, about, 1_500_000_000)
 
 
@@ -253,13 +346,13 @@ def test_distances():
     black, other = Image.new("RGB", (4, 2)), Image.new("RGB", (4, 2))
     other.putpixel((1, 1), (30, 60, 10))
     expected = np.sqrt((30**2 + 60**2 + 10**2) / 24)
-    assert pictures.distance(black, other) == pytest.approx(expected)
-    assert pictures.psnr(expected) == pytest.approx(10 * np.log10(255**2 / expected**2))
-    assert pictures.psnr(pictures.distance(black, black)) == np.inf
-    apart = pictures.difference_map(black, other, gain=4)
+    assert images.distance(black, other) == pytest.approx(expected)
+    assert images.psnr(expected) == pytest.approx(10 * np.log10(255**2 / expected**2))
+    assert images.psnr(images.distance(black, black)) == np.inf
+    apart = images.difference_map(black, other, gain=4)
     assert apart.getpixel((1, 1)) == 240 and apart.getpixel((0, 0)) == 0
     with pytest.raises(ValueError, match="cannot be compared"):
-        pictures.difference_map(black, Image.new("RGB", (2, 2)))
+        images.difference_map(black, Image.new("RGB", (2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -268,47 +361,76 @@ def test_distances():
         ((2.0, 2.0), (1.0, 1.0), ["AgentSD was 2.00× as fast", "which agree"]),
         ((2.0, 2.0), (2.5, 2.5), ["AgentSD was slower than Stable Diffusion here (0.80×)", "little to save"]),
         ((2.0, 2.0), (2.0, 2.0), ["took as long", "nothing is gained"]),
-        ((2.0,), (1.9,), ["took about as long as Stable Diffusion (1.05×), as far as rough times can tell"]),
-        ((2.0,), (1.0,), ["AgentSD was 2.00× as fast", "Rough times: one run each after a warm-up; more timed rounds"]),
-        ((2.0, 3.0), (1.0, 1.0), ["Rough times: the 2 rounds of a method disagree"]),
+        ((2.0,), (1.9,), ["took about as long as Stable Diffusion.", "Timings unstable"]),
+        ((2.0,), (1.0,), ["AgentSD was faster than", "Timings unstable: one round each; more timed rounds"]),
+        ((2.0,), (3.0,), ["AgentSD was slower than", "Timings unstable: one round each; more timed rounds"]),
+        ((2.0, 3.0), (1.0, 1.0), ["was faster", "Timings unstable: rounds of a method differ by more than 15%"]),
     ],
 )
 def test_the_verdict_is_honest(base, ours, words):
-    text = pictures.verdict([drawing("sd", base), drawing("agentsd", ours)])
+    text = figures.verdict([made("sd", base), made("agentsd", ours)])
     assert all(word in text for word in words), text
+    assert ("Timings unstable" in text) != bool(re.search(r"\d[.]\d", text)), "no decimals while unstable"
 
 
 def test_captions():
-    first, ours = drawing("sd", device="cpu"), drawing("agentsd", (4.0,), 30, device="cuda:0")
-    figures = pictures.Figures.of(ours, first)
-    assert (figures.speed_up, figures.peak_gb, figures.on_gpu, figures.rough) == (0.5, 1.5, True, True)
-    html = captions.figures_html(figures)
-    assert "0.50× as fast: slower" in html and "(rough)" in html and "1.50 GB on the GPU" in html
-    close = pictures.Figures.of(drawing("agentsd", (1.9,), 30), drawing("sd", (2.0,)))
-    assert "class='quiet'>1.05× as fast: about the same" in captions.figures_html(close)
-    assert "compared with" in captions.figures_html(pictures.Figures.of(first, first))
+    first, ours = made("sd", (2.0, 2.0), device="cpu"), made("agentsd", (4.0, 4.0), 30, device="cuda:0")
+    found = figures.Figures.of(ours, first)
+    assert (found.speed_up, found.peak_gb, found.on_gpu, found.stable) == (0.5, 1.5, True, True)
+    html = captions.figures_html(found)
+    assert "<b>4.00 s</b>" in html and "0.50× as fast: slower" in html and "1.50 GB on the GPU" in html
+    html = captions.figures_html(figures.Figures.of(first, first))
+    assert "compared with" in html and "memory of the whole app: at most 1.50 GB" in html
     assert "<script>" not in captions.message_html("<script>alert(1)</script>", "error")
 
 
+@pytest.mark.parametrize("base, ours", [((2.0,), (0.9,)), ((2.0, 3.0), (1.0, 1.0)), ((21.0,), (18.4,))])
+def test_captions_of_unstable_timings_have_no_decimals_and_nothing_bold(base, ours):
+    first, second = made("sd", base, device="cpu"), made("agentsd", ours, device="cpu")
+    for one in (first, second):
+        html = captions.figures_html(figures.Figures.of(one, first))
+        timing = html.split("memory")[0]
+        assert not re.search(r"\d[.]\d", timing) and "<b>" not in html and "×" not in html, html
+        assert not re.search("class='(faster|slower)'", html)
+
+
 def test_a_sweep_as_table_and_sheet():
-    drawings = [drawing("sd"), drawing("agentsd", (1.0,), 10), drawing("agentsd", (4.0,), 20)]
-    rows = pictures.sweep_rows([None, 0.1, 0.5], drawings)
-    table = list(csv.DictReader(io.StringIO(pictures.sweep_csv("ratio", rows, drawings))))
+    unstable = [made("sd"), made("agentsd", (1.0,), 10), made("agentsd", (4.0,), 20)]
+    rows = sweeps.sweep_rows([None, 0.1, 0.5], unstable)
+    table = list(csv.DictReader(io.StringIO(sweeps.sweep_csv("ratio", rows, unstable))))
     assert [(row["method"], row["ratio"], row["speed_up"]) for row in table] == [
         ("sd", "", "1.0000"), ("agentsd", "0.1", "2.0000"), ("agentsd", "0.5", "0.5000"),
     ]  # fmt: skip
     assert float(table[1]["rmse_to_unpatched"]) == pytest.approx(10 / np.sqrt(3), abs=1e-3)
-    sheet = pictures.sweep_sheet("ratio", rows, drawings)
+    sheet = sweeps.sweep_sheet("ratio", rows, unstable)
     assert sheet.width > 2 * 16 and sheet.height > 2 * 8
-    assert "0.50× to 2.00×" in pictures.sweep_verdict("ratio", rows, drawings)
-    steady = [drawing("sd", (2.0, 2.0)), drawing("agentsd", (1.0, 1.0)), drawing("agentsd", (4.0, 4.0))]
-    rows = pictures.sweep_rows([None, 0.1, 0.5], steady)
-    assert pictures.sweep_verdict("ratio", rows, steady) == "Fastest at ratio 0.1: 2.00× as fast as unpatched."
+    text = sweeps.sweep_verdict("ratio", rows, unstable)
+    assert text.startswith("No value can be called the fastest. Timings unstable") and "×" not in text
+    stable = [made("sd", (2.0, 2.0)), made("agentsd", (1.0, 1.0)), made("agentsd", (4.0, 4.0))]
+    rows = sweeps.sweep_rows([None, 0.1, 0.5], stable)
+    assert sweeps.sweep_verdict("ratio", rows, stable) == "Fastest at ratio 0.1: 2.00× as fast as unpatched."
+
+
+def test_a_chart_has_a_marker_at_every_value_at_its_place():
+    svg = charts.line_chart("Seconds", "ratio <", {"A": [(0.5, 1.0), (0.1, 4.0), (0.3, 2.0)]}, level=("base", 3.0))
+    root = ElementTree.fromstring(svg)
+    places = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter("circle")]
+    assert len(places) == 3 and places == sorted(places)
+    (_, y4), (x3, y2), (_, y1) = places
+    assert x3 == pytest.approx((places[0][0] + places[2][0]) / 2, abs=0.1)
+    zero = 2 * y2 - y4  # heights are proportional to the values: the axis begins at 0
+    assert y1 == pytest.approx((y2 + zero) / 2, abs=0.2)
+    (level,) = [line for line in root.iter("line") if line.get("class") == "level"]
+    assert float(level.get("y1")) == pytest.approx((y4 + y2) / 2, abs=0.2)
+    assert [c.find("title").text for c in root.iter("circle")][0] == "A, ratio < 0.1: 4"
+    assert charts.line_chart("Seconds", "ratio", {"A": []}) == ""
+    for y in (0.0, 1e-9, 0.3, 7.0, 12345.6):  # also where all values are equal, or there is one
+        ElementTree.fromstring(charts.line_chart("Seconds", "ratio", {"A": [(0.1, y)]}))
 
 
 def test_outputs_have_names_nobody_can_guess_and_do_not_stay(tmp_path, monkeypatch):
     outputs = Outputs(tmp_path / "out")
-    first = outputs.picture(Image.new("RGB", (4, 4)), "a", {"prompt": "a"})
+    first = outputs.image(Image.new("RGB", (4, 4)), "a", {"prompt": "a"})
     second = outputs.text("x", "a.csv")
     assert read_settings(first) == {"prompt": "a"} and open(second).read() == "x"
     assert len({path.name for path in (tmp_path / "out").iterdir()}) == 2
@@ -346,14 +468,36 @@ def test_recent_forgets_an_owner():
     assert [recent.get(key) for key in (of_ann, of_bob, of_nobody)] == [None, 2, 3]
 
 
+def test_a_preset_fills_the_controls_and_is_recognised(tmp_path):
+    studio = Studio(tiny_models())
+    with gr.Blocks():
+        form = Form(Context(studio, Outputs(tmp_path), Limits()))
+    assert [name for name, _ in form.preset.choices][:2] == ["paper", "fast"]
+    interval = form.controls["cache_interval"]
+    assert isinstance(interval, gr.Slider) and (interval.minimum, interval.maximum, interval.value) == (1, 8, 1)
+
+    given = {name: control.value for name, control in form.controls.items()}
+    for name in ("fastest", "fast", "paper"):  # each takes back what the one before it has set
+        given |= dict(zip([field.name for field in PATCH_FIELDS.values()], form._choose_preset(name)))
+        wanted = check({**given, "prompt": "a"}, ["tiny"], Limits())
+        assert wanted.config == AgentConfig(**PRESETS[name])
+        code, _, shown = form._derived(*given.values())
+        assert shown == name and (f'preset="{name}"' in code) == (name != "paper")
+    _, _, shown = form._derived(*{**given, "ratio": 0.3}.values())
+    assert shown == "own settings"
+    _, _, shown = form._derived(*{**given, "ratio": "wrong"}.values())
+    assert shown == "own settings"
+    studio.worker.close()
+
+
 # --- the end of the app -----------------------------------------------------------------------------------------------
 
 
-def test_closing_the_worker_stops_what_is_drawn_and_what_waits():
+def test_closing_the_worker_stops_what_is_generated_and_what_waits():
     studio = Studio(tiny_models())
     cases = methods_to_compare(AgentConfig())
-    drawing = studio.generate(Run(), settings(steps=150, rounds=5), cases)
-    while not isinstance(next(drawing), Stepped):
+    reports = studio.generate(Run(), settings(steps=150, rounds=5), cases)
+    while not isinstance(next(reports), Stepped):
         pass
     told = []
 
@@ -368,7 +512,7 @@ def test_closing_the_worker_stops_what_is_drawn_and_what_waits():
         time.sleep(0.01)
     studio.worker.close()
     with pytest.raises(Stopped):
-        for report in drawing:
+        for report in reports:
             assert report.round < 2, "it went on"
     waiting.join(timeout=60)
     assert told == ["waiting"]
@@ -447,7 +591,7 @@ def test_looks_go_when_their_page_is_closed(look_tab):
     _, newer = look_tab.look(context.begin("bob"))
     assert context.looks.get(keys["bob"]) is None and context.looks.get(newer)  # its page shows the newer one
 
-    run = Run("carl")  # left just when the drawing was done
+    run = Run("carl")  # left just when the generating was done
     context.runs.add(run)
     assert context.looks.get(context.keep_look(run, "look", 1)) is None
 

@@ -1,4 +1,4 @@
-"""The app's settings: what is asked for is checked by name, and comes back from a saved picture."""
+"""The app's settings: what is asked for is checked by name, and comes back from a saved image or a link."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import threading
 import time
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -13,34 +14,37 @@ from app_support import tiny_models
 from conftest import make_pipeline
 from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
-from playground import pictures
+from playground import restore as app_restore
 from playground import settings as app_settings
+from playground import sweeps
+from playground.restore import form_values, link_values, restore
+from playground.script import script
 from playground.settings import (
     OWN_SCHEDULER,
     PATCH_FIELDS,
+    SWEEPABLE,
+    Field,
     Limits,
     check,
     check_patch,
-    form_values,
     patch_help,
-    restore,
-    script,
     sweep_values,
 )
 
 from agentsd import AgentConfig
-from agentsd.images.compare import GeneratedImage, generate, settings_of
+from agentsd.images.generate import GeneratedImage, generate, settings_of
 from agentsd.images.pipelines import set_scheduler
 from agentsd.images.png import METADATA_KEY, save_image
 from agentsd.images.request import Request
 
 MODELS = ("demo", "other")
+PRESETS = {"paper": {}, "toy": {"ratio": 0.5, "agent_stride": (2, 4), "max_agents": 64}}
 LIMITS = Limits()
 
 
 def test_only_the_prompt_is_needed():
     settings = check({"prompt": "a zebra"}, MODELS, LIMITS)
-    assert settings.model == "demo" and settings.scheduler == OWN_SCHEDULER and settings.rounds == 1
+    assert settings.model == "demo" and settings.scheduler == OWN_SCHEDULER and settings.rounds == 3
     assert settings.request == Request("a zebra", steps=20, guidance=5.0)
     assert settings.config == AgentConfig()
 
@@ -93,9 +97,9 @@ def test_what_is_out_of_bounds_is_named(values, message):
 def test_every_setting_of_the_patch_has_a_field():
     assert list(PATCH_FIELDS) == [field.name for field in dataclasses.fields(AgentConfig)]
     names = [field.name for field in PATCH_FIELDS.values()]
-    assert len(set(names)) == len(names) and "seed" not in names  # the picture's
+    assert len(set(names)) == len(names) and "seed" not in names  # the image's
     assert check_patch({field.name: field.default for field in PATCH_FIELDS.values()}) == AgentConfig()
-    assert set(PATCH_FIELDS) <= set(patch_help()) and patch_help()["seed"] == "of those draws"
+    assert set(PATCH_FIELDS) <= set(patch_help()) and all(0 < len(text) < 200 for text in patch_help().values())
     json.dumps([field.default for field in PATCH_FIELDS.values()])  # as the API tells them
 
 
@@ -105,7 +109,7 @@ CONFIG = AgentConfig(
 )  # fmt: skip
 
 
-def test_a_saved_picture_gives_its_settings_back(tmp_path):
+def test_a_saved_image_gives_its_settings_back(tmp_path):
     pipe = make_pipeline()
     request = Request("斑马 “zèbre”", "blurry", 7, 4.5, 11, 64, 128)
     about = settings_of(pipe, request, "agentsd", CONFIG)
@@ -117,7 +121,7 @@ def test_a_saved_picture_gives_its_settings_back(tmp_path):
     assert settings.request == request and settings.config == CONFIG
 
 
-def test_pictures_of_the_command_give_theirs_back(tmp_path):
+def test_images_of_the_command_give_theirs_back(tmp_path):
     pipe = make_pipeline()
     about = {**settings_of(pipe, Request("a", steps=3), "agentsd", CONFIG), "model": "demo"}
     plain = {**settings_of(pipe, Request("a", steps=3), "sd", CONFIG), "model": "demo"}
@@ -128,7 +132,7 @@ def test_pictures_of_the_command_give_theirs_back(tmp_path):
     assert check(values, MODELS, LIMITS).config == AgentConfig()
 
 
-def test_what_a_picture_cannot_have_is_said():
+def test_what_an_image_cannot_have_is_said():
     about = {"prompt": "a", "model": "evil/model", "scheduler": "SomeScheduler", "patch": {"ratio": 0.2, "new": 1}}
     values, remarks = form_values(about, MODELS, LIMITS)
     assert values["model"] == "demo" and values["scheduler"] == OWN_SCHEDULER and values["ratio"] == 0.2
@@ -149,10 +153,10 @@ def _png(path, text=None, cut=None):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda p: p.write_bytes(b"no picture at all"), "is no picture that can be read"),
-        (lambda p: p.write_bytes(b""), "is no picture that can be read"),
-        (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 60), "is no picture that can be read"),
-        (lambda p: _png(p, "{}", cut=400), "is no picture that can be read, or a damaged one"),
+        (lambda p: p.write_bytes(b"no image at all"), "that can be read"),
+        (lambda p: p.write_bytes(b""), "that can be read"),
+        (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 60), "that can be read"),
+        (lambda p: _png(p, "{}", cut=400), "that can be read, or a damaged one"),
         (lambda p: _png(p), "carries no settings"),
         (lambda p: _png(p, "not json"), "is not JSON"),
         (lambda p: _png(p, "[" * 100_000), "is not JSON"),
@@ -164,14 +168,14 @@ def _png(path, text=None, cut=None):
         (lambda p: _png(p, '{"prompt": "a", "model": {"a": 1}, "patch": {"ratio": "x"}}'), "ratio='x'"),
     ],
 )
-def test_a_bad_picture_is_refused(tmp_path, make, message):
+def test_a_bad_image_is_refused(tmp_path, make, message):
     path = tmp_path / "bad.png"
     make(path)
     with pytest.raises((ValueError, TypeError, OSError), match=message):
         restore(path, MODELS, LIMITS)
 
 
-def test_a_picture_of_too_many_pixels_is_refused_before_they_are_decoded(tmp_path, monkeypatch):
+def test_an_image_of_too_many_pixels_is_refused_before_they_are_decoded(tmp_path, monkeypatch):
     info = PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps({"prompt": "a", "model": "demo"}))
     path = tmp_path / "huge.png"
@@ -188,16 +192,15 @@ def test_a_picture_of_too_many_pixels_is_refused_before_they_are_decoded(tmp_pat
         restore(_png(tmp_path / "small.png", "{}"), MODELS, LIMITS)
 
 
-@pytest.mark.parametrize("size", [64, 512, 1024])
-def test_every_picture_of_the_app_has_few_enough_pixels(size):
-    for values in (2, 4, 6, LIMITS.values):
-        drawings = [GeneratedImage("sd", Image.new("RGB", (size, size)), (1.0,), {})] * (values + 1)
-        rows = pictures.sweep_rows([None, *range(values)], drawings)
-        sheet = pictures.sweep_sheet("ratio", rows, drawings)
-        assert sheet.width * sheet.height <= Limits(largest=size, values=values).pixels
+@pytest.mark.parametrize("size, values", [(64, 2), (64, 4), (64, 6), (64, 9), (512, 4), (1024, LIMITS.values)])
+def test_every_image_of_the_app_has_few_enough_pixels(size, values):
+    generated = [GeneratedImage("sd", Image.new("RGB", (size, size)), (1.0,), {})] * (values + 1)
+    rows = [sweeps.SweepRow(value, 1.0, 1.0, 0.0, 99.0) for value in (None, *range(values))]
+    sheet = sweeps.sweep_sheet("ratio", rows, generated)
+    assert sheet.width * sheet.height <= Limits(largest=size, values=values).pixels
 
 
-def test_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+def test_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     inside, most = [], []
 
     def read(path):
@@ -207,7 +210,7 @@ def test_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch):
         inside.remove(path)
         return {"prompt": "a", "model": "demo"}
 
-    monkeypatch.setattr(app_settings, "read_settings", read)
+    monkeypatch.setattr(app_restore, "read_settings", read)
     paths = [_png(tmp_path / f"{i}.png") for i in range(4)]
     threads = [threading.Thread(target=restore, args=(path, MODELS, LIMITS)) for path in paths]
     for thread in threads:
@@ -221,7 +224,7 @@ def test_sweep_values():
     assert sweep_values("ratio", 0.1, 0.7, 4.0, LIMITS) == [0.1, 0.3, 0.5, 0.7]
     assert sweep_values("early", 1, 0, 2, LIMITS) == [1, 0]
     for arguments, message in [
-        (("seed", 0, 1, 3), "field='seed': must be one of ratio, early, alpha"),
+        (("seed", 0, 1, 3), f"field='seed': must be one of {', '.join(SWEEPABLE)}"),
         (("ratio", 0, 1, 1), "count=1: must be an integer in 2 … 9"),
         (("ratio", 0, 1, 100), "count=100"),
         (("ratio", None, 1, 3), "first: is empty; must be a number"),
@@ -232,7 +235,84 @@ def test_sweep_values():
             sweep_values(*arguments, LIMITS)
 
 
-def test_the_script_draws_the_same_picture(tmp_path, monkeypatch):
+def test_an_integer_field_is_swept_over_integers(monkeypatch):
+    monkeypatch.setitem(PATCH_FIELDS, "alpha", Field("alpha", int, 1))
+    found = sweep_values("alpha", 1, 4, 4, LIMITS)
+    assert found == [1, 2, 3, 4] and all(isinstance(value, int) for value in found)
+    assert sweep_values("alpha", 1, 8, 3, LIMITS) == [1, 4, 8]
+    with pytest.raises(ValueError, match="count=4: there are fewer integers from 1 to 3"):
+        sweep_values("alpha", 1, 3, 4, LIMITS)
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("query", ["", "?", "?__theme=dark", "?view=api&__lang=en"])
+def test_an_address_without_settings_gives_none(query):
+    assert link_values(query, MODELS, LIMITS) == ({}, [])
+
+
+def test_a_link_gives_settings_by_name_or_as_json():
+    query = "?prompt=a+castle%2C%2050%25&seed=7&guidance=4.5&use_rand=false&agent_stride=2x4&ratio=0.3&width=&rounds=2"
+    values, remarks = link_values(query, MODELS, LIMITS)
+    assert remarks == []
+    settings = check(values, MODELS, LIMITS)
+    assert settings.request == Request("a castle, 50%", steps=20, seed=7, guidance=4.5) and settings.rounds == 2
+    assert settings.config == AgentConfig(ratio=0.3, agent_stride=(2, 4), use_rand=False)
+    assert values["use_rand"] is False and isinstance(values["seed"], int)  # as the form's controls take them
+    as_json = json.dumps({"seed": 7, "ratio": 0.3, "negative_prompt": "a & b"})
+    values, remarks = link_values("?" + urlencode({"settings": as_json, "__theme": "light"}), MODELS, LIMITS)
+    assert values == json.loads(as_json) and remarks == []
+
+
+@pytest.mark.parametrize(
+    "query, message",
+    [
+        ("?seed=-7", "seed=-7: must be"),
+        ("?seed=abc", "seed='abc': must be an integer"),
+        ("?steps=2.5", "steps=2.5: must be an integer"),
+        ("?guidance=nan", "guidance=nan"),
+        ("?ratio=high", "ratio='high'"),
+        ("?use_rand=perhaps", "use_rand='perhaps'"),
+        ("?width=4096", "width=4096"),
+        ("?model=/etc", "model='/etc': must be one this app was started with"),
+        ("?seed=1&seed=2", "'seed': is given twice"),
+        ("?settings={", "settings='{': is not JSON"),
+        ("?settings=[1]", "is not in the form that this app writes"),
+        ("?settings=" + "[" * 100_000, "is not JSON"),
+        ('?settings={"seed":-1}', "seed=-1"),
+        ("?" + "&".join(f"a{i}=1" for i in range(200)), "more than 100 parameters"),
+    ],
+)
+def test_a_bad_link_is_refused_by_name(query, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        link_values(query, MODELS, LIMITS)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("query", ["?sed=7&seed=3", '?settings={"sed":7,"seed":3}', "?sed&seed=3"])
+def test_unknown_parameters_of_a_link_are_named_and_the_others_used(query):
+    values, remarks = link_values(query, MODELS, LIMITS)
+    assert values == {"seed": 3} and "does not know were left out: 'sed'" in " ".join(remarks)
+
+
+def test_a_preset_sets_its_fields_and_others_win(monkeypatch):
+    monkeypatch.setattr(app_settings, "PRESETS", PRESETS)
+    values, remarks = link_values("?preset=toy&alpha=0.2&prompt=a", MODELS, LIMITS)
+    settings = check(values, MODELS, LIMITS)
+    assert settings.config == AgentConfig(ratio=0.5, agent_stride=(2, 4), max_agents=64, alpha=0.2) and remarks == []
+    with pytest.raises(ValueError, match="preset='fats': must be one of paper, toy"):
+        link_values("?preset=fats", MODELS, LIMITS)
+    assert app_settings.preset_of(AgentConfig()) == "paper" and app_settings.preset_of(settings.config) is None
+    toy = check({"prompt": "a", **app_settings.preset_values("toy")}, MODELS, LIMITS)
+    assert app_settings.preset_of(toy.config) == "toy" and 'apply_patch(pipe, preset="toy")' in script(toy)
+    assert "preset" not in script(check({"prompt": "a"}, MODELS, LIMITS))
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+def test_the_script_generates_the_same_image(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / 'mo"del'
     make_pipeline().save_pretrained(folder)
@@ -248,7 +328,7 @@ def test_the_script_draws_the_same_picture(tmp_path, monkeypatch):
     pipe = models.get(str(folder)).pipe
     set_scheduler(pipe, "ddim")
     expected = generate(pipe, settings.request, "agentsd", settings.config).image
-    assert np.array_equal(np.asarray(Image.open("picture.png")), np.asarray(expected))
+    assert np.array_equal(np.asarray(Image.open("image.png")), np.asarray(expected))
 
 
 def test_the_script_says_only_what_is_not_the_default():

@@ -1,21 +1,27 @@
-"""eval/layers.py on small grids: what runs as what, and the table; never how long it took."""
+"""eval/layers.py on small grids: what each variant computes, and the tables; never how long it took."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import agentsd
 from agentsd.unet.processor import AgentAttnProcessor
 from eval import layers
 from eval.layer_bench import main
-from eval.layers import Measured, Shape, as_markdown, growth, measure, profile, profile_as_markdown, variants
+from eval.layers import Layer, Shape, as_markdown, growth, measure, profile, variants
 
 SHAPE = Shape(channels=32, heads=4, batch=2)
+
+
+def make_layer(side):
+    return Layer(side, SHAPE, torch.device("cpu"), torch.float32)
 
 
 def test_each_variant_runs_as_what_it_is_called(monkeypatch):
@@ -24,8 +30,7 @@ def test_each_variant_runs_as_what_it_is_called(monkeypatch):
     fused = torch.nn.functional.scaled_dot_product_attention
 
     def spy(query, key, *args, **kwargs):
-        if key.shape[2] != layers._TEXT_TOKENS:
-            calls.append((query.shape[2], key.shape[2]))
+        calls.append((query.shape[2], key.shape[2]))
         return fused(query, key, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
@@ -40,21 +45,47 @@ def test_each_variant_runs_as_what_it_is_called(monkeypatch):
         "downsample, merge_stride=4": [(256, 16)],
         "downsample, max_keys=1024": [(256, 64)],
     }
+    layer = make_layer(16)
     for row in variants(0.4):
         calls.clear()
-        measure(16, [row], SHAPE, 1, torch.device("cpu"), torch.float32)
+        with torch.inference_mode():
+            first, second = layer.run(row, lambda call: (call(), call()))
+        assert torch.equal(first, second) and first.shape == (2, 256, 32)
         if row.name in expected:
-            assert calls == 2 * expected[row.name], row.name  # the warm-up and one round
+            assert calls == 2 * expected[row.name], row.name
 
 
-def test_nothing_is_left_of_the_patch(monkeypatch):
-    made = []
-    unet_class = layers.UNet2DConditionModel
-    monkeypatch.setattr(layers, "UNet2DConditionModel", lambda **config: made.append(unet_class(**config)) or made[-1])
-    found = measure(9, variants(0.5), SHAPE, 2, torch.device("cpu"), torch.float32)
-    assert list(found) == [row.name for row in variants(0.5)] and all(own.seconds > 0 for own in found.values())
-    assert not any(isinstance(p, AgentAttnProcessor) for p in made[0].attn_processors.values())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in made[0].modules())
+def test_the_layer_computes_what_it_computes_in_its_block():
+    layer, seen = make_layer(8), []
+
+    def give_tokens(block, args, kwargs):
+        return (layer.tokens,), kwargs
+
+    agent, _, _, merge = variants(0.5)[2:6]
+    for row in (agent, merge):
+        with torch.inference_mode():
+            alone = layer.run(row, lambda call: call())
+            with agentsd.patched(layer.unet, **dict(row.settings)):
+                first = layer.block.register_forward_pre_hook(give_tokens, prepend=True, with_kwargs=True)
+                last = layer.block.attn1.register_forward_hook(lambda *args: seen.append(args[-1]))
+                sample, text = layer.sample.expand(2, -1, -1, -1), layer.text.expand(2, -1, -1)
+                layer.unet(sample, layers._TIMESTEPS[row.phase], text)
+                first.remove()
+                last.remove()
+        assert torch.allclose(alone, seen[-1], atol=1e-6), row.name
+
+
+def test_each_variant_is_timed_once_a_round_in_rotated_order(monkeypatch):
+    layer, order = make_layer(9), []
+    run = layer.run
+    monkeypatch.setattr(layer, "run", lambda row, work: order.append(row.name) or run(row, work))
+    names = [row.name for row in variants(0.5)[:3]]
+    with torch.inference_mode():
+        found = measure(layer, variants(0.5)[:3], 2)
+    assert list(found) == names and all(own.median > 0 for own in found.values())
+    assert order == [*names, *names[1:], names[0]]
+    assert not any(isinstance(p, AgentAttnProcessor) for p in layer.unet.attn_processors.values())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in layer.unet.modules())
 
 
 def test_growth_is_the_exponent():
@@ -64,12 +95,12 @@ def test_growth_is_the_exponent():
 
 def test_the_table():
     found = [
-        {"sdpa": Measured(0.4, 10.0), "limit": Measured(0.1, 5.0), "agent": Measured(0.2, None)},
-        {"sdpa": Measured(6.4, 40.0), "limit": Measured(0.4, 20.0), "agent": Measured(0.8, None)},
+        {name: SimpleNamespace(median=seconds) for name, seconds in {"sdpa": 0.4, "limit": 0.1, "agent": 0.2}.items()},
+        {name: SimpleNamespace(median=seconds) for name, seconds in {"sdpa": 6.4, "limit": 0.4, "agent": 0.8}.items()},
     ]
     text = as_markdown([64, 128], found, "title", ["line"])
     assert text.startswith("# title\n\nline\n\n| layer | 64×64: ms |")
-    assert "| agent | 200.0 | 2.00 | 2.00 |  | 800.0 | 8.00 | 2.00 |  | N^1.00 |" in text
+    assert "| agent | 200.0 | 2.00 | 2.00 | 800.0 | 8.00 | 2.00 | N^1.00 |" in text
     assert "grows" not in as_markdown([64], found[:1], "title", [])
 
 
@@ -98,22 +129,16 @@ def test_the_command(tmp_path, capsys):
     assert main([*arguments, "--out", str(out)]) == 0
     assert out.read_text() in capsys.readouterr().out
     assert "python eval/layer_bench.py --sides 8,16" in out.read_text() and "torch" in out.read_text()
-    assert "8×8: milliseconds" in out.read_text() and "16×16: milliseconds" in out.read_text()
+    assert "## Operators at 8×8" in out.read_text() and "## Operators at 16×16" in out.read_text()
 
 
-def test_the_profile_counts_the_layer_alone():
-    rows = [row for row in variants(0.4) if row.name in ("sdpa", "limit", "merge")]
-    found = profile(16, rows, SHAPE, 3, torch.device("cpu"), torch.float32)
-    calls = {name: {key: one.calls for key, one in operators.items()} for name, operators in found.items()}
-    assert all(own["aten::linear"] == 4 for own in calls.values())  # the layer's projections, not its block's
-    assert {name: own.get("aten::sort", 0) for name, own in calls.items()} == {"sdpa": 0, "limit": 0, "merge": 2}
-    assert {name: own.get("aten::scaled_dot_product_attention") for name, own in calls.items()} == {
-        "sdpa": 1, "limit": None, "merge": 1,
-    }  # fmt: skip
-    assert all(one.seconds >= 0 for operators in found.values() for one in operators.values())
-    text = profile_as_markdown(16, found, most=3)
-    assert text.startswith("16×16: ") and len(text.splitlines()) == 2 + 2 + 3 + 1
-    lines = [line.split(" | ") for line in text.splitlines()[4:]]
-    for column, operators in enumerate(found.values(), start=1):  # nothing is lost between the rows
-        counted = sum(int(line[column].split("(")[1].split(")")[0]) for line in lines if line[column].strip(" |"))
-        assert counted == sum(one.calls for one in operators.values())
+def test_the_profile_counts_the_layer_alone(monkeypatch):
+    monkeypatch.setattr(layers, "_OPERATORS", 1000)
+    rows = {row.name: row for row in variants(0.4)}
+    for name, sorts, attentions in (("sdpa", 0, 1), ("limit", 0, 0), ("merge", 2, 1)):
+        with torch.inference_mode():
+            lines = profile(make_layer(16), [rows[name]]).splitlines()
+        calls = {line.split()[0]: int(line.split()[-1]) for line in lines if line.strip().startswith("aten::")}
+        assert calls["aten::linear"] == 4  # the layer's projections, not its block's
+        assert calls.get("aten::sort", 0) == sorts, name
+        assert calls.get("aten::scaled_dot_product_attention", 0) == attentions, name

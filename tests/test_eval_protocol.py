@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomesd
 import torch
 from conftest import call_unet, draw, make_pipeline
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import agentsd
 from agentsd import AgentConfig
 from agentsd.patch import get_patch
+from eval import scenarios
 from eval.protocol import (
     ABLATIONS,
     METHODS,
@@ -23,14 +25,14 @@ from eval.protocol import (
     Scenario,
     choose_classes,
     demo_classes,
+    image_seed,
     imagenet_classes,
     make_scenarios,
     parse_methods,
-    parse_ratios,
-    picture_seed,
-    tomesd_rivals,
+    parse_numbers,
+    rivals_of,
 )
-from eval.scenarios import use_scenario
+from eval.scenarios import check_packages, use_scenario
 
 CLASSES = ((3, "zebra"), (7, "hot dog"), (9, "lemon"))
 
@@ -52,23 +54,23 @@ def test_demo_classes_are_what_the_tokenizer_knows_as_words():
         assert tokenizer.tokenize(name) == [f"{word}</w>" for word in name.split()]
 
 
-def test_pictures_have_seeds_and_files_of_their_own():
+def test_images_have_seeds_and_files_of_their_own():
     plan = Plan(CLASSES, copies=2)
-    assert [picture.prompt for picture in plan.pictures][:2] == [
+    assert [sample.prompt for sample in plan.samples][:2] == [
         "A high quality photograph of a zebra.",
         "A high quality photograph of a hot dog.",
     ]
-    assert len({picture.seed for picture in plan.pictures}) == len({picture.file for picture in plan.pictures}) == 6
-    assert plan.pictures[1].file == "0007-hot_dog-0.png"
+    assert len({sample.seed for sample in plan.samples}) == len({sample.file for sample in plan.samples}) == 6
+    assert plan.samples[1].file == "0007-hot_dog-0.png"
     # A picture's seed depends on nothing but run seed, class and copy.
     fewer = Plan(CLASSES[1:], copies=5, batch_size=4, steps=9)
-    seeds = {(picture.index, picture.copy): picture.seed for picture in fewer.pictures}
-    assert all(seeds.get((p.index, p.copy), p.seed) == p.seed for p in plan.pictures)
-    assert Plan(CLASSES, seed=1).pictures[0].seed != plan.pictures[0].seed
-    assert picture_seed(0, 3, 0) == 2440853828  # a change here makes old results another experiment
+    seeds = {(sample.index, sample.copy): sample.seed for sample in fewer.samples}
+    assert all(seeds.get((p.index, p.copy), p.seed) == p.seed for p in plan.samples)
+    assert Plan(CLASSES, seed=1).samples[0].seed != plan.samples[0].seed
+    assert image_seed(0, 3, 0) == 2440853828  # a change here makes old results another experiment
     assert [len(batch) for batch in fewer.batches] == [4, 4, 2]
-    assert [picture for batch in fewer.batches for picture in batch] == list(fewer.pictures)
-    assert len({picture_seed(0, i, j) for i in range(1000) for j in range(2)}) == 2000
+    assert [sample for batch in fewer.batches for sample in batch] == list(fewer.samples)
+    assert len({image_seed(0, i, j) for i in range(1000) for j in range(2)}) == 2000
 
 
 def test_classes_are_spread_over_the_list():
@@ -86,11 +88,11 @@ def test_the_papers_table_as_scenarios():
         "sd", "sd-naive",
         *(f"tomesd-r{r}" for r in (0.1, 0.2, 0.3, 0.4, 0.5)),
         *(f"agentsd-r{r}" for r in (0.1, 0.2, 0.3, 0.4, 0.5)),
-        "mean-value-r0.5", "no-attention-r0.5", "limit",
+        "deepcache-3", "tgate", "fewer-steps-3", "mean-value-r0.5", "no-attention-r0.5", "limit",
     ]  # fmt: skip
 
 
-def test_ablations_and_deepcache_as_scenarios():
+def test_ablations_and_intervals_as_scenarios():
     names = [scenario.name for scenario in make_scenarios(["agentsd"], (0.5,), ablate=["alpha", "scale", "early"])]
     assert names == [
         "sd", "agentsd-r0.5", "agentsd-r0.5-alpha0", "agentsd-r0.5-alpha0.025", "agentsd-r0.5-alpha0.15",
@@ -101,30 +103,30 @@ def test_ablations_and_deepcache_as_scenarios():
     assert len(crossed) == 1 + 9 + 1 and "agentsd-r0.5-early0.8-alpha0.15" in crossed  # each once
     for ablation in ABLATIONS.values():  # each holds the default, to be compared with
         assert any(AgentConfig(**settings) == AgentConfig() for settings in ablation)
-    names = [scenario.name for scenario in make_scenarios(["sd"], (0.4,), ablate=["late", "agents", "tile", "fast"])]
+    names = [scenario.name for scenario in make_scenarios(["sd"], (0.4,), ablate=["late", "agents", "tile", "presets"])]
     assert names == [
         "sd", "agentsd-r0.4", "agentsd-r0.4-downsample", "agentsd-r0.4-downsample-stride4", "agentsd-r0.4-full",
         "agentsd-r0.4-agents256", "agentsd-r0.4-agents64", "agentsd-r0.4-agents16",
-        "agentsd-r0.4-tile16", "agentsd-r0.4-tile8", "agentsd-r0.4-downsample-agents256-keys1024-tile16",
+        "agentsd-r0.4-tile16", "agentsd-r0.4-tile8", "agentsd-r0.4-cache3",
+        "agentsd-r0.4-downsample-agents256-keys1024-tile16-cache5", "agentsd-r0.4-downsample-agents256-keys1024-tile16",
     ]  # fmt: skip
-    cached = make_scenarios(["tomesd", "agentsd", "no-attention"], (0.4,), cache_interval=3)
-    assert [scenario.name for scenario in cached[-3:]] == [
-        "sd-deepcache3",
-        "tomesd-r0.4-deepcache3",
-        "agentsd-r0.4-deepcache3",
-    ]
+    cached = make_scenarios(["agentsd", "deepcache", "tgate"], (0.2, 0.4), intervals=(2, 5))
+    names = ["sd", "agentsd-r0.2", "agentsd-r0.4", "agentsd-r0.4-cache2", "agentsd-r0.4-cache5"]
+    assert [scenario.name for scenario in cached] == [*names, "deepcache-2", "deepcache-5", "tgate"]
+    assert [scenario.cache_interval for scenario in cached] == [1, 1, 1, 2, 5, 2, 5, 1]
     assert make_scenarios(["sd"], (0.4,)) == [Scenario("sd")]
 
 
-def test_agentsd_is_held_against_tomesd_of_the_same_ratio():
-    scenarios = make_scenarios(["tomesd", "agentsd", "no-attention"], (0.2, 0.4), ablate=["alpha"], cache_interval=3)
-    ablated = [f"agentsd-r0.4-alpha{alpha}" for alpha in ("0", "0.025", "0.15")]
-    cached = ["agentsd-r0.2-deepcache3", "agentsd-r0.4-deepcache3"]
-    names = ["agentsd-r0.2", "agentsd-r0.4", *ablated, *cached]
-    expected = {name: "tomesd-r0.2" if "r0.2" in name else "tomesd-r0.4" for name in names}
-    assert tomesd_rivals(iter(scenarios)) == tomesd_rivals(scenarios[::-1]) == expected
-    assert tomesd_rivals(s for s in scenarios if s.name != "tomesd-r0.2").keys() == set(names) - {names[0], cached[0]}
-    assert tomesd_rivals(s for s in scenarios if s.method != "tomesd" or s.cache_interval > 1) == {}
+def test_agentsd_is_compared_with_its_rivals():
+    methods = ["tomesd", "agentsd", "no-attention", "deepcache"]
+    scenarios = make_scenarios(methods, (0.2, 0.4), ablate=["alpha"], intervals=(3, 5))
+    names = ["agentsd-r0.2", "agentsd-r0.4", *(f"agentsd-r0.4-alpha{alpha}" for alpha in ("0", "0.025", "0.15"))]
+    expected = {(name, "tomesd"): "tomesd-r0.2" if "r0.2" in name else "tomesd-r0.4" for name in names}
+    expected |= {(f"agentsd-r0.4-cache{n}", "deepcache"): f"deepcache-{n}" for n in (3, 5)}
+    assert rivals_of(iter(scenarios)) == rivals_of(scenarios[::-1]) == expected
+    without = [s for s in scenarios if s.name not in ("tomesd-r0.2", "deepcache-5")]
+    gone = {(names[0], "tomesd"), ("agentsd-r0.4-cache5", "deepcache")}
+    assert rivals_of(without).keys() == expected.keys() - gone
 
 
 def test_the_limit_computes_the_four_projections_and_mixes_nothing(pipe):
@@ -147,20 +149,25 @@ def test_the_limit_computes_the_four_projections_and_mixes_nothing(pipe):
     assert not torch.equal(late, output(pipe, "sd", 100)) and not torch.equal(early, output(pipe, "sd", 900))
 
 
-@pytest.mark.parametrize("text", ["", "a", "0.4,", "0.4;0.5", "-0.1", "0.8", "nan", "1", "0.4,0.4", "inf"])
-def test_ratio_lists_with_nonsense(text):
-    with pytest.raises(BenchError, match="--ratios"):
-        parse_ratios(text)
+@pytest.mark.parametrize("text", ["", "a", "0.4,", "0.4;0.5", "-0.1", "0.8", "nan", "1", "inf"])
+def test_lists_of_numbers_with_nonsense(text):
+    with pytest.raises(BenchError, match="--ratios .*: must be numbers in 0 … 0.75 with commas between"):
+        parse_numbers("ratios", text, 0.0, 0.75)
+    with pytest.raises(BenchError, match="--sizes .*: must be multiples of 8 in 64 … 8192 with commas between"):
+        parse_numbers("sizes", text, 64, 8192, 8)
 
 
 def test_other_nonsense():
-    assert parse_ratios("0.1, 0.2") == (0.1, 0.2) and parse_methods("sd, agentsd") == ("sd", "agentsd")
+    assert parse_numbers("ratios", "0.1, 0.2,0.1", 0.0, 0.75) == (0.1, 0.2)
+    assert parse_numbers("sizes", "512,64", 64, 8192, 8) == (512, 64)
+    assert parse_methods("sd, agentsd,sd") == ("sd", "agentsd")
     for call, message in [
         (lambda: parse_methods("sd,magic"), "'magic' is unknown, use sd, sd-naive"),
-        (lambda: parse_methods("sd,sd"), "twice"),
+        (lambda: parse_numbers("sizes", "100", 64, 8192, 8), "--sizes '100'"),
+        (lambda: parse_numbers("n", "1,3", 2, 20), "--n '1,3': must be integers in 2 … 20"),
         (lambda: make_scenarios(["agentsd"], (0.4,), ablate=["beta"]), "use alpha, scale, early"),
         (lambda: make_scenarios(["agentsd"], (0.4,), early=1.5), "early=1.5"),
-        (lambda: Scenario("sd", cache_interval=0), "interval"),
+        (lambda: Scenario("magic"), "is unknown"),
         (lambda: Plan(()), "--classes"),
         (lambda: Plan(CLASSES, steps=0), "--steps 0"),
         (lambda: Plan(CLASSES, size=100), "multiple of 8"),
@@ -176,13 +183,19 @@ def pipe():
     return make_pipeline()
 
 
-def output(pipe, method, timestep, **settings):
+def scenario_of(method, **settings):
     config = AgentConfig(**settings) if method in METHODS_WITH_CONFIG else None
-    with use_scenario(pipe, Scenario(method, config)):
+    return Scenario(method, config, interval=3 if method in ("deepcache", "fewer-steps") else 1)
+
+
+def output(pipe, method, timestep, **settings):
+    with use_scenario(pipe, scenario_of(method, **settings)):
         return call_unet(pipe.unet, timestep=timestep)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [method for method in METHODS if method not in ("deepcache", "tgate", "fewer-steps")]
+)
 def test_every_scenario_leaves_the_model_as_it_was(pipe, method):
     plain, processors = call_unet(pipe.unet), pipe.unet.attn_processors
     changed = output(pipe, method, 900)
@@ -190,6 +203,20 @@ def test_every_scenario_leaves_the_model_as_it_was(pipe, method):
     assert get_patch(pipe) is None
     difference = (changed - plain).abs().max()
     assert difference < 1e-4 if method.startswith("sd") else difference > 1e-4
+
+
+@pytest.mark.parametrize("patch", [agentsd, tomesd])
+def test_a_patched_pipeline_is_refused_for_every_method(pipe, patch):
+    patch.apply_patch(pipe)
+    try:
+        for method in METHODS:
+            with pytest.raises(BenchError, match="(?i)already patched by " + patch.__name__ + ".*remove_patch"):
+                output(pipe, method, 900)
+    except Exception:
+        patch.remove_patch(pipe)
+        raise
+    patch.remove_patch(pipe)
+    vars(pipe.unet).pop("_tome_info", None)
 
 
 def test_controls_are_agentsd_but_for_the_agent_phase(pipe, recwarn):
@@ -221,12 +248,13 @@ def test_what_the_controls_put_in_place_of_attention(pipe):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_picture_does_not_depend_on_those_before_it(pipe, method):
-    scenario = Scenario(method, AgentConfig() if method in METHODS_WITH_CONFIG else None)
+def test_an_image_does_not_depend_on_those_before_it(pipe, method):
+    scenario = scenario_of(method)
 
     def one(seed):
-        with use_scenario(pipe, scenario):
-            return draw(pipe, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        with use_scenario(pipe, scenario) as call:
+            return call("a zebra", num_inference_steps=4, generator=generator, output_type="latent").images
 
     first = one(1)
     one(2)
@@ -234,17 +262,23 @@ def test_a_picture_does_not_depend_on_those_before_it(pipe, method):
     assert torch.equal(one(1), first)
 
 
-def test_deepcache_reuses_the_deep_blocks_and_leaves_nothing(pipe):
-    pytest.importorskip("DeepCache")
+@pytest.mark.parametrize("method, whole", [("deepcache", 2), ("tgate", 6), ("fewer-steps", 3)])
+def test_methods_that_change_whole_runs_leave_nothing(pipe, method, whole):
     plain = draw(pipe, steps=5)
     calls = []
     hook = pipe.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
-    for scenario in make_scenarios(["agentsd"], (0.4,), cache_interval=3)[-2:]:
-        calls.clear()
-        with use_scenario(pipe, scenario):
-            cached = draw(pipe, steps=5)
-        assert len(calls) == 2  # of 6 UNet calls
-        assert not torch.equal(cached, plain)
+    options = dict(num_inference_steps=5, guidance_scale=5.0, output_type="latent")
+    with use_scenario(pipe, scenario_of(method)) as call:
+        cached = call("a zebra", generator=torch.Generator().manual_seed(0), **options).images
     hook.remove()
-    assert torch.equal(draw(pipe, steps=5), plain)
-    assert not any("forward" in vars(module) for module in pipe.unet.modules())
+    assert len(calls) == whole and not torch.equal(cached, plain)  # of 6 UNet calls, which PLMS makes in 5 steps
+    assert torch.equal(draw(pipe, steps=5), plain) and not hasattr(pipe, "tgate")
+    assert not any({"forward", "cache"} & vars(module).keys() for module in pipe.unet.modules())
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(scenarios, "find_spec", lambda name: None)
+    check_packages([Scenario("sd")])
+    for method, package in (("deepcache", "DeepCache"), ("tgate", "tgate")):
+        with pytest.raises(BenchError, match=f"{package} is not installed: pip install {package}, or leave {method}"):
+            check_packages([scenario_of(method)])

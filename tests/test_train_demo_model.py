@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -22,8 +21,8 @@ SCRIPT = Path(__file__).resolve().parents[1] / "apps" / "train_demo_model.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import train_demo_model as script  # noqa: E402
-from demo_training.icons import icon_sources, icons_by_caption, rasterise, read_icon_set, wanted_pictures  # noqa: E402
-from demo_training.pictures import compose_picture  # noqa: E402
+from demo_training.icons import icons_by_caption, rasterise, read_icon_set  # noqa: E402
+from demo_training.images import compose_image  # noqa: E402
 from demo_training.presets import PRESETS  # noqa: E402
 
 DEMO_MODEL = SCRIPT.parents[1] / "agentsd" / "demo_model"
@@ -35,10 +34,9 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, str(SCRIPT), *map(str, arguments)]
 
 
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300, check=False
-    )
+def complete(*arguments: object) -> None:
+    """Run the script in this process, on the CPU and one thread as a child process would."""
+    assert script.main([*map(str, arguments), "--device", "cpu"]) == 0
 
 
 def kill_at(file: Path, *arguments: object) -> None:
@@ -59,21 +57,19 @@ def kill_at(file: Path, *arguments: object) -> None:
 def finished(tmp_path_factory) -> Path:
     """The folder of an undisturbed smoke run."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    done = run("--smoke", "--out", out)
-    assert done.returncode == 0, done.stderr
+    complete("--smoke", "--out", out)
     return out
 
 
 @pytest.fixture(scope="module")
 def grown(finished, tmp_path_factory) -> Path:
-    """The folder of an undisturbed run that grew from the smoke run's model, on composed canvases."""
+    """The folder of an undisturbed run that grew from the smoke run's model, on coloured grounds."""
     out = tmp_path_factory.mktemp("grown") / "out"
-    done = run("--preset", "smoke-grown", "--grow-from", finished / "model", "--out", out, "--count", 2)
-    assert done.returncode == 0, done.stderr
+    complete("--preset", "smoke-grown", "--grow-from", finished / "model", "--out", out, "--count", 2)
     return out
 
 
-def test_smoke_run_exports_a_pipeline_that_draws(finished):
+def test_smoke_run_exports_a_pipeline_that_works(finished):
     from diffusers import AutoencoderTiny, PNDMScheduler, StableDiffusionPipeline
 
     files = {str(path.relative_to(finished / "model")) for path in (finished / "model").rglob("*") if path.is_file()}
@@ -122,44 +118,20 @@ def test_words_of_the_names_are_single_tokens(finished):
     assert [word.removesuffix("</w>") for word in words] == "a high quality photograph of a basketball .".split()
 
 
-def test_pictures_grids_and_contact_sheet_are_left_to_look_at(finished):
+def test_icons_grids_and_contact_sheet_are_left_to_look_at(finished):
     index = json.loads((finished / "data" / "index.json").read_text())
     assert sorted(row["name"] for row in index) == ["basketball", "door", "lemon", "tent"]
     for path in ("autoencoder/grids/step_000040.png", "unet/grids/step_000060.png", "samples.png"):
         assert (finished / path).read_bytes().startswith(b"\x89PNG")
     assert not list(finished.rglob("checkpoint.safetensors")), "a finished stage keeps no checkpoint"
-    assert not list(finished.rglob("*.part"))
+    assert not list(finished.rglob("*.part")) and not list(finished.rglob("*.tmp"))
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path):
+def test_an_interrupted_and_killed_run_goes_on_to_the_same_weights(finished, tmp_path, capsys):
     out = tmp_path / "out"
     everything = ("--smoke", "--out", out, "--checkpoint-seconds", 0)
-    kill_at(out / "autoencoder" / "checkpoint.safetensors", *everything)
-    assert not (out / "autoencoder" / "weights.safetensors").exists()
-    # In the second phase of the UNet, whose start replaces weights and optimiser: after the grid of step 30.
-    kill_at(out / "unet" / "grids" / "step_000030.png", *everything)
-    assert not (out / "unet" / "weights.safetensors").exists()
-    done = run(*everything)
-    assert done.returncode == 0, done.stderr
-    assert "data: already done" in done.stdout
-    assert "autoencoder: already done" in done.stdout
-
-    for stage in ("autoencoder", "unet"):
-        resumed = load_file(out / stage / "weights.safetensors")
-        undisturbed = load_file(finished / stage / "weights.safetensors")
-        assert resumed.keys() == undisturbed.keys()
-        for key, value in undisturbed.items():
-            assert torch.equal(resumed[key], value), f"{stage}: {key}"
-
-
-def test_an_interrupted_run_says_so_and_keeps_its_steps(tmp_path):
-    out = tmp_path / "out"
     process = subprocess.Popen(
-        command("autoencoder", "--smoke", "--out", prepared_data(out), "--checkpoint-seconds", 0),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        command(*everything), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     while not (out / "autoencoder" / "checkpoint.safetensors").exists():
         assert process.poll() is None
@@ -169,23 +141,32 @@ def test_an_interrupted_run_says_so_and_keeps_its_steps(tmp_path):
     assert process.returncode == 130
     assert "the same command goes on from here" in errors
     assert (out / "autoencoder" / "checkpoint.safetensors").exists()
+    assert not (out / "autoencoder" / "weights.safetensors").exists()
+    # In the second phase of the UNet, whose start replaces weights and optimiser: after the grid of step 30.
+    kill_at(out / "unet" / "grids" / "step_000030.png", *everything)
+    assert not (out / "unet" / "weights.safetensors").exists()
+    capsys.readouterr()
+    complete(*everything)
+    told = capsys.readouterr().out
+    assert "data: already done" in told
+    assert "autoencoder: already done" in told
+
+    for stage in ("autoencoder", "unet"):
+        resumed = load_file(out / stage / "weights.safetensors")
+        undisturbed = load_file(finished / stage / "weights.safetensors")
+        assert resumed.keys() == undisturbed.keys()
+        for key, value in undisturbed.items():
+            assert torch.equal(resumed[key], value), f"{stage}: {key}"
 
 
-def prepared_data(out: Path) -> Path:
-    assert run("data", "--smoke", "--out", out).returncode == 0
-    return out
+def refused(capsys, *arguments: object) -> str:
+    """The sentence of a command that is refused."""
+    assert script.main([*map(str, arguments)]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def fails_with(status: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence that a refused command ends with."""
-    assert status.returncode == 2, status.stderr
-    assert "Traceback" not in status.stderr
-    return status.stderr.strip().splitlines()[-1]
-
-
-def test_other_settings_are_refused(finished):
-    sentence = fails_with(run("unet", "--smoke", "--out", finished, "--seed", 1))
-    assert "another seed (0, not 1)" in sentence
+def test_other_settings_are_refused(finished, capsys):
+    assert "another seed (0, not 1)" in refused(capsys, "unet", "--smoke", "--out", finished, "--seed", 1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -247,17 +228,19 @@ def test_samples_need_the_model_alone(finished, tmp_path):
     assert script.main(["samples", "--smoke", "--out", str(tmp_path / "out"), "--count", "1"]) == 0
 
 
-def test_without_npm_and_icons_it_names_the_packages(tmp_path):
-    sentence = fails_with(run("data", "--out", tmp_path / "out", PATH=str(tmp_path)))
+def test_without_npm_and_icons_it_names_the_packages(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sentence = refused(capsys, "data", "--out", tmp_path / "out")
     assert "npm is not installed" in sentence
     assert "@iconify-json/noto" in sentence
     assert "--icons" in sentence
 
 
-def test_unknown_preset_names_the_known_ones(tmp_path):
-    sentence = fails_with(run("--preset", "huge", "--out", tmp_path / "out"))
-    assert "first" in sentence
-    assert "smoke" in sentence
+def test_unknown_preset_names_the_known_ones(tmp_path, capsys):
+    with pytest.raises(SystemExit) as raised:
+        script.main(["--preset", "huge", "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert raised.value.code == 2 and "first" in told and "smoke" in told
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
@@ -324,8 +307,7 @@ def test_icons_are_read_from_npm_packages_without_variants(tmp_path):
 def test_icons_are_rasterised_centred_in_their_own_proportions():
     pytest.importorskip("resvg_py")
     svg = icons_by_caption(icon_set(bar={"body": '<path fill="#f00" d="M0 0h4v8H0z"/>', "width": 4}))["bar"]
-    picture = compose_picture(rasterise(svg, 100), 50)
-    pixels = np.asarray(picture)
+    pixels = np.asarray(compose_image(rasterise(svg, 100), 50, margin=0.04))
     assert pixels.shape == (50, 50, 3)
     assert tuple(pixels[25, 25]) == (255, 0, 0)
     assert tuple(pixels[25, 5]) == tuple(pixels[25, 44]) == (255, 255, 255)
@@ -335,7 +317,7 @@ def test_icons_are_rasterised_centred_in_their_own_proportions():
 # ------------------------------------------------------------------------------------- a grown model from end to end
 
 
-def test_a_grown_model_draws_and_keeps_what_it_came_from(finished, grown):
+def test_a_grown_model_works_and_keeps_what_it_came_from(finished, grown):
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(grown / "model", safety_checker=None).to(torch.float32)
@@ -362,79 +344,36 @@ def test_a_grown_model_draws_and_keeps_what_it_came_from(finished, grown):
     assert (grown / "samples.png").exists()
 
 
-def test_a_killed_pool_and_training_go_on_to_the_same_bytes(finished, grown, tmp_path):
+def test_a_killed_growing_goes_on_to_the_same_bytes(finished, grown, tmp_path):
     out = tmp_path / "out"
     everything = ("--preset", "smoke-grown", "--grow-from", finished / "model", "--out", out, "--count", 2)
     everything += ("--checkpoint-seconds", 0)
-    kill_at(out / "pool" / "000000.safetensors", *everything)
-    assert not (out / "pool" / "000128.safetensors").exists()
     kill_at(out / "unet" / "grids" / "step_000012.png", *everything)
     assert not (out / "unet" / "weights.safetensors").exists()
-    done = run(*everything)
-    assert done.returncode == 0, done.stderr
-    files = sorted(path.name for path in (grown / "pool").glob("*.safetensors"))
-    assert files == ["000000.safetensors", "000128.safetensors"]
-    for file in (*(f"pool/{name}" for name in files), "unet/weights.safetensors"):
-        assert (out / file).read_bytes() == (grown / file).read_bytes(), file
+    complete(*everything)
+    assert (out / "unet" / "weights.safetensors").read_bytes() == (grown / "unet" / "weights.safetensors").read_bytes()
 
 
 def test_growing_needs_a_model_that_fits(finished, tmp_path, capsys):
-    def refused(*arguments: object) -> str:
-        assert script.main([*map(str, arguments), "--out", str(tmp_path / "out")]) == 2
-        return capsys.readouterr().err
-
-    assert "give its folder with --grow-from" in refused("data", "--preset", "smoke-grown")
-    assert f"({tmp_path} is none)" in refused("data", "--preset", "smoke-grown", "--grow-from", tmp_path)
-    assert "starts from random weights" in refused("data", "--smoke", "--grow-from", finished / "model")
+    out = ("--out", tmp_path / "out")
+    assert "give its folder with --grow-from" in refused(capsys, "data", "--preset", "smoke-grown", *out)
+    absent = refused(capsys, "data", "--preset", "smoke-grown", "--grow-from", tmp_path, *out)
+    assert f"({tmp_path} is none)" in absent
+    assert "starts from random weights" in refused(capsys, "data", "--smoke", "--grow-from", finished / "model", *out)
     grow_from_demo = ("--preset", "smoke-grown", "--grow-from", DEMO_MODEL)
-    assert script.main([*map(str, ("data", *grow_from_demo)), "--out", str(tmp_path / "out")]) == 0
-    assert "of another format" in refused("autoencoder", *grow_from_demo)
+    complete("data", *grow_from_demo, *out)
+    assert "of another format" in refused(capsys, "autoencoder", *grow_from_demo, *out)
 
 
-def test_the_full_preset_sees_every_icon_of_both_sets(tmp_path):
-    files = []
-    for prefix, names in (("fluent-emoji", ["zebra", "tent"]), ("noto", ["zebra", "lemon", "one-way"])):
-        icons = {name: {"body": '<path d="M0 0h4v8H0z"/>'} for name in names}
-        files.append(tmp_path / f"{prefix}.json")
-        files[-1].write_text(json.dumps(icon_set(**icons) | {"prefix": prefix}))
-    run = script.make_run(script.parse_arguments(["data", "--preset", "full", "--out", str(tmp_path / "out")]))
-    wanted = wanted_pictures(run.preset, icon_sources(run, files))
-    assert wanted == [
-        ("tent", "fluent-emoji"),
-        ("zebra", "fluent-emoji"),
-        ("lemon", "noto"),
-        ("one way", "noto"),
-        ("zebra", "noto"),
-    ]
-
-
-def test_the_full_preset_runs_at_toy_size(monkeypatch, tmp_path):
+def test_icon_sets_are_rasterised_for_training(tmp_path):
     pytest.importorskip("resvg_py")
-    from transformers import CLIPTokenizer
-
     files = []
     for prefix in ("fluent-emoji", "noto"):
-        icons = {name: {"body": '<path fill="#c00" d="M0 0h4v8H0z"/>'} for name in ("zebra", "hot-dog", "tent")}
+        icons = {name: {"body": '<path fill="#c00" d="M0 0h4v8H0z"/>'} for name in PRESETS["smoke"].phases[0].names}
         files.append(tmp_path / f"{prefix}.json")
         files[-1].write_text(json.dumps(icon_set(**icons) | {"prefix": prefix}))
-    full = PRESETS["full"]
-    toy = dataclasses.replace(
-        PRESETS["smoke"],
-        phases=tuple(dataclasses.replace(phase, steps=4) for phase in full.phases),
-        canvases=full.canvases,
-        unet_attends_at_top_only=True,
-        autoencoder_steps=4,
-        autoencoder_canvases=8,
-        pool=12,
-        grid_steps=4,
-        grid_samples=1,
-        sample_steps=1,
-    )
-    monkeypatch.setitem(PRESETS, "full", toy)
     out = tmp_path / "out"
-    arguments = ["--preset", "full", "--out", out, "--device", "cpu", "--count", 1, "--icons", *files]
-    assert script.main([*map(str, arguments)]) == 0
-    assert len(json.loads((out / "data" / "index.json").read_text())) == 6
-    tokenizer = CLIPTokenizer.from_pretrained(out / "model" / "tokenizer")
-    words = tokenizer.convert_ids_to_tokens(tokenizer("a pattern of hot dog, flat style").input_ids)[1:-1]
-    assert [word.removesuffix("</w>") for word in words] == "a pattern of hot dog , flat style".split()
+    complete("data", "--smoke", "--out", out, "--icons", *files)
+    rows = json.loads((out / "data" / "index.json").read_text())
+    assert len(rows) == 8 and {row["style"] for row in rows} == {"fluent-emoji", "noto"}
+    assert all((out / "data" / row["file"]).is_file() for row in rows)

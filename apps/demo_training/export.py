@@ -17,7 +17,7 @@ from .training import part_of
 
 
 def export_stage(run: Run) -> None:
-    """Writes the finished parts as a StableDiffusionPipeline folder, model/, in float16 safetensors.
+    """Write the finished parts as a StableDiffusionPipeline folder, model/, in float16 safetensors.
 
     Raises:
         UsageError: the stage unet has not been finished, or was run with other settings; nothing is written then.
@@ -48,7 +48,7 @@ def export_stage(run: Run) -> None:
 
 
 def name_as_stable_diffusion(path: Path) -> None:
-    """Gives the text encoder's weights the names that Stable Diffusion's have, "text_model." first.
+    """Give the text encoder's weights the names that Stable Diffusion's have, "text_model." first.
 
     transformers 5 saves them without it and reads both; transformers 4 would find none and start from random weights.
     """

@@ -1,4 +1,4 @@
-"""Starts a UNet from the weights of one that has a resolution level less."""
+"""Start a UNet from the weights of one that has a resolution level less."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def old_name(key: str, old_levels: int) -> str | None:
 
 @torch.no_grad()
 def grow(unet: nn.Module, small: dict[str, Tensor], old_levels: int) -> set[str]:
-    """Fills `unet` from the weights of a UNet2DConditionModel with one level less; returns the keys left fresh.
+    """Fill `unet` from the weights of a UNet2DConditionModel with one level less; returns the keys left fresh.
 
     Every weight whose name and shape agree is copied. The rest is set so that the network starts as the smaller one
     applied to the 2 × 2 means of conv_in's features, its output enlarged: the new level's residual branches end in
-    zeros, its downsampler takes means, its upsampler repeats. An attn1 that reads the text instead of the picture
+    zeros, its downsampler takes means, its upsampler repeats. An attn1 that attends to the text
     starts with output zero.
 
     Args:
@@ -64,19 +64,19 @@ def grow(unet: nn.Module, small: dict[str, Tensor], old_levels: int) -> set[str]
 
 
 def silence(layer: nn.Module) -> None:
-    """Makes a layer give zeros until it has learned something."""
+    """Make a layer give zeros until it has learned something."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
 
 
 def pass_first_channels(conv: nn.Conv2d) -> None:
-    """Makes a 1 × 1 convolution pass its first channels on: an up block's skip connection comes after them."""
+    """Make a 1 × 1 convolution pass its first channels on: an up block's skip connection comes after them."""
     silence(conv)
     nn.init.dirac_(conv.weight)
 
 
 def mean_downsampler(conv: nn.Conv2d) -> None:
-    """Makes a 3 × 3 convolution of stride 2 and padding 1 the mean of each 2 × 2 cell."""
+    """Make a 3 × 3 convolution of stride 2 and padding 1 the mean of each 2 × 2 cell."""
     silence(conv)
     for channel in range(conv.out_channels):
         conv.weight[channel, channel, 1:, 1:] = 0.25

@@ -1,4 +1,4 @@
-"""Stage data: the icons of the sets that a preset names, rasterised as RGBA pictures and listed in an index."""
+"""Stage data: the icons of the sets that a preset names, rasterised as RGBA images and listed in an index."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from .presets import SMOKE_NAMES, Preset
-from .run import Run, UsageError, announce, claim_folder, file_digest, replacing, require, write_json
+from .run import Run, UsageError, announce, claim_folder, file_digest, require, write_json, write_png
 
 PACKAGES = {"fluent-emoji": "@iconify-json/fluent-emoji@1.2.7", "noto": "@iconify-json/noto@1.2.9"}
 """Icon set (the `prefix` inside icons.json) to the npm package that holds it."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class Icon:
     """One row of data/index.json: an icon that was rasterised."""
 
     name: str
@@ -58,7 +58,7 @@ def icons_by_caption(icon_set: dict) -> dict[str, str]:
 
 
 def read_icon_set(path: Path) -> dict:
-    """Reads an icons.json, alone or inside an npm package file (.tgz).
+    """Read an icons.json, alone or inside an npm package file (.tgz).
 
     Raises:
         UsageError: there is no such file, or it is not an Iconify set.
@@ -80,7 +80,7 @@ def read_icon_set(path: Path) -> dict:
 
 
 def download_packages(folder: Path) -> list[Path]:
-    """Fetches PACKAGES with `npm pack` into `folder`; returns the package files.
+    """Fetch PACKAGES with `npm pack` into `folder`; returns the package files.
 
     Raises:
         UsageError: npm is not there, or it failed.
@@ -99,7 +99,7 @@ def download_packages(folder: Path) -> list[Path]:
 
 
 def rasterise(svg: str, size: int) -> Image.Image:
-    """An SVG as an RGBA picture of size × size pixels: scaled to fit, centred, on a transparent ground."""
+    """An SVG as an RGBA image of size × size pixels: scaled to fit, centred, on a transparent ground."""
     try:
         import resvg_py
     except ImportError:
@@ -111,8 +111,8 @@ def rasterise(svg: str, size: int) -> Image.Image:
     return Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
 
 
-def draw_stand_in(name: str, size: int) -> Image.Image:
-    """A drawing of one of SMOKE_NAMES for runs without icons: RGBA, size × size pixels."""
+def stand_in(name: str, size: int) -> Image.Image:
+    """A simple image of one of SMOKE_NAMES for runs without icons: RGBA, size × size pixels."""
     icon = Image.new("RGBA", (size, size))
     pen = ImageDraw.Draw(icon)
     end = size - 1
@@ -128,18 +128,13 @@ def draw_stand_in(name: str, size: int) -> Image.Image:
     return icon
 
 
-def wanted_pictures(preset: Preset, sources: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
-    """(name, style) of every picture that some phase of the preset sees, in a fixed order.
+def wanted_icons(preset: Preset, sources: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
+    """(name, style) of every icon that some phase of the preset sees, in a fixed order.
 
     Args:
         sources: the names that each style has.
     """
-    seen = {
-        (name, style)
-        for phase in preset.phases
-        for style in (phase.styles or sources)
-        for name in (sources[style] if phase.names is None else phase.names)
-    }
+    seen = {(name, style) for phase in preset.phases for style in (phase.styles or sources) for name in phase.names}
     return sorted(seen, key=lambda pair: (pair[1], pair[0]))
 
 
@@ -160,13 +155,13 @@ def icon_files(run: Run) -> list[Path]:
 
 
 def icon_sources(run: Run, files: Sequence[Path]) -> dict[str, dict[str, Callable[[], Image.Image]]]:
-    """Style and name to a function that draws it as RGBA picture; without files, the stand-ins.
+    """Style and name to a function that makes its RGBA image; without files, the stand-ins.
 
     Raises:
         UsageError: an icon set or a name that the preset needs is missing.
     """
     if not files:
-        return {"drawn": {name: functools.partial(draw_stand_in, name, run.preset.icon_size) for name in SMOKE_NAMES}}
+        return {"drawn": {name: functools.partial(stand_in, name, run.preset.icon_size) for name in SMOKE_NAMES}}
 
     icon_sets = {}
     for path in files:
@@ -177,7 +172,7 @@ def icon_sources(run: Run, files: Sequence[Path]) -> dict[str, dict[str, Callabl
             f"--icons gives {', '.join(sorted(icon_sets))}, but preset {run.preset_name} also needs "
             f"{' and '.join(PACKAGES[style] for style in missing)}"
         )
-    for name, style in wanted_pictures(run.preset, icon_sets):
+    for name, style in wanted_icons(run.preset, icon_sets):
         if name not in icon_sets[style]:
             raise UsageError(
                 f"the icon set {style} has no icon named {name!r}: use {PACKAGES.get(style, 'another set')}"
@@ -189,7 +184,7 @@ def icon_sources(run: Run, files: Sequence[Path]) -> dict[str, dict[str, Callabl
 
 
 def data_stage(run: Run) -> None:
-    """Rasterises the icons: data/<style>/<name>.png (RGBA) and, when all are there, data/index.json."""
+    """Rasterise the icons: data/<style>/<name>.png (RGBA) and, when all are there, data/index.json."""
     folder = run.out / "data"
     index = folder / "index.json"
     settings = {
@@ -207,19 +202,18 @@ def data_stage(run: Run) -> None:
         return announce("data", "already done")
 
     sources = icon_sources(run, files)
-    pictures = []
-    for name, style in tqdm(wanted_pictures(run.preset, sources), desc="data", unit="icon"):
+    icons = []
+    for name, style in tqdm(wanted_icons(run.preset, sources), desc="data", unit="icon"):
         path = folder / style / f"{name.replace(' ', '-')}.png"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            with replacing(path) as part:
-                sources[style][name]().save(part, format="png")
-        pictures.append(Picture(name, style, str(path.relative_to(folder)), file_digest(path)))
-    write_json(index, [asdict(picture) for picture in pictures])
-    announce("data", f"{len(pictures)} pictures of {len({p.name for p in pictures})} names in {folder}")
+            write_png(path, sources[style][name]())
+        icons.append(Icon(name, style, str(path.relative_to(folder)), file_digest(path)))
+    write_json(index, [asdict(icon) for icon in icons])
+    announce("data", f"{len(icons)} icons of {len({icon.name for icon in icons})} names in {folder}")
 
 
-def load_index(run: Run) -> list[Picture]:
+def load_index(run: Run) -> list[Icon]:
     """The icons that the data stage rasterised.
 
     Raises:
@@ -227,14 +221,14 @@ def load_index(run: Run) -> list[Picture]:
     """
     folder = run.out / "data"
     index = require(run, folder / "index.json", "data")
-    pictures = [Picture(**row) for row in json.loads(index.read_text())]
-    for picture in pictures:
-        path = folder / picture.file
-        if not path.is_file() or file_digest(path) != picture.sha256:
+    icons = [Icon(**row) for row in json.loads(index.read_text())]
+    for icon in icons:
+        path = folder / icon.file
+        if not path.is_file() or file_digest(path) != icon.sha256:
             raise UsageError(f"{path} is missing or was changed: delete {folder} and run the stage data again")
-    return pictures
+    return icons
 
 
 def trained_names(run: Run) -> list[str]:
     """Every name that some phase shows, sorted."""
-    return sorted({picture.name for picture in load_index(run)})
+    return sorted({icon.name for icon in load_index(run)})

@@ -15,7 +15,7 @@ from .run import Run, UsageError
 
 
 def build_autoencoder(preset: Preset, scaling_factor: float = 1.0):
-    """An AutoencoderTiny: pictures [B, 3, H, W] in -1 … 1 to latents [B, 4, H/8, W/8]."""
+    """An AutoencoderTiny: images [B, 3, H, W] in -1 … 1 to latents [B, 4, H/8, W/8]."""
     from diffusers import AutoencoderTiny
 
     channels = (preset.autoencoder_channels,) * len(preset.autoencoder_encoder_blocks)
@@ -108,12 +108,12 @@ def build_pipeline(vae, text_encoder, tokenizer, unet):
 
 
 def seed_initial_weights(run: Run, stage: str) -> None:
-    """Seeds the global generator, which the models' constructors draw their first weights from."""
+    """Seed the global generator, which the models' constructors draw their first weights from."""
     torch.manual_seed(run.generator(stage, "initial weights").initial_seed())
 
 
 def take_over(model: nn.Module, path: Path) -> None:
-    """Fills a whole model from a safetensors file.
+    """Fill a whole model from a safetensors file.
 
     Raises:
         UsageError: the file is of a model of another format.

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .canvases import CanvasRecipe
-
-SHARD = 128
-"""Canvases in one file of the pool: what an interruption costs at most."""
-
 CLEAR_NAMES = tuple(
     name.strip()
     for name in """
@@ -46,7 +41,7 @@ class UnetPhase:
 
     Attributes:
         steps: optimiser steps.
-        names: captions whose pictures it sees; None for every icon of the sets.
+        names: captions whose images it sees.
         styles: icon sets it sees; None for all that the data stage was given.
         key_stride: the full-resolution self-attention sees one random key of each key_stride × key_stride cell, which
             makes a step cheaper; None for all keys.
@@ -57,7 +52,7 @@ class UnetPhase:
     """
 
     steps: int
-    names: tuple[str, ...] | None
+    names: tuple[str, ...]
     styles: tuple[str, ...] | None
     key_stride: int | None = None
     lr: float | None = None
@@ -71,25 +66,25 @@ class Preset:
 
     Attributes:
         icon_size: pixels per side at which an icon is rasterised.
-        image_size: pixels per side of the model's pictures; its latents have an eighth of that.
+        image_size: pixels per side of the model's images; its latents have an eighth of that.
+        margin: around the icon, as a fraction of the image's side.
         autoencoder_*: see diffusers' AutoencoderTiny; crop in pixels.
         unet_channels, unet_heads: one entry per level, highest resolution first.
-        phases: the UNet's training; the pictures of the first are the autoencoder's too.
+        phases: the UNet's training; the autoencoder is trained on the images of all of them.
         grid_steps: optimiser steps between two grids of samples.
         checkpoint_seconds: least time between two checkpoints.
         sample_steps, guidance: of the sample grids and the contact sheet.
-        canvases: how pictures are composed; None for one icon centred on white. All phases see the same canvases.
-        pool: how many canvases the UNet is trained on.
-        autoencoder_canvases: how many others the autoencoder is trained on, or judged by.
+        grounds: images of each icon, on so many random light colours; None for one image on white.
         grows: from a model given with --grow-from, whose autoencoder, text encoder and tokenizer are taken over and
             whose UNet the new one grows out of.
         unet_attends_at_top_only: self-attention at full resolution and nowhere else; the lower levels attend to the
             text twice. Stable Diffusion's kind of middle block always has self-attention, so it is a plain one here.
-        grid_samples: pictures in a grid of samples (default 8).
+        grid_samples: images in a grid of samples.
     """
 
     icon_size: int
     image_size: int
+    margin: float
 
     autoencoder_channels: int
     autoencoder_encoder_blocks: tuple[int, ...]
@@ -119,12 +114,10 @@ class Preset:
     sample_steps: int
     guidance: float
 
-    canvases: CanvasRecipe | None = None
-    pool: int | None = None
-    autoencoder_canvases: int | None = None
-    grows: bool | None = None
-    unet_attends_at_top_only: bool | None = None
-    grid_samples: int | None = None
+    grounds: int | None = None
+    grows: bool = False
+    unet_attends_at_top_only: bool = False
+    grid_samples: int = 8
 
 
 SMOKE_NAMES = ("basketball", "door", "lemon", "tent")
@@ -133,6 +126,7 @@ PRESETS = {
     "first": Preset(
         icon_size=512,
         image_size=256,
+        margin=0.04,
         autoencoder_channels=48,
         autoencoder_encoder_blocks=(0, 1, 2, 3),
         autoencoder_decoder_blocks=(3, 3, 2, 0),
@@ -153,7 +147,7 @@ PRESETS = {
         ema_decay=0.998,
         phases=(
             UnetPhase(steps=1600, names=CLEAR_NAMES + OTHER_NAMES, styles=("fluent-emoji", "noto")),
-            # Fewer pictures seen more often: this is where blobs become objects.
+            # Fewer images seen more often: here blobs become objects.
             UnetPhase(steps=2538, names=CLEAR_NAMES, styles=("fluent-emoji",)),
         ),
         warmup_steps=50,
@@ -166,6 +160,7 @@ PRESETS = {
     "smoke": Preset(
         icon_size=64,
         image_size=64,
+        margin=0.04,
         autoencoder_channels=16,
         autoencoder_encoder_blocks=(0, 1, 1, 1),
         autoencoder_decoder_blocks=(1, 1, 1, 0),
@@ -196,6 +191,7 @@ PRESETS = {
 PRESETS["cpu"] = replace(
     PRESETS["first"],
     image_size=512,
+    margin=0.07,
     autoencoder_steps=0,  # the first model's is good enough
     unet_channels=(48, 48, 96, 192),
     unet_heads=(1, 1, 2, 4),
@@ -208,44 +204,10 @@ PRESETS["cpu"] = replace(
     ema_decay=0.996,
     grid_steps=300,
     sample_steps=15,
-    canvases=CanvasRecipe(size=(0.86, 0.86), jitter=0.0, mirrored=0.0, patterned=0.0),
-    pool=121 * 3,
-    autoencoder_canvases=64,
+    grounds=3,
     grows=True,
     unet_attends_at_top_only=True,
     grid_samples=4,
-)
-PRESETS["full"] = replace(
-    PRESETS["first"],
-    image_size=512,
-    autoencoder_crop=256,
-    autoencoder_batch=16,
-    autoencoder_steps=8000,
-    text_hidden=512,
-    unet_channels=(64, 96, 160, 192),
-    unet_heads=(2, 3, 4, 4),
-    unet_batch=64,
-    phases=(
-        UnetPhase(steps=2_000, names=None, styles=("fluent-emoji", "noto")),
-        UnetPhase(steps=12_000, names=None, styles=("fluent-emoji", "noto"), sharpen=1 / 32),
-    ),
-    ema_decay=0.9995,
-    warmup_steps=200,
-    grid_steps=2000,
-    canvases=CanvasRecipe(
-        size=(0.35, 0.85),
-        jitter=None,
-        rotation=20.0,
-        groups=0.25,
-        repeats=0.15,
-        cells=5,
-        held_out=0.2,
-        style_words=(("fluent-emoji", "3d"), ("noto", "flat")),
-    ),
-    pool=40_000,
-    autoencoder_canvases=2000,
-    unet_attends_at_top_only=True,
-    grid_samples=16,
 )
 PRESETS["smoke-grown"] = replace(
     PRESETS["smoke"],
@@ -257,9 +219,7 @@ PRESETS["smoke-grown"] = replace(
         UnetPhase(6, SMOKE_NAMES, None, lr=1e-4, sharpen=1 / 4, calibration_steps=4),
     ),
     grid_steps=12,
-    canvases=CanvasRecipe(size=(0.4, 0.9), jitter=None, rotation=20.0, groups=0.3, repeats=0.2, cells=3, held_out=0.2),
-    pool=SHARD + 8,
-    autoencoder_canvases=8,
+    grounds=2,
     grows=True,
     unet_attends_at_top_only=True,
     grid_samples=2,

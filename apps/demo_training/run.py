@@ -1,18 +1,19 @@
-"""One invocation: its settings and draws, what it says, and the folder that it may write to, resume or must refuse."""
+"""One invocation: its settings and random numbers, and the folders that it may write to, resume or must refuse."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from .presets import Preset, UnetPhase
+from agentsd.files import write_atomically
+
+from .presets import Preset
 
 
 class UsageError(ValueError):
@@ -36,7 +37,7 @@ class Run:
     checkpoint_seconds: float
 
     def generator(self, *key: object) -> torch.Generator:
-        """A CPU generator that depends on the seed and `key` alone: a resumed run draws what it would have drawn."""
+        """A CPU generator that depends on the seed and `key` alone: a resumed run gets the same numbers."""
         digest = hashlib.blake2b(repr((self.seed, *key)).encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -47,20 +48,14 @@ class Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, which takes `path`'s place at the end: a reader never sees half a file."""
-    part = path.with_name(path.name + ".part")
-    yield part
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 def write_json(path: Path, value: object) -> None:
-    """Writes `value` as JSON, whole or not at all."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n")
+    """Write `value` as JSON, atomically."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Write an image as PNG, atomically."""
+    write_atomically(path, lambda file: image.save(file, format="PNG"))
 
 
 def file_digest(path: Path) -> str:
@@ -69,7 +64,7 @@ def file_digest(path: Path) -> str:
 
 
 def claim_folder(folder: Path, settings: dict) -> None:
-    """Makes `folder` for work with `settings`, or checks that the work in it was done with the same.
+    """Make `folder` for work with `settings`, or checks that the work in it was done with the same.
 
     Raises:
         UsageError: the folder was made with other settings.
@@ -83,7 +78,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
 
 
 def check_folder(folder: Path, settings: dict, besides: tuple[str, ...] = ()) -> None:
-    """Checks that the work in `folder`, which `claim_folder` has claimed, was done with `settings`.
+    """Check that the work in `folder`, which `claim_folder` has claimed, was done with `settings`.
 
     Args:
         besides: keys that may differ.
@@ -111,10 +106,8 @@ def training_settings(run: Run, stage: str) -> dict:
     """What must stay the same for `stage` to be continued; the device may change."""
     at_leisure = ("grid_steps", "checkpoint_seconds", "sample_steps", "guidance", "precision", "icon_size")
     at_leisure += ("grid_samples", "grows")
-    other = {"autoencoder": ("unet_", "text_", "ema_", "phases", "pool"), "unet": ("autoencoder_", "latent_noise")}[
-        stage
-    ]
-    settings = {key: value for key, value in recorded(run.preset).items() if key not in at_leisure}
+    other = {"autoencoder": ("unet_", "text_", "ema_", "phases"), "unet": ("autoencoder_", "latent_noise")}[stage]
+    settings = {key: value for key, value in asdict(run.preset).items() if key not in at_leisure}
     if run.grow_from:
         files = sorted(path for path in run.grow_from.rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
         settings["grown_from"] = [file_digest(path) for path in files]
@@ -137,22 +130,8 @@ def origin_of_unet(run: Run) -> dict[str, str]:
     return {"data": file_digest(index), "autoencoder": file_digest(weights)}
 
 
-def recorded(settings: Preset | UnetPhase) -> dict:
-    """The fields of a dataclass without those left at a default of None: a folder from before them can be continued."""
-    values = {
-        field.name: getattr(settings, field.name)
-        for field in fields(settings)
-        if not (field.default is None and getattr(settings, field.name) is None)
-    }
-    if "phases" in values:
-        values["phases"] = [recorded(phase) for phase in values["phases"]]
-    if "canvases" in values:
-        values["canvases"] = asdict(values["canvases"])
-    return values
-
-
 def announce(stage: str, text: str) -> None:
-    """Says how a stage ended."""
+    """Say how a stage ended."""
     print(f"{stage}: {text}", flush=True)
 
 

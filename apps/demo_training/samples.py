@@ -1,4 +1,4 @@
-"""Stage samples: pictures that a model draws, as the contact sheet and, for the training stages, as their grids."""
+"""Stage samples: images of a model, as the contact sheet and, for the training stages, as their grids."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from .presets import CLEAR_NAMES
-from .run import Run, announce, check_folder, replacing, require, training_settings
+from .run import Run, announce, check_folder, require, training_settings, write_png
 
 
 def samples_stage(run: Run) -> None:
-    """Draws samples.png from model/: --count of the names of the last phase.
+    """Generate samples.png from model/: --count of the names of the last phase.
 
     Raises:
         UsageError: there is no model/, or the folder was made with other settings.
@@ -23,16 +22,15 @@ def samples_stage(run: Run) -> None:
 
     folder = require(run, run.out / "model" / "model_index.json", "export").parent
     if (run.out / "unet" / "settings.json").exists():  # model/ may have been copied here alone
-        # What the model was trained on plays no part in drawing, and may have been deleted.
+        # What the model was trained on plays no part here, and may have been deleted.
         check_folder(run.out / "unet", training_settings(run, "unet"), besides=("data", "autoencoder"))
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.to(run.device).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    names = evenly(shown_names(run), run.count)
+    names = evenly(run.preset.phases[-1].names, run.count)
     sheet = contact_sheet(run, pipeline, names, columns=min(8, len(names)), progress=True)
-    with replacing(run.out / "samples.png") as part:
-        sheet.save(part, format="png")
-    announce("samples", f"{len(names)} pictures in {run.out / 'samples.png'}")
+    write_png(run.out / "samples.png", sheet)
+    announce("samples", f"{len(names)} images in {run.out / 'samples.png'}")
 
 
 @torch.no_grad()
@@ -58,13 +56,8 @@ def contact_sheet(run: Run, pipeline, names: Sequence[str], columns: int, progre
     return sheet
 
 
-def shown_names(run: Run) -> Sequence[str]:
-    """The names that samples are drawn from: those of the last phase, or the clear ones of a phase that sees all."""
-    return run.preset.phases[-1].names or CLEAR_NAMES
-
-
 def as_grid(images: Tensor, columns: int) -> Image.Image:
-    """Pictures [B, 3, H, W] in -1 … 1, B a multiple of `columns`, as one picture."""
+    """Images [B, 3, H, W] in -1 … 1, B a multiple of `columns`, as one image."""
     pixels = ((images.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     rows = [torch.cat(list(row), dim=-1) for row in pixels.split(columns)]
     return Image.fromarray(torch.cat(rows, dim=-2).permute(1, 2, 0).numpy())

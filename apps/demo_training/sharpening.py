@@ -1,4 +1,4 @@
-"""Makes self-attention one that finds, for each query, the tokens that look like its own: a non-local mean."""
+"""Sharpen self-attention: each query attends to the tokens that look like its own (a non-local mean)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
-    """Sets an Attention's projections so that it averages, for each token, those with similar features.
+    """Set an Attention's projections so that it averages, for each token, those with similar features.
 
     From random weights, attention in a small network settles near the mean over all tokens, where its gradient is
     almost nothing, and stays there. After this it is a non-local mean: queries and keys are the same projection on the
-    principal components of the features within a picture, scaled so that the median query spreads its weights over
+    principal components of the features within an image, scaled so that the median query spreads its weights over
     `share` of the keys; what is averaged, and given out twofold, is the features themselves.
 
     Args:
@@ -29,7 +29,7 @@ def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
     tokens = tokens.float()
     spread = tokens - tokens.mean(dim=1, keepdim=True)
     components = torch.linalg.eigh(spread.flatten(0, 1).T @ spread.flatten(0, 1)).eigenvectors.flip(-1)
-    # The mean token's direction tells no token from another, and would make a few keys everyone's.
+    # The mean token's direction separates no tokens; with it a few keys would get the weight of every query.
     mean = nn.functional.normalize(tokens.mean(dim=(0, 1)), dim=0)
     components = components - mean[:, None] * (mean @ components)
     order = torch.arange(width).view(-1, attn.heads).T.flatten()  # strong and weak components for every head
@@ -45,7 +45,7 @@ def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
 
 @torch.no_grad()
 def calibrate(attn: nn.Module, tokens: Tensor, share: float) -> None:
-    """Scales queries and keys so that the median query again has `share` of the keys.
+    """Scale queries and keys so that the median query again has `share` of the keys.
 
     Projections that stay fixed do not keep attention sharp while the features that they compare are trained.
 
@@ -83,7 +83,7 @@ def scale_for(share: float, tokens: Tensor, projection: Tensor, attn: nn.Module)
 
 
 def keep_sharp(attn: nn.Module, keep: bool) -> None:
-    """Fixes the projections of queries and keys, or lets them be trained.
+    """Fix the projections of queries and keys, or lets them be trained.
 
     Trained, the weights flatten out within some hundred steps; fixed, more slowly, as the features still change.
     """

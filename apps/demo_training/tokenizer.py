@@ -16,9 +16,6 @@ from .run import Run
 EXTRA_WORDS = ("a", "an", "emoji", "high", "of", "photo", "photograph", "picture", "quality", "the")
 """Words of the tokenizer beside the names."""
 
-CANVAS_WORDS = ("and", "pattern", "flat", "3d", "style")
-"""Words that the captions of composed canvases add to them."""
-
 
 def split_word(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     """The BPE pieces of a word under merges ranked by priority; the last piece ends in "</w>"."""
@@ -62,8 +59,7 @@ def build_tokenizer(run: Run, names: Iterable[str], folder: Path):
         for name in ("vocab.json", "merges.txt"):
             shutil.copyfile(run.grow_from / "tokenizer" / name, folder / name)
     else:
-        words = EXTRA_WORDS + (CANVAS_WORDS if run.preset.canvases else ())
-        vocabulary, merges = build_vocabulary([*words, *(word for name in names for word in words_of(name))])
+        vocabulary, merges = build_vocabulary([*EXTRA_WORDS, *(word for name in names for word in words_of(name))])
         (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
         (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .run import Run, UsageError, replacing
+from agentsd.files import write_atomically
+
+from .run import Run, UsageError, write_png
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -28,16 +30,16 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
 
 
 def save_checkpoint(path: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Writes modules, optimiser state and the number of steps done as one safetensors file."""
+    """Write modules, optimiser state and the number of steps done as one safetensors file."""
     tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items()}
-    with replacing(path) as part:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, part, metadata={"step": str(step)})
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    write_atomically(path, save(contiguous, metadata={"step": str(step)}))
 
 
 def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Fills modules and optimiser from `save_checkpoint`'s file; returns the number of steps done."""
+    """Fill modules and optimiser from `save_checkpoint`'s file; returns the number of steps done."""
     tensors = load_file(path)
     for name, module in modules.items():
         module.load_state_dict(part_of(tensors, name))
@@ -62,7 +64,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def noting_interrupts() -> Iterator[list[int]]:
-    """Yields a list that gets the signal number of a Ctrl-C or SIGTERM, so that a step is finished before stopping."""
+    """Yield a list that gets the signal number of a Ctrl-C or SIGTERM, so that a step is finished before stopping."""
     received: list[int] = []
     previous = {
         number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
@@ -82,10 +84,10 @@ def train(
     phase_steps: Sequence[int],
     peak_lrs: Sequence[float],
     loss_of: Callable[[int, torch.Generator], Tensor],
-    draw_grid: Callable[[], Image.Image],
+    sample_grid: Callable[[], Image.Image],
     prepare: Callable[[int, int], None] = lambda phase, local: None,
 ) -> None:
-    """Trains modules in place, from the stage's checkpoint if there is one.
+    """Train modules in place, from the stage's checkpoint if there is one.
 
     AdamW with betas 0.9 and 0.99, gradients clipped to norm 1. Each phase has its own warm-up and cosine; a phase
     after the first starts from the averaged weights with a fresh optimiser.
@@ -97,7 +99,7 @@ def train(
         phase_steps: optimiser steps of each phase.
         peak_lrs: peak learning rate of each phase.
         loss_of: (phase, generator) to a scalar loss; the generator is the step's own.
-        draw_grid: a picture of the present state, written to the stage's grids folder now and then.
+        sample_grid: an image of the present state, written to the stage's grids folder now and then.
         prepare: called before each step with the phase and the step's number within it.
     """
     preset, folder = run.preset, run.out / stage
@@ -158,14 +160,13 @@ def train(
                 save_checkpoint(checkpoint, step + 1, modules, optimizer)
                 saved_at = time.monotonic()
             if grid_due:
-                with replacing(grids / f"step_{step + 1:06d}.png") as part:
-                    draw_grid().save(part, format="png")
+                write_png(grids / f"step_{step + 1:06d}.png", sample_grid())
             if interrupts and step + 1 < total:
                 raise KeyboardInterrupt
 
 
 def finish(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a stage's weights.safetensors, which says that it is finished, then drops its checkpoint."""
-    with replacing(folder / "weights.safetensors") as part:
-        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part, metadata=metadata)
+    """Write a stage's weights.safetensors, which says that it is finished, then drops its checkpoint."""
+    contiguous = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    write_atomically(folder / "weights.safetensors", save(contiguous, metadata=metadata))
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)

@@ -10,15 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .autoencoder import encode_all, encode_pool, load_autoencoder
-from .canvases import captions_of
+from .autoencoder import encode_all, load_autoencoder
 from .growing import grow
 from .icons import load_index, trained_names
+from .images import training_images
 from .key_subset import SubsetAttnProcessor, one_per_cell
 from .models import build_pipeline, build_scheduler, build_text_encoder, build_unet, seed_initial_weights, take_over
-from .pictures import CanvasSet, load_pictures
 from .run import Run, UsageError, announce, claim_folder, origin_of_unet, training_settings
-from .samples import contact_sheet, evenly, shown_names
+from .samples import contact_sheet, evenly
 from .sharpening import calibrate, keep_sharp, sharpen
 from .tokenizer import build_tokenizer, tokenise
 from .training import finish, train
@@ -26,39 +25,32 @@ from .training import finish, train
 CAPTIONS = (("a {}", 0.3), ("a high quality photograph of a {}.", 0.4), ("{}", 0.2), ("", 0.1))
 """Caption templates with their probabilities; the empty one is what classifier-free guidance compares with."""
 
-SHARPENING_PICTURES = 8
+SHARPENING_IMAGES = 8
 SHARPENING_TIMES = (0.65, 0.95)
 """Of the diffusion run: well within the noisiest 40 %, in which agents work by default."""
 
 
 def unet_stage(run: Run) -> None:
-    """Trains UNet and text encoder together on the cached latents: unet/weights.safetensors."""
+    """Train UNet and text encoder together on latents: unet/weights.safetensors."""
     preset, folder = run.preset, run.out / "unet"
     origin = origin_of_unet(run)
-    pictures = load_index(run)
+    icons = load_index(run)
     claim_folder(folder, training_settings(run, "unet") | origin)
     if (folder / "weights.safetensors").exists():
         return announce("unet", "already done")
 
     vae = load_autoencoder(run).to(run.device)
     tokenizer = build_tokenizer(run, trained_names(run), folder / "tokenizer")
-    if preset.canvases:
-        latents = encode_pool(run, vae, pictures, origin).to(run.device)
-        canvases = CanvasSet(run, pictures, "pool")
-        forms = [captions_of(canvases.plan(number), preset.canvases) for number in range(preset.pool)]
-        captions = torch.stack([tokenise(tokenizer, [text for text, _ in texts]) for texts in forms])
-        chances = torch.tensor([chance for _, chance in forms[0]])
-        seen = [torch.arange(preset.pool)] * len(preset.phases)
-    else:
-        latents = encode_all(vae, load_pictures(run, pictures).to(run.device)) * vae.config.scaling_factor
-        captions = torch.stack([tokenise(tokenizer, [form.format(p.name) for form, _ in CAPTIONS]) for p in pictures])
-        chances = torch.tensor([chance for _, chance in CAPTIONS])
-        seen = [
-            torch.tensor(
-                [i for i, p in enumerate(pictures) if p.name in phase.names and p.style in (phase.styles or p.style)]
-            )
-            for phase in preset.phases
-        ]
+    latents = encode_all(vae, training_images(run, icons).to(run.device)) * vae.config.scaling_factor
+    shown_icons = [icons[number % len(icons)] for number in range(len(latents))]
+    captions = torch.stack([tokenise(tokenizer, [form.format(i.name) for form, _ in CAPTIONS]) for i in shown_icons])
+    chances = torch.tensor([chance for _, chance in CAPTIONS])
+    seen = [
+        torch.tensor(
+            [n for n, i in enumerate(shown_icons) if i.name in phase.names and i.style in (phase.styles or i.style)]
+        )
+        for phase in preset.phases
+    ]
 
     seed_initial_weights(run, "unet")
     trained = {"unet": build_unet(preset), "text_encoder": build_text_encoder(preset, tokenizer)}
@@ -69,7 +61,7 @@ def unet_stage(run: Run) -> None:
         module.to(run.device)
     subset = SubsetAttnProcessor()
     if any(phase.key_stride for phase in preset.phases):
-        use_key_subset(trained["unet"], subset)  # after the averages were copied: samples are drawn with all keys
+        use_key_subset(trained["unet"], subset)  # after the averages were copied: samples are generated with all keys
     predict = torch.compile(trained["unet"]) if run.compile else trained["unet"]
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod
@@ -84,7 +76,7 @@ def unet_stage(run: Run) -> None:
         noise = torch.randn((batch, *latents.shape[1:]), generator=generator)
         weights = loss_weight(alphas[timesteps]).to(run.device)
         noise, timesteps = noise.to(run.device), timesteps.to(run.device)
-        noisy = scheduler.add_noise(latents[picks.to(run.device)].float(), noise, timesteps)
+        noisy = scheduler.add_noise(latents[picks.to(run.device)], noise, timesteps)
         stride = preset.phases[phase].key_stride
         subset.chosen = stride and one_per_cell(latents.shape[-1], stride, generator).to(run.device)
         for layer in self_attention_layers(trained["unet"]):  # in every step: a resumed run begins within a phase
@@ -99,10 +91,10 @@ def unet_stage(run: Run) -> None:
         if not settings.sharpen or local % settings.calibration_steps:
             return
         generator = run.generator("unet", "sharpen", phase, local)
-        picks = torch.randint(len(latents), (SHARPENING_PICTURES,), generator=generator)
-        noise = torch.randn((SHARPENING_PICTURES, *latents.shape[1:]), generator=generator).to(run.device)
-        timesteps = (torch.linspace(*SHARPENING_TIMES, SHARPENING_PICTURES) * len(alphas)).long().to(run.device)
-        noisy = scheduler.add_noise(latents[picks.to(run.device)].float(), noise, timesteps)
+        picks = torch.randint(len(latents), (SHARPENING_IMAGES,), generator=generator)
+        noise = torch.randn((SHARPENING_IMAGES, *latents.shape[1:]), generator=generator).to(run.device)
+        timesteps = (torch.linspace(*SHARPENING_TIMES, SHARPENING_IMAGES) * len(alphas)).long().to(run.device)
+        noisy = scheduler.add_noise(latents[picks.to(run.device)], noise, timesteps)
         texts = captions[picks, 0].to(run.device)
         change_attention(averages, calibrate if local else sharpen, settings.sharpen, noisy, timesteps, texts)
         own, other = (self_attention_layers(models["unet"]) for models in (averages, trained))
@@ -113,7 +105,7 @@ def unet_stage(run: Run) -> None:
             layer.load_state_dict(taken)
 
     pipeline = build_pipeline(vae, averages["text_encoder"], tokenizer, averages["unet"])
-    shown = evenly(shown_names(run), preset.grid_samples or 8)
+    shown = evenly(run.preset.phases[-1].names, preset.grid_samples)
     train(
         run,
         "unet",
@@ -141,7 +133,7 @@ def loss_weight(alphas: Tensor) -> Tensor:
 
 
 def grow_models(run: Run, models: dict[str, nn.Module]) -> None:
-    """Fills UNet and text encoder from the model folder that this one grows from.
+    """Fill UNet and text encoder from the model folder that this one grows from.
 
     Raises:
         UsageError: that model's format does not fit.
@@ -167,7 +159,7 @@ def change_attention(
     timesteps: Tensor,
     texts: Tensor,
 ) -> None:
-    """Sharpens or calibrates the UNet's self-attention layers, from the first to the last, each on what it is given.
+    """Sharpen or calibrates the UNet's self-attention layers, from the first to the last, each on what it is given.
 
     Args:
         models: "unet" and "text_encoder".
@@ -196,7 +188,7 @@ def self_attention_layers(unet: nn.Module) -> list[nn.Module]:
 
 
 def use_key_subset(unet: nn.Module, subset: SubsetAttnProcessor) -> None:
-    """Gives the full-resolution self-attention layers that processor."""
+    """Give the full-resolution self-attention layers that processor."""
     tops = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
     for name, module in unet.named_modules():
         if name.startswith(tops) and name.endswith(".attn1"):

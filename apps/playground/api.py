@@ -8,46 +8,35 @@ from typing import Any
 
 import gradio as gr
 
-from agentsd.images.compare import GeneratedImage
-from agentsd.visualize import agent_map, merge_map
+from agentsd.images.generate import GeneratedImage
+from agentsd.maps import agent_map, merge_map
 
-from . import pictures
-from .jobs import (
-    Case,
-    Drawn,
-    Loading,
-    Looked,
-    Report,
-    Run,
-    Stepped,
-    Studio,
-    Unread,
-    explain,
-    methods_to_compare,
-)
+from .figures import Figures, verdict
+from .jobs import Case, Finished, Loading, Looked, Note, Report, Run, Stepped, Studio, explain, methods_to_compare
 from .outputs import Outputs, file_name
 from .settings import (
     PATCH_FIELDS,
+    ROUNDS,
+    SWEEP_RANGES,
     SWEEPABLE,
     Field,
     Limits,
     Settings,
     check,
     check_index,
+    preset_values,
     request_fields,
     sweep_values,
-    with_value,
 )
-
-_ROUNDS = Field("rounds", int, 1)
+from .sweeps import sweep_cases, sweep_csv, sweep_rows, sweep_settings, sweep_sheet
 
 
 class Api:
     """The three functions; each is a generator whose last value is the answer, so that a cancelled call stops at once.
 
     Args:
-        studio: what draws.
-        outputs: where the pictures go.
+        studio: what generates.
+        outputs: where images are saved.
         limits: bounds on every request.
     """
 
@@ -56,67 +45,66 @@ class Api:
         self.outputs = outputs
         self.limits = limits
         self._request = list(request_fields(studio.models.names, limits).values())
-        self._patch = list(PATCH_FIELDS.values())
+        self._patch = [Field("preset", str, ""), *PATCH_FIELDS.values()]
 
     def register(self, **event: Any) -> None:
         """Add the endpoints to the gr.Blocks being built; `event` goes to gr.api."""
         look = [Field("layer", str, "0"), Field("call", int, 0), Field("agent", int, 0)]
         sweep = [
             Field("field", str, SWEEPABLE[0]),
-            Field("first", float, 0.1),
-            Field("last", float, 0.7),
+            Field("first", float, SWEEP_RANGES[SWEEPABLE[0]][0]),
+            Field("last", float, SWEEP_RANGES[SWEEPABLE[0]][1]),
             Field("count", int, 4),
         ]
         for function, fields in (
-            (self.compare, [*self._request, _ROUNDS, *self._patch]),
+            (self.compare, [*self._request, ROUNDS, *self._patch]),
             (self.inspect, [*self._request, *look, *self._patch]),
-            (self.sweep, [*self._request, *sweep, _ROUNDS, *self._patch]),
+            (self.sweep, [*self._request, *sweep, ROUNDS, *self._patch]),
         ):
             gr.api(_with_parameters(function, fields), api_name=function.__name__, **event)
 
     def compare(self, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Draw one seed by Stable Diffusion, ToMeSD and AgentSD.
+        """Generate one seed by Stable Diffusion, ToMeSD and AgentSD.
 
         Answers {"sd": …, "tomesd": …, "agentsd": …, "verdict": …}; each method with its picture (a PNG that carries its
-        settings), seconds, all_seconds, speed_up, peak_gb, distance (root mean square, of 255) and settings.
+        settings), seconds, all_seconds, stable, speed_up, peak_gb, distance (root mean square, of 255) and settings.
         """
         settings = self._check(values)
-        drawings: dict[int, GeneratedImage] = {}
         cases = methods_to_compare(settings.config)
-        yield from self._draw(settings, cases, drawings)
-        answer: dict[str, Any] = {case.method: self._describe(drawings[i], drawings[0]) for i, case in enumerate(cases)}
-        yield {**answer, "verdict": pictures.verdict([drawings[i] for i in range(len(cases))])}
+        done: dict[int, GeneratedImage] = {}
+        notes: list[str] = []
+        yield from self._generate(settings, cases, done, notes)
+        answer: dict[str, Any] = {case.method: self._describe(done[i], done[0]) for i, case in enumerate(cases)}
+        yield {**answer, "verdict": " ".join([verdict([done[i] for i in range(len(cases))]), *notes])}
 
     def sweep(self, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Draw one seed unpatched, and patched with a setting at evenly spaced values.
+        """Generate one seed unpatched, and patched with a setting at evenly spaced values.
 
-        `field` is ratio, early or alpha; it takes `count` values from `first` to `last`. Answers {"drawings": [as
-        /compare's, with "value"; the unpatched one first], "sheet": PNG, "table": CSV}.
+        `field` is ratio, early, alpha or cache_interval; it takes `count` values from `first` to `last`. Answers
+        {"drawings": [as /compare's, with "value"; the unpatched one first], "sheet": PNG, "table": CSV}.
         """
         settings = self._check(values)
         try:
             points = sweep_values(values["field"], values["first"], values["last"], values["count"], self.limits)
-            cases = sweep_cases(settings, values["field"], points)
+            cases = sweep_cases(settings.config, values["field"], points)
         except (ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
-        drawings: dict[int, GeneratedImage] = {}
-        yield from self._draw(settings, cases, drawings)
-        ordered = [drawings[i] for i in range(len(cases))]
-        rows = pictures.sweep_rows([None, *points], ordered)
+        done: dict[int, GeneratedImage] = {}
+        yield from self._generate(settings, cases, done, [])
+        ordered = [done[i] for i in range(len(cases))]
+        rows = sweep_rows([None, *points], ordered)
         name = file_name(settings.request.prompt, values["field"])
-        sheet = pictures.sweep_sheet(values["field"], rows, ordered)
-        about = pictures.sweep_settings(values["field"], points, ordered, settings.config)
-        table = pictures.sweep_csv(values["field"], rows, ordered)
+        sheet = sweep_sheet(values["field"], rows, ordered)
+        about = sweep_settings(values["field"], points, ordered, settings.config)
+        table = sweep_csv(values["field"], rows, ordered)
         yield {
-            "drawings": [
-                {"value": row.value, **self._describe(drawing, ordered[0])} for row, drawing in zip(rows, ordered)
-            ],
-            "sheet": _file(self.outputs.picture(sheet, name, about)),
+            "drawings": [{"value": row.value, **self._describe(one, ordered[0])} for row, one in zip(rows, ordered)],
+            "sheet": _file(self.outputs.image(sheet, name, about)),
             "table": _file(self.outputs.text(table, name + ".csv")),
         }
 
     def inspect(self, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Draw with the patch and look inside one layer in one UNet call.
+        """Generate with the patch and look inside one layer in one UNet call.
 
         `layer` is a number or name of a patched layer, `call` counts the UNet calls from 0, `agent` the agents. Answers
         {"picture", "merge_map", "agent_map" (PNG; the last is None in the merge phase), "layer", "call", "timestep",
@@ -141,9 +129,9 @@ class Api:
             heat = None if view.agent_attention is None else agent_map(view, agent, looked.image)
         except (ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
-        save = self.outputs.picture
+        save = self.outputs.image
         yield {
-            "picture": _file(save(looked.image, name, looked.drawing_settings)),
+            "picture": _file(save(looked.image, name, looked.settings)),
             "merge_map": _file(save(merge_map(view, looked.image), name + "-merge-map")),
             "agent_map": heat and _file(save(heat, f"{name}-agent-{agent}")),
             "layer": view.layer,
@@ -152,21 +140,30 @@ class Api:
             "phase": view.phase.value,
             "grid": list(view.grid),
             "num_agents": 0 if view.agent_attention is None else len(view.agent_attention),
-            "settings": looked.drawing_settings,
+            "settings": looked.settings,
         }
 
     def _check(self, values: dict[str, Any]) -> Settings:
+        """Checked settings; fields of the patch left at their default take the preset's value."""
         try:
+            if values.get("preset"):
+                defaults = {field.name: field.default for field in PATCH_FIELDS.values()}
+                for name, value in preset_values(values["preset"]).items():
+                    if values.get(name) in (None, defaults[name]):
+                        values[name] = value
             return check(values, self.studio.models.names, self.limits)
         except (ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    def _draw(
-        self, settings: Settings, cases: list[Case], drawings: dict[int, GeneratedImage]
+    def _generate(
+        self, settings: Settings, cases: list[Case], done: dict[int, GeneratedImage], notes: list[str]
     ) -> Iterator[dict[str, Any]]:
+        """Yield what is going on; fill `done` with the images by case, and `notes` with remarks on the prompt."""
         for report in self._reports(settings, self.studio.generate, cases):
-            if isinstance(report, Drawn):
-                drawings[report.case] = report.drawing
+            if isinstance(report, Finished):
+                done[report.case] = report.generated
+            elif isinstance(report, Note):
+                notes.append(report.text)
             yield {"status": _status(report, [case.label for case in cases])}
 
     def _reports(self, settings: Settings, job: Callable[..., Iterator[Report]], *arguments: Any) -> Iterator[Report]:
@@ -175,43 +172,35 @@ class Api:
         except Exception as error:
             raise gr.Error(explain(error, settings), print_exception=False) from error
 
-    def _describe(self, drawing: GeneratedImage, first: GeneratedImage) -> dict[str, Any]:
-        figures = pictures.Figures.of(drawing, first)
-        name = file_name(drawing.settings["prompt"], drawing.method, drawing.settings["seed"])
+    def _describe(self, one: GeneratedImage, first: GeneratedImage) -> dict[str, Any]:
+        figures = Figures.of(one, first)
+        name = file_name(one.settings["prompt"], one.method, one.settings["seed"])
         return {
-            "picture": _file(self.outputs.picture(drawing.image, name, drawing.settings)),
-            "method": drawing.method,
+            "picture": _file(self.outputs.image(one.image, name, one.settings)),
+            "method": one.method,
             "seconds": figures.seconds,
-            "all_seconds": list(drawing.all_seconds),
+            "all_seconds": list(one.all_seconds),
+            "stable": figures.stable,
             "speed_up": figures.speed_up,
             "peak_gb": figures.peak_gb,
             "distance": figures.distance,
-            "settings": drawing.settings,
+            "settings": one.settings,
         }
 
 
-def sweep_cases(settings: Settings, field: str, points: list[float]) -> list[Case]:
-    """The unpatched picture, and one patched picture for each value. Raises ValueError for an impossible value."""
-    unpatched = Case(pictures.sweep_label(field, None), "sd", settings.config)
-    return [unpatched] + [
-        Case(pictures.sweep_label(field, point), "agentsd", with_value(settings.config, field, point))
-        for point in points
-    ]
-
-
 def _status(report: Report, labels: list[str]) -> str:
-    if isinstance(report, Drawn):
+    if isinstance(report, Finished):
         return f"{labels[report.case]}: done"
     if isinstance(report, Stepped):
         what = "warm-up, " if report.round == 0 else f"round {report.round}, " if report.round > 1 else ""
         return f"{labels[report.case]}: {what}step {report.step} of {report.total}"
-    if isinstance(report, Unread):
-        return f"the model does not read: {report.text}"
+    if isinstance(report, Note):
+        return report.text
     return f"loading {report.model}" if isinstance(report, Loading) else "done"
 
 
 def _file(path: str) -> dict[str, Any]:
-    """A file as Gradio's clients know it: they download it and hand on the path of their copy."""
+    """A file as Gradio's clients expect it: they download it and return the path of their copy."""
     return gr.FileData(path=path).model_dump()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
-from .pictures import Figures, least_told_apart
+from .figures import Figures, calls_text, seconds_text, speed_word
 
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto; }
@@ -21,53 +22,62 @@ CSS = """
   background: var(--background-fill-secondary); color: var(--body-text-color); overflow-wrap: anywhere; }
 .message.error { border-left-color: #dc2626; }
 .message.done { border-left-color: #16a34a; }
+.message.note { border-left-color: #d97706; font-size: .92em; }
+.message details { margin-top: 4px; } .message summary { cursor: pointer; }
+.chart { width: 100%; height: auto; font-size: 12px; fill: var(--body-text-color); }
+.chart .rule { stroke: var(--border-color-primary); }
 footer { opacity: .8; }
 @media (max-width: 640px) {
   button[role=tab] { padding-inline: 7px; font-size: .85rem; }
   #grid .grid-container, #past .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
 }
-.picture { min-height: 160px; }
-.picture .image-frame, .picture .image-frame img { width: 100%; height: auto; max-height: none; object-fit: contain; }
+.result { min-height: 160px; }
+.result .image-frame, .result .image-frame img { width: 100%; height: auto; max-height: none; object-fit: contain; }
 #grid .grid-wrap, #past .grid-wrap { max-height: none; min-height: 0; }
 .message:empty { visibility: hidden; min-height: 2.9em; }
 """
 
 
 def figures_html(figures: Figures) -> str:
-    """What stands under a finished picture."""
-    runs = "one run" if figures.runs == 1 else f"median of {figures.runs} runs"
-    lines = [f"<b>{figures.seconds:.2f} s</b> <span class='quiet'>{runs}</span>"]
+    """The figures under a finished image; unstable timings have no decimals, and claim no speed-up."""
+    seconds = seconds_text(figures.seconds, figures.stable)
+    if figures.stable:
+        lines = [f"<b>{seconds}</b> <span class='quiet'>median of {figures.rounds} rounds</span>"]
+    else:
+        why = "one round" if figures.rounds == 1 else f"{figures.rounds} rounds, unstable"
+        lines = [f"<span class='seconds'>{seconds}</span> <span class='quiet'>{why}</span>"]
     if figures.speed_up is None:
         lines.append("<span class='quiet'>what the others are compared with</span>")
     else:
-        clearly = least_told_apart(figures.rough)
-        kind = "faster" if figures.speed_up >= clearly else "slower" if figures.speed_up <= 1 / clearly else "quiet"
-        words = {
-            "faster": "as fast",
-            "slower": "as fast: slower",
-            "quiet": "as fast: about the same" if figures.rough else "as fast: the same",
-        }[kind]
-        lines.append(
-            f"<span class='{kind}'>{figures.speed_up:.2f}× {words}</span>"
-            + (" <span class='quiet'>(rough)</span>" if figures.rough else "")
-        )
+        word = speed_word(figures.speed_up, figures.stable)
+        if figures.stable:
+            words = {"faster": "as fast", "slower": "as fast: slower", "same": "as fast: the same"}[word]
+            kind = "quiet" if word == "same" else word
+            lines.append(f"<span class='{kind}'>{figures.speed_up:.2f}× {words}</span>")
+        else:
+            words = {"faster": "faster", "slower": "slower", "same": "about as fast"}[word]
+            lines.append(f"<span class='quiet'>{words}</span>")
     details = []
-    if figures.peak_gb is not None:
-        details.append(f"peak {figures.peak_gb:.2f} GB {'on the GPU' if figures.on_gpu else 'in the whole process'}")
+    if figures.peak_gb is not None and figures.on_gpu:
+        details.append(f"at most {figures.peak_gb:.2f} GB on the GPU")
+    elif figures.peak_gb is not None:
+        details.append(f"memory of the whole app: at most {figures.peak_gb:.2f} GB")
     if figures.distance is not None:
         details.append(f"distance {figures.distance:.1f} of 255")
-    lines.append(f"<span class='quiet'>{', '.join(details)}</span>")
+    if figures.calls is not None:
+        details.append(calls_text(figures.calls))
+    lines += [f"<span class='quiet'>{detail}</span>" for detail in details]
     return f"<div class='caption'>{'<br>'.join(lines)}</div>"
 
 
 def waiting_html(text: str = "") -> str:
-    """What stands under a picture that has not begun."""
+    """The caption of an image that has not begun."""
     return f"<div class='caption'><span class='quiet'>{escape(text)}</span></div>"
 
 
 def step_html(round_: int, step: int, total: int) -> str:
-    """What stands under a picture while it forms."""
-    what = "warming up" if round_ == 0 else "drawing" if round_ == 1 else f"timed round {round_}"
+    """The caption of an image while it forms."""
+    what = "warming up" if round_ == 0 else "generating" if round_ == 1 else f"timed round {round_}"
     return (
         f"<div class='caption'>{what}: step {step} of {total}<br>"
         f"<div class='bar' role='progressbar' aria-label='{what}' aria-valuemax='{total}' aria-valuenow='{step}'>"
@@ -76,11 +86,19 @@ def step_html(round_: int, step: int, total: int) -> str:
 
 
 def message_html(text: str, kind: str = "info") -> str:
-    """A message above the pictures. kind: "info", "done" or "error"; an error is announced to screen readers."""
+    """A message above the images. kind: "info", "done", "note" or "error"; screen readers announce an error."""
     role = "alert" if kind == "error" else "status"
     return f"<div class='message {kind}' role='{role}'>{escape(text)}</div>"
 
 
+def unknown_html(note: str | None, names: Sequence[str]) -> str:
+    """The remark under a prompt that names nothing the model knows, with the list of what it knows; "" for None."""
+    if note is None:
+        return ""
+    listed = f"<details><summary>All {len(names)} things</summary>{escape(', '.join(names))}</details>"
+    return f"<div class='message note' role='status'>{escape(note)}{listed}</div>"
+
+
 def difference_html(left: str, right: str, text: str) -> str:
-    """What is said of two pictures beside the slider."""
+    """The text beside the slider, on the two images in it."""
     return f"<div class='caption'><b>{escape(left)}</b> and <b>{escape(right)}</b><br>{escape(text)}</div>"

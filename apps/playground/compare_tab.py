@@ -1,4 +1,4 @@
-"""The Compare tab: three pictures from one seed, and any two of them against each other."""
+"""The Compare tab: three images from one seed, and any two of them against each other."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from agentsd.images.compare import GeneratedImage
+from agentsd.images.generate import GeneratedImage
 from agentsd.images.methods import METHODS
 
-from . import captions, pictures
-from .context import DRAWS, QUICK, Context, History, PastRun, failed, label, tell, unread_note
+from . import captions
+from .context import GENERATES, QUICK, Context, History, PastRun, failed, label, tell
+from .example import example_images
+from .figures import Figures, verdict
 from .form import Form
-from .jobs import Drawn, Stepped, Unread, methods_to_compare
+from .images import difference_map, distance, psnr
+from .jobs import Finished, Note, Stepped, Stopped, methods_to_compare
 from .outputs import file_name
 from .settings import check
 
@@ -22,7 +25,7 @@ _GAIN = 4
 
 
 class CompareTab:
-    """Laid out where it is made.
+    """The tab; its components are laid out where it is constructed.
 
     Args:
         context: shared.
@@ -33,15 +36,19 @@ class CompareTab:
         self.context = context
         self.form = form
         self.status = gr.HTML(
-            captions.message_html("Write a prompt or click an example, then compare."), elem_id="status"
+            captions.message_html(
+                "Below is a stored example, by the demo model. Write a prompt or click an example, then compare."
+            ),
+            elem_id="status",
         )
-        self.pictures: list[gr.Image] = []
+        self.images: list[gr.Image] = []
         self.captions: list[gr.HTML] = []
+        example = example_images()
         with gr.Row():
             for method, name in METHODS.items():
                 with gr.Column(min_width=180):
-                    self.pictures.append(_image(f"picture-{method}", name))
-                    self.captions.append(gr.HTML(captions.waiting_html(), elem_id=f"caption-{method}"))
+                    self.images.append(_image(f"picture-{method}", name, example[method]))
+                    self.captions.append(gr.HTML(captions.waiting_html("stored example"), elem_id=f"caption-{method}"))
         names = [(name, method) for method, name in METHODS.items()]
         with gr.Row():
             with gr.Column(min_width=300):
@@ -49,24 +56,25 @@ class CompareTab:
                     self.left = gr.Dropdown(names, value="sd", label="Left", min_width=170, elem_id="left")
                     self.right = gr.Dropdown(names, value="agentsd", label="Right", min_width=170, elem_id="right")
                 self.slider = gr.ImageSlider(
-                    label="Move the slider", interactive=False, format="png", elem_id="slider", max_height=480,
-                    buttons=["fullscreen"],
+                    (example["sd"], example["agentsd"]), label="Move the slider", interactive=False, format="png",
+                    elem_id="slider", max_height=480, buttons=["fullscreen"],
                 )  # fmt: skip
             with gr.Column(min_width=300):
-                self.difference_text = gr.HTML(captions.waiting_html(), elem_id="difference-text")
-                self.difference = _image("difference", f"Where they differ, {_GAIN}× amplified")
-        self.shown = gr.State({})
-        """Paths of the three pictures on show, by method."""
+                amplified, text = _difference(example["sd"], example["agentsd"], "sd", "agentsd")
+                self.difference_text = gr.HTML(text, elem_id="difference-text")
+                self.difference = _image("difference", f"Where they differ, {_GAIN}× amplified", amplified)
+        self.shown = gr.State(None)
+        """Paths of the three images that are shown, by method; None while it is the stored example."""
 
     def wire(self, begin: Any, run_id: gr.Textbox, history: History) -> None:
-        """Answer to the page; `begin` is the event that gives a run its number."""
+        """Connect the events; `begin` is the event that gives a run its key."""
         self.history = history
         begin.success(
             self.compare,
             [run_id, history.runs, *self.form.inputs],
-            [self.status, *self.pictures, *self.captions, self.shown, history.runs, history.gallery],
+            [self.status, *self.images, *self.captions, self.shown, history.runs, history.gallery],
             show_progress_on=[self.status],
-            **DRAWS,
+            **GENERATES,
         )
         gr.on(
             [self.shown.change, self.left.change, self.right.change],
@@ -83,7 +91,7 @@ class CompareTab:
         *given: Any,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[dict]:
-        """Draw the three; yields what has changed on the page, after every step."""
+        """Generate the three; yields the changes of the page after every step."""
         try:
             settings = check(self.form.values(given), self.context.studio.models.names, self.context.limits)
         except (ValueError, TypeError) as error:
@@ -93,48 +101,51 @@ class CompareTab:
         yield {
             self.status: captions.message_html(""),
             self.shown: {},
-            **dict.fromkeys(self.pictures),
+            **dict.fromkeys(self.images),
             **{caption: captions.waiting_html("waiting") for caption in self.captions},
         }
-        drawings: dict[int, GeneratedImage] = {}
+        done: dict[int, GeneratedImage] = {}
         paths: dict[str, str] = {}
-        unread: Unread | None = None
+        notes: list[str] = []
+        stopped = ""
         try:
             for report in self.context.studio.generate(self.context.run(run_id), settings, cases):
                 tell(progress, report, cases)
                 change: dict[Any, Any] = {}
-                if isinstance(report, Unread):
-                    unread = report
+                if isinstance(report, Note):
+                    notes.append(report.text)
                 elif isinstance(report, Stepped):
                     if report.round < 2:
                         change[self.captions[report.case]] = captions.step_html(report.round, report.step, report.total)
                     if report.preview:
-                        change[self.pictures[report.case]] = report.preview
-                elif isinstance(report, Drawn):
-                    drawing = drawings[report.case] = report.drawing
-                    if drawing.method not in paths:
-                        name = file_name(settings.request.prompt, drawing.method, settings.request.seed)
-                        paths[drawing.method] = self.context.outputs.picture(drawing.image, name, drawing.settings)
-                        change[self.pictures[report.case]] = paths[drawing.method]
-                    change |= dict(zip(self.captions, self._figures(drawings)))
+                        change[self.images[report.case]] = report.preview
+                elif isinstance(report, Finished):
+                    one = done[report.case] = report.generated
+                    if one.method not in paths:
+                        name = file_name(settings.request.prompt, one.method, settings.request.seed)
+                        paths[one.method] = self.context.outputs.image(one.image, name, one.settings)
+                        change[self.images[report.case]] = paths[one.method]
+                    change |= dict(zip(self.captions, self._figures(done)))
                 yield change or {self.status: gr.skip()}
         except Exception as error:
-            unfinished = [i for i in range(len(cases)) if i not in drawings]
-            yield {
-                self.status: failed(error, settings),
-                **{self.captions[i]: captions.waiting_html("not drawn") for i in unfinished},
-                **{self.pictures[i]: None for i in unfinished},
-            }
-            return
-        ordered = [drawings[i] for i in range(len(cases))]
-        message = f"{pictures.verdict(ordered)} {unread_note(unread)}".strip()
+            unfinished = [i for i in range(len(cases)) if i not in done]
+            if unfinished or not isinstance(error, Stopped):
+                yield {
+                    self.status: failed(error, settings),
+                    **{self.captions[i]: captions.waiting_html("not generated") for i in unfinished},
+                    **{self.images[i]: None for i in unfinished},
+                }
+                return
+            stopped = "Stopped."  # while being timed again: the three images are there
+        ordered = [done[i] for i in range(len(cases))]
+        message = " ".join([stopped, verdict(ordered), *notes]).strip()
         run = PastRun(
             paths["agentsd"],
             label(f"ratio {settings.config.ratio:g}", settings),
             message,
             ordered[-1].settings,
             paths,
-            tuple(self._figures(drawings)),
+            tuple(self._figures(done)),
         )
         yield {
             self.status: captions.message_html(message, "done"),
@@ -142,28 +153,23 @@ class CompareTab:
             **self.history.with_run(past, run),
         }
 
-    def _figures(self, drawings: dict[int, GeneratedImage]) -> list[str]:
-        first = drawings[0]
-        return [captions.figures_html(pictures.Figures.of(drawings[i], first)) for i in sorted(drawings)]
+    def _figures(self, done: dict[int, GeneratedImage]) -> list[str]:
+        return [captions.figures_html(Figures.of(done[i], done[0])) for i in sorted(done)]
 
-    def side_by_side(self, shown: dict[str, str], left: str, right: str) -> tuple:
-        """The slider, the difference map and its figures for two of the pictures."""
-        if not shown or left not in shown or right not in shown:
+    def side_by_side(self, shown: dict[str, str] | None, left: str, right: str) -> tuple:
+        """The slider, the difference map and its figures for two of the images."""
+        if shown == {}:  # a run is going on
             return None, None, captions.waiting_html()
-        first, second = _open(shown[left]), _open(shown[right])
-        apart = pictures.distance(first, second)
-        text = f"distance {apart:.1f} of 255 (root mean square), PSNR {pictures.psnr(apart):.1f} dB"
-        return (
-            (shown[left], shown[right]),
-            pictures.difference_map(first, second, _GAIN),
-            captions.difference_html(METHODS[left], METHODS[right], text if apart else "the same in every pixel"),
-        )
+        if shown is None:
+            example = example_images()
+            return (example[left], example[right]), *_difference(example[left], example[right], left, right)
+        return (shown[left], shown[right]), *_difference(_open(shown[left]), _open(shown[right]), left, right)
 
     def show_again(self, run: PastRun) -> dict[Any, Any]:
         """Changes of the page that show an earlier comparison."""
         return {
             self.status: captions.message_html("An earlier run. " + run.message, "done"),
-            **{picture: run.shown[method] for picture, method in zip(self.pictures, METHODS)},
+            **{image: run.shown[method] for image, method in zip(self.images, METHODS)},
             **dict(zip(self.captions, run.captions)),
             self.shown: run.shown,
         }
@@ -171,12 +177,22 @@ class CompareTab:
     @property
     def outputs(self) -> list[Any]:
         """What `show_again` may change."""
-        return [self.status, *self.pictures, *self.captions, self.shown]
+        return [self.status, *self.images, *self.captions, self.shown]
 
 
-def _image(elem_id: str, title: str) -> gr.Image:
+def _difference(first: Image.Image, second: Image.Image, left: str, right: str) -> tuple[Image.Image, str]:
+    """(difference map, text) of two images by the methods left and right."""
+    rmse = distance(first, second)
+    text = f"distance {rmse:.1f} of 255 (root mean square), PSNR {psnr(rmse):.1f} dB"
+    return (
+        difference_map(first, second, _GAIN),
+        captions.difference_html(METHODS[left], METHODS[right], text if rmse else "the same in every pixel"),
+    )
+
+
+def _image(elem_id: str, title: str, value: Image.Image | None = None) -> gr.Image:
     return gr.Image(
-        label=title, interactive=False, format="png", elem_id=elem_id, elem_classes=["picture"],
+        value, label=title, interactive=False, format="png", elem_id=elem_id, elem_classes=["result"],
         buttons=["download", "fullscreen"],
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Context: what all tabs of the page share, and the numbers under which they find a visitor's things again."""
+"""Context: what all tabs of the page share, and the keys of a visitor's runs and looks."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import Any
 import gradio as gr
 
 from . import captions
-from .jobs import Case, Drawn, Loading, Report, Run, Stepped, Studio, Unread, explain
+from .jobs import Case, Finished, Loading, Report, Run, Stepped, Studio, explain
 from .outputs import Outputs
 from .settings import Limits, Settings
 
 PRIVATE = {"api_visibility": "private"}
 QUICK = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 """For events that answer at once."""
-IN_LINE = {"concurrency_limit": 1, "concurrency_id": "draw"}
-"""For all that draws: it stands in one line, and Gradio tells each visitor their place in it."""
+IN_LINE = {"concurrency_limit": 1, "concurrency_id": "generate"}
+"""For all that generates: requests wait in one line, and Gradio shows each visitor their place in it."""
 _HISTORY = 30  # runs of a session that are kept
-DRAWS = {**PRIVATE, **IN_LINE, "show_progress": "full", "trigger_mode": "multiple", "preprocess": False}
-"""For events of the page that draw. A second click counts: it ends the first one's run and takes its place. Values
-come as they were typed, so that 2.5 steps are refused by name and not rounded."""
+GENERATES = {**PRIVATE, **IN_LINE, "show_progress": "full", "trigger_mode": "multiple", "preprocess": False}
+"""For events of the page that generate. A second click ends the first one's run and takes its place. Values come as
+they were typed, so that 2.5 steps are refused by name and not rounded."""
 
 
 class Recent:
-    """The last few values, each under a key nobody can guess.
+    """The last few values, each under a key that cannot be guessed.
 
     Args:
         size: how many are kept.
-        room: what their sizes may add up to; None for no limit. The newest is kept whatever its size.
+        room: bound on the sum of their sizes; None for no limit. The newest is kept whatever its size.
     """
 
     def __init__(self, size: int, room: int | None = None):
@@ -42,7 +42,7 @@ class Recent:
         self._lock = threading.Lock()
 
     def add(self, value: Any, owner: str | None = None, size: int = 0) -> str:
-        """Keep a value, of that size, until its owner is forgotten or others need the room; returns its key."""
+        """Keep a value of that size until its owner is forgotten or others need the room; returns its key."""
         key = secrets.token_hex(16)
         with self._lock:
             self._values[key] = _Kept(value, owner, size)
@@ -51,7 +51,7 @@ class Recent:
         return key
 
     def get(self, key: str | None) -> Any:
-        """The value, or None where there is none or it has made room for others."""
+        """The value, or None where it was never kept or is kept no longer."""
         with self._lock:
             if key not in self._values:
                 return None
@@ -59,7 +59,7 @@ class Recent:
             return self._values[key].value
 
     def forget(self, owner: str) -> None:
-        """Drop all that one owner has here."""
+        """Drop all values of one owner."""
         with self._lock:
             for key in [key for key, kept in self._values.items() if kept.owner == owner]:
                 del self._values[key]
@@ -80,11 +80,11 @@ class Context:
     """What the tabs share.
 
     Attributes:
-        studio: what draws.
-        outputs: where pictures are saved.
+        studio: what generates.
+        outputs: where images are saved.
         limits: bounds on every request.
-        runs: runs that were begun by a click, by the number the page was given.
-        looks: what "Look inside" has recorded lately, by the same kind of number; bounded in bytes by limits.recording.
+        runs: runs begun by a click, by the key that the page was given.
+        looks: recent recordings of "Look inside", by the same kind of key; bounded in bytes by limits.recording.
     """
 
     studio: Studio
@@ -97,16 +97,16 @@ class Context:
         self.looks = Recent(8, self.limits.recording)
 
     def begin(self, visitor: str) -> str:
-        """A click on a button that draws: the visitor's earlier run ends, and the new one gets a number.
+        """Begin a run at a click: the visitor's earlier run ends, and the new one gets a key.
 
-        The page sends the number along with the request, which may wait in line for long; so Stop, and a second click,
-        reach the run before it has begun.
+        The page sends the key with the request, which may wait in line for long; so Stop, and a second click, reach
+        the run before it has begun.
         """
         return self.runs.add(self.studio.begin(visitor))
 
-    def run(self, number: str) -> Run:
-        """The run of that number. A new one where there is none, as for a request that no click began."""
-        return self.runs.get(number) or Run()
+    def run(self, key: str) -> Run:
+        """The run of that key; a new one where there is none, as for a request that no click began."""
+        return self.runs.get(key) or Run()
 
     def keep_look(self, run: Run, look: Any, num_bytes: int) -> str:
         """Keep what a run has recorded, until its page is closed or has another look; returns its key."""
@@ -115,11 +115,11 @@ class Context:
         self.looks.forget(run.visitor)  # the page shows the newest only
         key = self.looks.add(look, run.visitor, num_bytes)
         if self.studio.current(run.visitor) is None:
-            self.looks.forget(run.visitor)  # they left while it was being drawn
+            self.looks.forget(run.visitor)  # they left while it was being generated
         return key
 
     def leave(self, visitor: str) -> None:
-        """A page was closed: nobody waits for its run any more, or can see what it has looked at."""
+        """A page was closed: stop its run and forget what it has looked at."""
         self.studio.forget(visitor)
         self.looks.forget(visitor)
 
@@ -129,14 +129,14 @@ class PastRun:
     """One run of a session's history.
 
     Attributes:
-        picture: path of the one that stands for it.
-        label: what it was.
-        message: what was said of it.
-        settings: what its picture carries; they are put back into the form.
-        shown: paths of a comparison's pictures by method, and captions under them; empty for other runs.
+        image: path of its image in the gallery.
+        label: its name there.
+        message: the sentence that the page showed.
+        settings: what its image carries; they are put back into the form.
+        shown, captions: paths of a comparison's images by method, and their captions; empty for other runs.
     """
 
-    picture: str
+    image: str
     label: str
     message: str
     settings: dict[str, Any]
@@ -146,15 +146,15 @@ class PastRun:
 
 @dataclass(frozen=True)
 class History:
-    """Where a session's runs are kept and shown: `runs` a gr.State of a list, `gallery` their pictures."""
+    """Where a session's runs are kept and shown: `runs` a gr.State of a list, `gallery` their images."""
 
     runs: gr.State
     gallery: gr.Gallery
 
     def with_run(self, before: Sequence[PastRun], run: PastRun) -> dict[Any, Any]:
-        """Changes of the page that put a run first."""
+        """Changes of the page that add a run at the beginning."""
         runs = [run, *before][:_HISTORY]
-        return {self.runs: runs, self.gallery: [(past.picture, past.label) for past in runs]}
+        return {self.runs: runs, self.gallery: [(past.image, past.label) for past in runs]}
 
 
 def label(what: str, settings: Settings) -> str:
@@ -166,7 +166,7 @@ def now(report: Report, cases: Sequence[Case]) -> str:
     """What is being done, in a few words."""
     if isinstance(report, Loading):
         return f"Loading {report.model} …"
-    if isinstance(report, Drawn):
+    if isinstance(report, Finished):
         return f"{cases[report.case].label} is ready."
     if isinstance(report, Stepped):
         what = "warming up, " if report.round == 0 else f"timed round {report.round}, " if report.round > 1 else ""
@@ -186,11 +186,3 @@ def failed(error: Exception, settings: Settings | None = None) -> str:
     """The message for the page when a run ended early."""
     text = explain(error, settings)
     return captions.message_html(text, "info" if text == "Stopped." else "error")
-
-
-def unread_note(report: Unread | None) -> str:
-    """A remark on a prompt that is too long for the model."""
-    if report is None:
-        return ""
-    text = report.text if len(report.text) <= 120 else report.text[:117] + "…"
-    return f"The prompt is longer than the model reads; this part had no effect: “{text}”"

@@ -10,22 +10,40 @@ from typing import Any
 import gradio as gr
 
 from agentsd.config import FIELD_NAMES, LATE
+from agentsd.images.demo_prompts import DEMO_NAMES
 from agentsd.images.pipelines import SCHEDULERS
 
 from . import captions
 from .context import PRIVATE, QUICK, Context
 from .models import Models
-from .settings import OWN_SCHEDULER, PATCH_FIELDS, check, patch_help, request_fields, script
+from .prompts import unknown_note
+from .restore import link_values
+from .script import script
+from .settings import (
+    OWN_SCHEDULER,
+    PATCH_FIELDS,
+    PRESETS,
+    ROUNDS,
+    check,
+    check_patch,
+    patch_help,
+    preset_of,
+    preset_values,
+    request_fields,
+)
 
-_IN_SIGHT = ("ratio", "early")  # the other settings of the patch stand under "Advanced"
+# The other settings of the patch are under "Advanced".
+_IN_SIGHT = ("ratio", "early", "cache_interval")
 
 _SLIDERS = {
-    # field: (low, high, step) that are useful; a saved picture or a link may bring others
+    # field: (low, high, step) that are useful; a saved image or a link may have others
     "ratio": (0.0, 0.75, 0.05),
     "early": (0.0, 1.0, 0.05),
     "alpha": (0.0, 1.0, 0.025),
     "broadcast_exponent": (-0.5, 0.0, 0.05),
     "agent_ratio": (0.0, 1.0, 0.05),
+    "cache_interval": (1, 8, 1),
+    "cache_order": (0, 1, 1),
 }
 _CHOICES = {
     "late": list(LATE),
@@ -33,12 +51,10 @@ _CHOICES = {
     "upcast": ["None", "True", "False"],
 }
 
-_EXAMPLES = [
-    ["a high quality photograph of a castle.", 3, 0.4],
-    ["a high quality photograph of a zebra.", 1, 0.5],
-    ["a high quality photograph of a strawberry.", 7, 0.4],
-    ["a high quality photograph of a ferris wheel.", 2, 0.7],
-]
+_EXAMPLES = ["castle", "zebra", "strawberry", "ferris wheel"]
+_PROMPT = "a high quality photograph of a {}."
+
+_NO_PRESET = "own settings"
 
 _LINK = "Copy a link to these settings"
 
@@ -50,21 +66,18 @@ _COPY_LINK = """async (...given) => {
         if (given[i] !== null && (given[i] || 0) !== (usual[i] || 0)) values[name] = given[i];
     });
     const url = new URL(window.location.href);
+    names.forEach(name => url.searchParams.delete(name));
     url.searchParams.set("settings", JSON.stringify(values));
     window.history.replaceState(null, "", url);
     try { await navigator.clipboard.writeText(url.toString()); return "Link copied"; }
     catch (error) { return "The link is in the address bar"; }
 }"""
 _NAME_AGAIN = f"() => new Promise(done => setTimeout(() => done({_LINK!r}), 1500))"
-_READ_LINK = """() => new URLSearchParams(window.location.search).get("settings") ?? "" """
-
-
-def _subject(prompt: str) -> str:
-    return prompt.removeprefix("a high quality photograph of a ").rstrip(".")
+_READ_LINK = "() => window.location.search"
 
 
 class Form:
-    """The controls of a request, in `controls` by field name; the column is laid out where it is made.
+    """The controls of a request, in `controls` by field name; the column is laid out where it is constructed.
 
     Args:
         context: shared.
@@ -82,7 +95,7 @@ class Form:
         return list(self.controls.values())
 
     def values(self, given: tuple) -> dict[str, Any]:
-        """By field name, what an event got for `inputs`."""
+        """Values by field name, of what an event got for `inputs`."""
         return dict(zip(self.controls, given))
 
     def updates(self, values: Mapping[str, Any]) -> dict[Any, Any]:
@@ -94,10 +107,11 @@ class Form:
         defaults = {name: field.default for name, field in request_fields(self.models.names, limits).items()}
         form = self.controls
         form["prompt"] = gr.Textbox(
-            label="Prompt", lines=2, max_lines=6, elem_id="prompt", placeholder="a high quality photograph of a castle."
+            label="Prompt", lines=2, max_lines=6, elem_id="prompt", placeholder=_PROMPT.format("castle")
         )
+        self.prompt_note = gr.HTML(visible=False, elem_id="prompt-note")
         with gr.Row():
-            self.draw_button = gr.Button("Compare", variant="primary", elem_id="draw", min_width=120, scale=3)
+            self.compare_button = gr.Button("Compare", variant="primary", elem_id="draw", min_width=120, scale=3)
             self.stop_button = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, scale=1)
         with gr.Row(equal_height=True):
             form["seed"] = gr.Number(
@@ -114,6 +128,9 @@ class Form:
             form["guidance"] = gr.Number(
                 label="Guidance", value=defaults["guidance"], step=0.5, min_width=120, elem_id="guidance"
             )
+        self.preset = gr.Dropdown(
+            [*PRESETS, _NO_PRESET], value="paper", label="Preset", elem_id="preset", info="sets fields of the patch"
+        )
         for name in _IN_SIGHT:
             self._patch_control(name)
         with gr.Accordion("More settings", open=False, elem_id="more"):
@@ -132,16 +149,16 @@ class Form:
                         info=self._size_hint(self.models.names[0], name),
                     )  # fmt: skip
             form["rounds"] = gr.Slider(
-                1, limits.rounds, value=1, step=1, label="Timed rounds", elem_id="rounds",
-                info="how often each method is timed, in turns; more is steadier",
+                1, limits.rounds, value=ROUNDS.default, step=1, label="Timed rounds", elem_id="rounds",
+                info="how often each method is timed, in turns; one round gives no speed-up in figures",
             )  # fmt: skip
         with gr.Accordion("Advanced settings of the patch", open=False, elem_id="advanced"):
             for name in FIELD_NAMES:
                 if name not in _IN_SIGHT:
                     self._patch_control(name)
         gr.Examples(
-            _EXAMPLES, inputs=[form["prompt"], form["seed"], form["ratio"]], label="Examples", api_name="example",
-            example_labels=[_subject(prompt) for prompt, *_ in _EXAMPLES],
+            [[_PROMPT.format(subject)] for subject in _EXAMPLES], inputs=[form["prompt"]], label="Examples: the prompt",
+            api_name="example", example_labels=_EXAMPLES,
         )  # fmt: skip
         self.link_button = gr.Button(_LINK, size="sm", elem_id="link")
 
@@ -168,26 +185,46 @@ class Form:
         self.controls[field.name] = control
 
     def wire_code(self, page: gr.Blocks, code: gr.Code, **event: Any) -> None:
-        """Keep the script up to date with the form."""
+        """Keep the script, and the remark on the prompt, up to date with the form."""
         changes = [control.change for control in self.inputs]
         event |= {"trigger_mode": "always_last"}
-        gr.on([page.load, *changes], self._script, self.inputs, code, preprocess=False, **event)
+        outputs = [code, self.prompt_note, self.preset]
+        gr.on([page.load, *changes], self._derived, self.inputs, outputs, preprocess=False, **event)
+        patch = [self.controls[field.name] for field in PATCH_FIELDS.values()]
+        self.preset.input(self._choose_preset, self.preset, patch, **event)
         self.random_button.click(lambda: random.randrange(2**31), None, self.controls["seed"], **event)
 
-    def _script(self, *given: Any) -> str:
+    def _derived(self, *given: Any) -> tuple[str, Any, str]:
+        """What follows from the form: the script, the remark on the prompt, the name of the preset."""
         values = self.values(given)
+        note = unknown_note(values["model"], str(values["prompt"] or ""))
+        remark = gr.update(value=captions.unknown_html(note, DEMO_NAMES), visible=note is not None)
+        try:
+            preset = preset_of(check_patch(values))
+        except (ValueError, TypeError):
+            preset = None  # the script says what is wrong
+        return self._script(values), remark, preset or _NO_PRESET
+
+    def _choose_preset(self, name: str) -> list[Any]:
+        """The values of the patch's controls under a preset."""
+        if name == _NO_PRESET:
+            return [gr.skip() for _ in PATCH_FIELDS]
+        values = preset_values(name)
+        return [values.get(field.name, field.default) for field in PATCH_FIELDS.values()]
+
+    def _script(self, values: dict[str, Any]) -> str:
         if not str(values["prompt"] or "").strip():
-            values["prompt"] = "a high quality photograph of a castle."
+            values["prompt"] = _PROMPT.format("castle")
         try:
             return script(check(values, self.models.names, self.context.limits))
         except (ValueError, TypeError) as error:
             return "# " + str(error).replace("\n", " ")
 
     def wire_link(self, page: gr.Blocks, status: gr.HTML) -> None:
-        """A link carries the settings in its address, so that it also works after the app was started anew.
+        """A link carries the settings in its address, so that it also works after a restart of the app.
 
-        Gradio's own DeepLinkButton is not used: once an example or a saved picture has filled a field, its links keep
-        the field's value of that time.
+        Gradio's own DeepLinkButton is not used: once an example or a saved image has filled a field, its links keep the
+        field's value of that time.
         """
         names = [*self.controls]
         defaults = [control.value for control in self.inputs]
@@ -198,21 +235,17 @@ class Form:
         text = gr.Textbox(visible=False)
         page.load(self.open_link, text, [status, *self.inputs], js=_READ_LINK, **QUICK)
 
-    def open_link(self, text: str) -> Any:
-        """The settings of a link, for the form; nothing for an address without any."""
-        if not text:
-            return {self.link_status: gr.skip()}
+    def open_link(self, query: str) -> Any:
+        """Put the settings in the page's address into the form; what cannot be used is reported."""
         try:
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError("they are not in the form that this app writes")
-            prompt = values.get("prompt") or "any"  # the link of a page without a prompt is as good as others
-            check({**values, "prompt": prompt}, self.models.names, self.context.limits)
-        except (ValueError, TypeError, RecursionError) as error:
-            return {
-                self.link_status: captions.message_html(f"The settings in the link could not be used: {error}", "error")
-            }
-        return self.updates(values)
+            values, remarks = link_values(query, self.models.names, self.context.limits)
+        except (ValueError, TypeError) as error:
+            text = f"The settings in the link could not be used: {error}"
+            return {self.link_status: captions.message_html(text, "error")}
+        message = " ".join((["The settings of this link are in the form."] if values else []) + remarks)
+        kind = "error" if remarks else "info"
+        status = {self.link_status: captions.message_html(message, kind) if message else gr.skip()}
+        return status | self.updates(values)
 
     def _size_hint(self, model_name: str, side: str) -> str:
         limits, model = self.context.limits, self.models.loaded(model_name)

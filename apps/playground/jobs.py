@@ -1,4 +1,4 @@
-"""Runs the requests: one thread draws, in the order asked; a run reports what it has done and can be stopped."""
+"""Run the requests: one thread generates, in the order asked; a run reports what it has done and can be stopped."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,17 +15,19 @@ from typing import Any
 
 from PIL import Image
 
-from agentsd.config import AgentConfig
-from agentsd.images.compare import GeneratedImage, Step, generate, settings_of, warm_up
-from agentsd.images.methods import METHODS
+from agentsd.config import DEFAULT_NUM_TRAIN_TIMESTEPS, AgentConfig
+from agentsd.images.generate import GeneratedImage, Step, generate, settings_of
+from agentsd.images.methods import METHODS, refuse_patched
 from agentsd.images.pipelines import ModelError, set_scheduler
-from agentsd.images.request import unread_part
+from agentsd.images.warm_up import warm_up, warm_up_timesteps
+from agentsd.patch import get_patch
 from agentsd.visualize import LayerView, look_inside, look_through
 
 from .models import Model, Models, free_memory
+from .prompts import prompt_notes
 from .settings import OWN_SCHEDULER, Limits, Settings
 
-_PREVIEW_EVERY = 0.25  # seconds; the eye needs no more, and each one is sent to the browser
+_PREVIEW_EVERY = 0.25  # seconds; more would only cost time, as each one is sent to the browser
 
 _PREVIEW_SIDE, _SMOOTH = 256, Image.Resampling.BICUBIC
 
@@ -32,12 +35,12 @@ log = logging.getLogger("agentsd.playground")
 
 
 class Stopped(Exception):
-    """The run was stopped by the one who asked for it."""
+    """The run was stopped by its visitor."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One picture of a run.
+    """One image of a run.
 
     Attributes:
         label: its name in print.
@@ -55,14 +58,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Loading:
-    """The model is being loaded, before anything can be drawn."""
+    """The model is being loaded, before anything can be generated."""
 
     model: str
 
 
 @dataclass(frozen=True)
-class Unread:
-    """The end of the prompt, which is more than the model's text encoder reads."""
+class Note:
+    """A remark on the prompt: what the model does not read or does not know, as a sentence for the page."""
 
     text: str
 
@@ -72,10 +75,10 @@ class Stepped:
     """A step is done.
 
     Attributes:
-        case: number of the picture in its run.
-        round: 0 is the warm-up, 1 the first drawing, later ones are timed again.
-        step, total: of this drawing.
-        preview: the picture so far, in the first round, from time to time.
+        case: number of the image in its run.
+        round: 0 is the warm-up, 1 the first timed round.
+        step, total: of this round.
+        preview: the image so far, in the first round, from time to time.
     """
 
     case: int
@@ -86,11 +89,11 @@ class Stepped:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A picture is ready, or has been timed once more."""
+class Finished:
+    """An image is ready, or has been timed once more."""
 
     case: int
-    drawing: GeneratedImage
+    generated: GeneratedImage
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,14 @@ class Looked:
 
     image: Image.Image
     views: list[LayerView]
-    drawing_settings: dict[str, Any]
+    settings: dict[str, Any]
 
 
-Report = Loading | Unread | Stepped | Drawn | Looked
+Report = Loading | Note | Stepped | Finished | Looked
 Emit = Callable[[Report], None]
 
 
-# --- the one thread that draws ----------------------------------------------------------------------------------------
+# --- the one thread that generates ------------------------------------------------------------------------------------
 
 
 class Run:
@@ -138,7 +141,7 @@ class Worker:
     """Does one piece of work at a time, in the order given: two requests never share a model."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
         self._runs: set[Run] = set()  # in progress or waiting
         self._closed = False
         # Reentrant: an abandoned iterator may be collected, and so closed, while this thread holds the lock.
@@ -149,7 +152,7 @@ class Worker:
 
         Args:
             run: stops the work: `emit` raises Stopped inside it.
-            work: called with `emit` in the drawing thread.
+            work: called with `emit` in the generating thread.
 
         Raises:
             Stopped: the run was stopped, or the worker closed.
@@ -196,12 +199,12 @@ class Worker:
 
 
 class Studio:
-    """All that draws: the models, the drawing thread, and which run each visitor has going.
+    """Generates everything: the models, the generating thread, and the current run of each visitor.
 
     Args:
         models: the app's models.
-        limits: bounds on every request, of which those that `check` cannot tell beforehand are kept here; None takes
-            the usual ones.
+        limits: bounds on every request; those that `check` cannot know beforehand are kept here. None takes the
+            default ones.
     """
 
     def __init__(self, models: Models, limits: Limits | None = None):
@@ -244,29 +247,37 @@ class Studio:
     # --- the jobs -----------------------------------------------------------------------------------------------------
 
     def generate(self, run: Run, settings: Settings, cases: Sequence[Case]) -> Iterator[Report]:
-        """Draw every case, each as soon as it can be; then time them again in interleaved rounds.
+        """Generate every case, each as soon as possible; then time them again in interleaved rounds, in rotating order.
 
-        The first run of a kind is slower than the rest, so each method is warmed up before its first picture of a size.
+        The first run of a kind is slower than the rest, so each method is warmed up before its first image of a size.
         """
 
         def work(emit: Emit) -> None:
             with self._ready(settings, emit) as model:
-                drawings: dict[int, GeneratedImage] = {}
+                done: dict[int, GeneratedImage] = {}
                 for number in range(1, settings.rounds + 1):
-                    for index, case in enumerate(cases):
+                    # Each round begins with another method, so that none always runs after the same one.
+                    first = (number - 1) % len(cases)
+                    for index in [*range(first, len(cases)), *range(first)]:
+                        case = cases[index]
                         if number == 1:
                             self._warm_up(model, settings, index, case, emit)
-                        report = _step_reporter(model, index, number, emit)
-                        drawing = generate(model.pipe, settings.request, case.method, case.config, report)
-                        drawing = drawings[index].with_run(drawing) if index in drawings else drawing
-                        drawing.settings.update(_as_asked(settings))
-                        drawings[index] = drawing
-                        emit(Drawn(index, drawing))
+                        calls = Counter()
+                        report = _step_reporter(model, index, number, emit, calls)
+                        one = generate(model.pipe, settings.request, case.method, case.config, report)
+                        one = done[index].with_run(one) if index in done else one
+                        one.settings.update(_as_asked(settings))
+                        if case.method == "agentsd" and case.config.cache_interval > 1:
+                            one.settings["unet_calls"] = {kind: calls[kind] for kind in ("whole", "cached")}
+                        done[index] = one
+                        emit(Finished(index, one))
 
         return self.worker.reports(run, work)
 
     def look(self, run: Run, settings: Settings, layer: int | str, call: int | None = None) -> Iterator[Report]:
-        """Draw with the patch and record a layer, in one UNet call or (None) in all, as far as `look_through` goes.
+        """Generate with the patch and record a layer, in one UNet call or (None) in all, as far as `look_through` goes.
+
+        Step caching skips most layers in its cached calls: there is nothing to record in those.
 
         Raises:
             ValueError: as look_inside and look_through, also where the recording would exceed limits.recording.
@@ -288,34 +299,45 @@ class Studio:
 
     @contextlib.contextmanager
     def _ready(self, settings: Settings, emit: Emit) -> Iterator[Model]:
-        """The model with the scheduler asked for; afterwards it has its own again."""
+        """The model with the scheduler asked for; its own scheduler is restored afterwards.
+
+        Raises:
+            ValueError: something outside this app has patched the pipeline since it was loaded.
+        """
         if self.models.loaded(settings.model) is None:
             emit(Loading(settings.model))
         model = self.models.get(settings.model)
+        refuse_patched(model.pipe)
         own = model.pipe.scheduler
         try:
             if settings.scheduler != OWN_SCHEDULER:
                 set_scheduler(model.pipe, settings.scheduler)
-            unread = unread_part(model.pipe, settings.request.prompt)
-            if unread:
-                emit(Unread(unread))
+            for text in prompt_notes(model.name, model.pipe, settings.request.prompt):
+                emit(Note(text))
             yield model
         finally:
             model.pipe.scheduler = own
 
     def _warm_up(self, model: Model, settings: Settings, index: int, case: Case, emit: Emit) -> None:
         request = settings.request
-        kind = (model.name, case.method, request.height, request.width, request.guidance > 1)
+        calls = tuple(warm_up_timesteps(case.config, DEFAULT_NUM_TRAIN_TIMESTEPS))
+        kind = (model.name, case.method, request.height, request.width, request.guidance > 1, calls)
         if kind not in self._warm:
             warm_up(model.pipe, request, case.method, case.config, _step_reporter(model, index, 0, emit))
             self._warm.add(kind)
 
 
-def _step_reporter(model: Model, case: int, number: int, emit: Emit) -> Callable[[Step], None]:
+def _step_reporter(
+    model: Model, case: int, number: int, emit: Emit, calls: Counter[str] | None = None
+) -> Callable[[Step], None]:
+    """An on_step that emits Stepped; `calls` counts the UNet calls of a patched run, "whole" and "cached"."""
     shown = 0.0
 
     def report(step: Step) -> None:
         nonlocal shown
+        patch = get_patch(model.pipe)
+        if calls is not None and patch is not None and patch.last_call is not None:
+            calls["cached" if patch.last_call.cached else "whole"] += 1
         preview = None
         if number == 1 and step.number < step.total and time.monotonic() - shown >= _PREVIEW_EVERY:
             preview = model.preview(step.latents)
@@ -328,7 +350,7 @@ def _step_reporter(model: Model, case: int, number: int, emit: Emit) -> Callable
 
 
 def _as_asked(settings: Settings) -> dict[str, str]:
-    """Model and scheduler by the names they have in the app, from which a picture's settings are restored."""
+    """Model and scheduler by their names in the app, from which an image's settings are restored."""
     return {"model": settings.model, "scheduler_name": settings.scheduler}
 
 

@@ -1,4 +1,4 @@
-"""The Look inside tab: what one patched layer merged, and what its agents gathered, step by step."""
+"""The Look inside tab: what one patched layer merged, and what its agents aggregated, step by step."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from agentsd.maps import agent_at, agent_map, agents_sheet, merge_map
 from agentsd.patch import find_unet
 from agentsd.unet.layers import find_layers
-from agentsd.visualize import MOST_VIEWS, LayerView, agent_at, agent_map, agents_sheet, merge_map
+from agentsd.visualize import MOST_VIEWS, LayerView
 
 from . import captions
-from .context import DRAWS, QUICK, Context, History, PastRun, failed, label, tell
+from .context import GENERATES, QUICK, Context, History, PastRun, failed, label, tell
 from .form import Form
-from .jobs import Case, Looked
+from .jobs import Case, Looked, Note
 from .models import Model
 from .outputs import file_name
 from .settings import Settings, check
 
-_GONE = "This look has made room for others; draw again."
+_GONE = "This recording has made room for others; generate again."
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was recorded: the picture, and one view per recorded UNet call."""
+    """What was recorded: the image, and one view per recorded UNet call."""
 
     image: Image.Image
     views: list[LayerView]
@@ -38,7 +39,7 @@ class Look:
 
 
 class LookTab:
-    """Laid out where it is made.
+    """The tab; its components are laid out where it is constructed.
 
     Args:
         context: shared.
@@ -54,52 +55,54 @@ class LookTab:
                 layer_choices(models.loaded(models.names[0])), value="0", label="Layer", elem_id="layer", scale=3,
                 min_width=240,
             )  # fmt: skip
-            self.button = gr.Button("Draw and look inside", variant="primary", elem_id="look", scale=1, min_width=180)
+            self.button = gr.Button(
+                "Generate and look inside", variant="primary", elem_id="look", scale=1, min_width=180
+            )
         self.status = gr.HTML(
             captions.message_html(
-                f"Draws with the patch and records one layer at every step, or at {MOST_VIEWS} of them, evenly spaced, "
-                "where there are more: which tokens it merges, and what each agent gathers."
+                f"Generates with the patch and records one layer at every step, or at {MOST_VIEWS} of them, evenly "
+                "spaced, where there are more: which tokens it merges, and what each agent aggregates."
             ),
             elem_id="look-status",
         )
         self.look_id = gr.State(None)
         with gr.Row():
-            self.step = gr.Slider(0, 1, value=0, step=1, label="Step (UNet call)", elem_id="step", interactive=False)
+            self.step = gr.Slider(0, 1, value=0, step=1, label="Recorded UNet call", elem_id="step", interactive=False)
             self.agent = gr.Slider(0, 1, value=0, step=1, label="Agent", elem_id="agent", interactive=False)
         self.caption = gr.HTML(elem_id="look-caption")
         with gr.Row():
-            self.picture = self._image("look-picture", "The picture: click it")
+            self.image = self._image("look-picture", "The image: click it")
             self.merge_map = self._image("merge-map", "Merged tokens")
-            self.agent_map = self._image("agent-map", "What the agent gathers")
+            self.agent_map = self._image("agent-map", "What the agent aggregates")
         with gr.Accordion("Sixteen agents at once", open=False):
-            self.sheet = self._image("agents-sheet", "Agents spread evenly over the picture")
+            self.sheet = self._image("agents-sheet", "Agents spread evenly over the image")
 
     @staticmethod
     def _image(elem_id: str, title: str) -> gr.Image:
         return gr.Image(
-            label=title, interactive=False, format="png", elem_id=elem_id, elem_classes=["picture"], min_width=180,
+            label=title, interactive=False, format="png", elem_id=elem_id, elem_classes=["result"], min_width=180,
             buttons=["download", "fullscreen"],
         )  # fmt: skip
 
     def wire(self, begin: dict[str, Any], run_id: gr.Textbox, history: History) -> None:
-        """Answer to the page; `begin` are the arguments of the event that gives a run its number."""
+        """Connect the events; `begin` are the arguments of the event that gives a run its key."""
         self.history = history
         maps = [self.merge_map, self.agent_map, self.caption]
         self.button.click(**begin).success(
             self.look,
             [run_id, history.runs, self.layer, *self.form.inputs],
             [
-                *(self.status, self.look_id, self.picture, self.step, self.agent, *maps, self.sheet),
+                *(self.status, self.look_id, self.image, self.step, self.agent, *maps, self.sheet),
                 *(history.runs, history.gallery),
             ],
             show_progress_on=[self.status],
-            **DRAWS,
+            **GENERATES,
         )
         chosen = [self.look_id, self.step, self.agent]
         latest = {"trigger_mode": "always_last", **QUICK}
         self.agent.change(self.show, chosen, maps, **latest)
         self.step.input(self.change_step, chosen, [self.agent, *maps, self.sheet], **latest)
-        self.picture.select(self.choose, [self.look_id, self.step], self.agent, **QUICK)
+        self.image.select(self.choose, [self.look_id, self.step], self.agent, **QUICK)
 
     def look(
         self,
@@ -109,7 +112,7 @@ class LookTab:
         *given: Any,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[dict]:
-        """Draw and record; yields what has changed on the page."""
+        """Generate and record; yields the changes of the page."""
         try:
             settings = check(self.form.values(given), self.context.studio.models.names, self.context.limits)
         except (ValueError, TypeError) as error:
@@ -118,6 +121,7 @@ class LookTab:
         yield {self.status: captions.message_html("")}
         cases = [Case("AgentSD", "agentsd", settings.config)]
         looked: Looked | None = None
+        notes: list[str] = []
         layer = str(layer or "0")
         try:
             run = self.context.run(run_id)
@@ -125,34 +129,37 @@ class LookTab:
                 tell(progress, report, cases)
                 if isinstance(report, Looked):
                     looked = report
+                elif isinstance(report, Note):
+                    notes.append(report.text)
                 else:
                     yield {self.status: gr.skip()}
         except Exception as error:
             yield {self.status: failed(self._with_way_out(error, settings, layer), settings)}
             return
         look = Look(looked.image, looked.views)
-        path = self.context.outputs.picture(
-            looked.image, file_name(settings.request.prompt, "agentsd", settings.request.seed), looked.drawing_settings
+        path = self.context.outputs.image(
+            looked.image, file_name(settings.request.prompt, "agentsd", settings.request.seed), looked.settings
         )
         view = look.views[0]
         height, width = view.grid
         text = (
             f"{view.layer}: {height} × {width} tokens, recorded in {len(look.views)} UNet calls. Tokens of one colour "
-            "were merged into one; those without colour stayed alone. The ring is where the agent stands; the brighter "
-            "a place, the more it gathers there. Move the step and the agent, or click a place in the picture to see "
-            "its agent."
+            "were merged into one; those without colour were not merged. The ring is the agent's own place; the "
+            "brighter a place, the more the agent aggregates from it. Move the step and the agent, or click a place in "
+            "the image to see its agent."
         )
+        text = " ".join([text, *notes])
         yield {
             self.status: captions.message_html(text, "done"),
             self.look_id: self.context.keep_look(run, look, look.num_bytes),
-            self.picture: path,
+            self.image: path,
             self.step: gr.update(maximum=max(1, len(look.views) - 1), value=0, interactive=len(look.views) > 1),
             **self._maps(look, view, 0),
-            **self.history.with_run(past, PastRun(path, label("inside", settings), text, looked.drawing_settings)),
+            **self.history.with_run(past, PastRun(path, label("inside", settings), text, looked.settings)),
         }
 
     def _with_way_out(self, error: Exception, settings: Settings, layer: str) -> Exception:
-        """The list offers all layers that some patch reaches; for one beyond this patch, what has to be changed."""
+        """Add the remedy for a layer that is in the list but beyond this patch's max_downsample."""
         model = self.context.studio.models.loaded(settings.model)
         downsample = dict(model.layers).get(layer) if model else None
         if downsample is None or not isinstance(error, ValueError):
@@ -161,7 +168,7 @@ class LookTab:
         if layer in [name for name, *_ in reached]:
             return error
         return ValueError(
-            f"{layer} is beyond the reach of the patch as it is set: choose max_downsample {downsample} or more under "
+            f"{layer} is not patched with these settings: choose max_downsample {downsample} or more under "
             "“Advanced settings of the patch”, or another layer"
         )
 
@@ -174,7 +181,7 @@ class LookTab:
         return {key: changes[key] for key in (self.merge_map, self.agent_map, self.caption)}
 
     def change_step(self, look_id: str | None, step: Any, agent: Any) -> dict:
-        """The maps of another step, with as many agents as there are in it."""
+        """The maps of another step, with the number of agents in it."""
         look, view = self._view(look_id, step)
         if view is None:
             return {self.caption: captions.message_html(_GONE, "error")} if look_id else {self.caption: ""}
@@ -205,7 +212,7 @@ class LookTab:
         )
         if num_agents:
             token = int(view.agent_tokens[agent])
-            text += f"; agent {agent} of {num_agents} stands in row {token // width}, column {token % width}."
+            text += f"; agent {agent} of {num_agents} is in row {token // width}, column {token % width}."
         else:
             text += "; this phase has no agents."
         return {
@@ -218,7 +225,7 @@ class LookTab:
 
 
 def layer_choices(model: Model | None) -> list[tuple[str, str]]:
-    """(label, value) of each layer; the first is whichever comes first under the settings in use."""
+    """(label, value) of each layer; "0" is the first layer that is patched with the settings in use."""
     layers = model.layers if model else ()
     return [("the first patched layer", "0")] + [
         (f"{name.removesuffix('.attn1')} (1/{downsample} of the latent's side)", name) for name, downsample in layers

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from agentsd import AgentConfig
+from agentsd.images.methods import refuse_patched
 from agentsd.images.pipelines import ModelError, load_pipeline
 from agentsd.patch import find_unet
-from agentsd.unet.layers import find_layers
+from agentsd.unet.layers import find_layers, own_latent_size
 
 from .previews import Preview
 
@@ -24,9 +25,9 @@ class Model:
     Attributes:
         name: as the app was started with.
         pipe: its pipeline, unpatched between requests.
-        size: (height, width) it draws at by itself, in pixels.
+        size: its own (height, width) in pixels.
         layers: (module name, downsampling of the latent) of every layer that some patch could reach.
-        preview: latents -> a small picture.
+        preview: latents -> a small image.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Models:
     Args:
         names: what `load_pipeline` takes; nothing else is ever loaded.
         device, dtype: as `load_pipeline`.
-        load: stands in for `load_pipeline`.
+        load: used in place of `load_pipeline`.
     """
 
     def __init__(
@@ -89,11 +90,11 @@ class Models:
         pipe = self._load(name, **self._options)
         try:
             unet = find_unet(pipe)
-        except TypeError as error:
+            refuse_patched(pipe)
+        except (TypeError, ValueError) as error:
             raise ModelError(f"{name}: {error}") from error
         pipe.set_progress_bar_config(disable=True)
-        sides = unet.config.sample_size
-        height, width = (sides, sides) if isinstance(sides, int) else sides
+        height, width = own_latent_size(unet)
         layers, _ = find_layers(unet, AgentConfig(max_downsample=8))
         return Model(
             name,

@@ -1,4 +1,4 @@
-"""Outputs: the files the app gives away, in a folder of its own."""
+"""Outputs: the files that visitors may download, in a folder of their own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEEP_SECONDS, _TIDY_EVERY = 24 * 3600.0, 600.0
 
 
 class Outputs:
-    """A folder of files, each in a folder with a name nobody can guess; what is older than a day is removed.
+    """A folder of files, each in a folder with a name that cannot be guessed; files older than a day are removed.
 
     Args:
         folder: made if missing.
@@ -30,7 +30,7 @@ class Outputs:
         self._tidied = time.monotonic()
         self._lock = threading.Lock()
 
-    def picture(self, image: Image.Image, name: str, settings: dict[str, Any] | None = None) -> str:
+    def image(self, image: Image.Image, name: str, settings: dict[str, Any] | None = None) -> str:
         """Save a PNG with its settings inside; returns its path."""
         path = self._new(name + ".png")
         save_image(image, path, settings)
@@ -60,6 +60,6 @@ class Outputs:
 
 
 def file_name(prompt: str, *parts: object) -> str:
-    """A short name for a picture, from its prompt: letters, digits and hyphens only."""
+    """A short name for an image, from its prompt: letters, digits and hyphens only."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
-    return "-".join(str(part) for part in (words or "picture", *parts))
+    return "-".join(str(part) for part in (words or "image", *parts))

@@ -21,17 +21,17 @@ from .sweep_tab import SweepTab
 
 _TITLE = "<h1>agentsd</h1><p>The same seed by Stable Diffusion, ToMeSD and AgentSD: how fast, and how alike.</p>"
 
-# On a phone the results stand below the settings, out of sight of the one who clicked.
+# On a phone the results are below the settings, out of sight after the click.
 _SHOW_RESULTS = """() => { if (window.innerWidth < 768)
     document.querySelector('#status')?.scrollIntoView({behavior: 'smooth', block: 'center'}) }"""
 
 
 class Page:
-    """Builds the page; its methods answer what is not the matter of one tab.
+    """Builds the page; its methods answer the events that belong to no tab.
 
     Args:
-        studio: what draws.
-        outputs: where pictures are saved.
+        studio: what generates.
+        outputs: where images are saved.
         limits: bounds on every request.
     """
 
@@ -50,7 +50,7 @@ class Page:
                 with gr.Column(scale=1, min_width=300):
                     form = Form(self.context)
                 with gr.Column(scale=2, min_width=300):
-                    with gr.Tabs(overflow_behavior="wrap"):  # on a phone the default hides half of them in a menu
+                    with gr.Tabs(overflow_behavior="wrap"):  # the default hides half of them in a menu on a phone
                         with gr.Tab("Compare"):
                             compare = CompareTab(self.context, form)
                         with gr.Tab("Look inside"):
@@ -74,14 +74,14 @@ class Page:
                 "preprocess": False,
                 **QUICK,
             }
-            begun = gr.on([form.draw_button.click, form.controls["prompt"].submit], **begin)
+            begun = gr.on([form.compare_button.click, form.controls["prompt"].submit], **begin)
             compare.wire(begun, run_id, history.history)
             look.wire(begin, run_id, history.history)
             sweep.wire(begin, run_id, history.history)
             history.wire()
             form.wire_code(page, code, **QUICK)
             form.wire_link(page, compare.status)
-            form.draw_button.click(None, js=_SHOW_RESULTS, **QUICK)
+            form.compare_button.click(None, js=_SHOW_RESULTS, **QUICK)
             form.stop_button.click(self.stop, None, None, **QUICK)
             form.controls["model"].change(
                 lambda name: [*form.size_hints(name), gr.update(choices=layer_choices(models.loaded(name)), value="0")],
@@ -93,11 +93,11 @@ class Page:
         return page
 
     def begin(self, keep_seed: bool, request: gr.Request) -> tuple[str, Any]:
-        """A click on a button that draws: the run's number, and the seed, a new one if it is not to be kept."""
+        """Begin a run at a click: its key, and a new seed if the old one is not to be kept."""
         return self.context.begin(request.session_hash), gr.skip() if keep_seed else random.randrange(2**31)
 
     def stop(self, request: gr.Request) -> None:
-        """The Stop button; harmless where nothing is being drawn."""
+        """The Stop button; no-op where nothing is being generated."""
         self.context.studio.stop(request.session_hash)
 
     def leave(self, request: gr.Request) -> None:

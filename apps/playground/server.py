@@ -1,14 +1,16 @@
-"""Starts the app: its private folder, its headers, its address."""
+"""Start the app: its private folder, its headers, its address."""
 
 from __future__ import annotations
 
 import atexit
 import errno
+import logging
 import os
 import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,10 @@ from .outputs import Outputs  # noqa: E402
 from .page import Page  # noqa: E402
 from .settings import Limits  # noqa: E402
 
-_QUEUE = 64  # requests that may wait; the next one is told to come back later
+_QUEUE = 64  # requests that may wait; further ones are refused
 _UPLOAD = "40mb"
 
-# The page needs nothing from elsewhere, and its browser is told so: no font, script or picture from another host.
+# The page needs no font, script or image from another host; these headers make the browser refuse any.
 _POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob: ws: wss:; "
     "object-src 'none'; base-uri 'self'"
@@ -87,7 +89,7 @@ def start(
     """Load the models and serve the page.
 
     Args:
-        models: names for `load_pipeline`, or Models. One that fails to load is told on the page and tried again when
+        models: names for `load_pipeline`, or Models. One that fails to load is named on the page and tried again when
             it is asked for.
         host, port: where to listen; port None takes the first free one from 7860.
         share: make a public address through Gradio's servers.
@@ -96,7 +98,7 @@ def start(
         block: return only when the server ends, by Ctrl+C; then no run goes on and the private folder is gone.
 
     Returns:
-        (the Blocks, whose `close()` ends the server; its address; what draws).
+        (the Blocks, whose `close()` ends the server; its address; the studio that generates).
 
     Raises:
         OSError: the port is taken, or the host is not an address of this machine.
@@ -108,7 +110,7 @@ def start(
     for name in models.names:
         try:
             models.get(name)
-        except Exception as error:  # the page says so, and goes on with the others
+        except Exception as error:  # the page says so; the other models work
             print(f"agentsd: {error}", file=sys.stderr)
     if not any(map(models.loaded, models.names)):
         print("agentsd: no model could be loaded; the page says so, and tries again when asked", file=sys.stderr)
@@ -134,12 +136,15 @@ def start(
     if block:
         try:
             print(f"agentsd: open {page.share_url or address} (Ctrl+C ends it)")
-            page.block_thread()
+            while page.is_running:  # not page.block_thread: it waits five seconds for open pages, and close() as many
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            print("agentsd: closing")
         finally:
             try:
                 stop(page, studio)
             finally:
-                # Not left to atexit: Python first waits for the step that is being drawn, and may be killed meanwhile.
+                # Not left to atexit: Python first waits for the step that is being done, and may be killed meanwhile.
                 shutil.rmtree(_FOLDER, ignore_errors=True)
     return page, address, studio
 
@@ -159,9 +164,16 @@ def _check_address(host: str, port: int) -> None:
 
 
 def stop(page: gr.Blocks, studio: Studio) -> None:
-    """End a server that `start` began, and what it draws at its next step."""
+    """End a server that `start` began, and its run at its next step."""
     studio.worker.close()
-    page.close(verbose=False)
+    log = logging.getLogger("uvicorn.error")
+    before, log.disabled = log.disabled, True  # it reports every connection that is cut
+    try:
+        if page.server:
+            page.server.force_exit = True  # without it uvicorn waits for every page that is still open in a browser
+        page.close(verbose=False)
+    finally:
+        log.disabled = before
 
 
 def folder() -> str:

@@ -1,33 +1,29 @@
-"""What a request asks for: from the values of a form or an API call to checked settings, and back from a saved PNG."""
+"""What a request asks for: from the values of a form or an API call to checked settings."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import math
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from agentsd import AgentConfig
+from agentsd.config import PRESETS
 from agentsd.images.pipelines import SCHEDULERS
-from agentsd.images.png import read_settings
 from agentsd.images.request import Request
 
 OWN_SCHEDULER = "model's own"
-"""Stands for the scheduler that came with the model."""
+"""Name of the scheduler that came with the model."""
 
-SWEEPABLE = ("ratio", "early", "alpha")
-"""The fields that a sweep may vary."""
+SWEEP_RANGES = {"ratio": (0.1, 0.7), "early": (0.0, 1.0), "alpha": (0.0, 0.3), "cache_interval": (1, 4)}
+"""Fields that a sweep may vary, each with a useful range."""
 
-_OWN_SIZE = 1024  # what SDXL draws at when nobody asks for another size, whatever the limits say
-_decoding = threading.Lock()  # one dropped picture at a time: its pixels take more memory than its file
+SWEEPABLE = tuple(SWEEP_RANGES)
+
+_OWN_SIZE = 1024  # SDXL's own size, which it generates at whatever the limits say
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,10 @@ class Limits:
         smallest, largest: height and width in pixels.
         steps: denoising steps.
         prompt: characters.
-        rounds: timed runs of each method.
-        values: pictures of a sweep, beside the unpatched one.
-        recording: bytes of agents' attention that one look inside a layer may record, and that all looks which are
-            kept may take together. 2**30 has room for every step at 1024 px with the patch's default settings.
+        rounds: timed rounds of each method.
+        values: images of a sweep, besides the unpatched one.
+        recording: bytes of agents' attention that one look inside a layer may record, and that all kept looks may take
+            together. 2**30 has room for every step at 1024 px with the patch's default settings.
     """
 
     smallest: int = 64
@@ -54,7 +50,7 @@ class Limits:
 
     @property
     def pixels(self) -> int:
-        """Most that a picture may have from which settings are read: no sheet of a sweep made here has more."""
+        """Most pixels of an image that settings are read from: no sheet of a sweep made here has more."""
         side = max(self.largest, _OWN_SIZE)
         return 2 * (self.values + 1) * side**2  # twice: captions, margins and the empty places of the last line
 
@@ -66,7 +62,7 @@ class Settings:
     Attributes:
         model: a name the app was started with.
         scheduler: a key of SCHEDULERS, or OWN_SCHEDULER.
-        request: what to draw.
+        request: what to generate.
         config: the patch.
         rounds: how many times each method is timed.
     """
@@ -75,7 +71,7 @@ class Settings:
     scheduler: str
     request: Request
     config: AgentConfig
-    rounds: int = 1
+    rounds: int
 
 
 # --- the fields -------------------------------------------------------------------------------------------------------
@@ -96,11 +92,14 @@ class Field:
     default: Any
 
 
+ROUNDS = Field("rounds", int, 3)
+"""How many times each method is timed; three rounds show whether they agree."""
+
 PATCH_FIELDS: dict[str, Field] = {}
 """Field by the name of the AgentConfig field. Made from the dataclass, so that a new setting appears by itself."""
 
 for _field in dataclasses.fields(AgentConfig):
-    # Both the noise and the random destinations have a seed; the command line tells them apart in the same way.
+    # Both the noise and the random destinations have a seed; the command line has the same two names.
     _name = "patch_seed" if _field.name == "seed" else _field.name
     if isinstance(_field.default, (bool, int, float)) and not str(_field.type).startswith(("int |", "bool |")):
         PATCH_FIELDS[_field.name] = Field(_name, type(_field.default), _field.default)
@@ -116,7 +115,7 @@ def patch_help() -> dict[str, str]:
 
 
 def request_fields(models: Sequence[str], limits: Limits) -> dict[str, Field]:
-    """The fields that say what to draw and with which model; only the prompt has no default (`...`)."""
+    """The fields that say what to generate and with which model; only the prompt has no default (`...`)."""
     fields = [
         Field("prompt", str, ...),
         Field("negative_prompt", str, ""),
@@ -146,24 +145,24 @@ def check(values: Mapping[str, Any], models: Sequence[str], limits: Limits) -> S
     given = {name: field.default for name, field in request_fields(models, limits).items()}
     given |= {name: value for name, value in values.items() if name in given and value is not None}
     if given["model"] not in models:
-        raise ValueError(f"model={_short(given['model'])}: must be one this app was started with: {', '.join(models)}")
+        raise ValueError(f"model={short(given['model'])}: must be one this app was started with: {', '.join(models)}")
     if given["scheduler"] not in (OWN_SCHEDULER, *SCHEDULERS):
         raise ValueError(
-            f"scheduler={_short(given['scheduler'])}: must be {OWN_SCHEDULER!r} or one of {', '.join(SCHEDULERS)}"
+            f"scheduler={short(given['scheduler'])}: must be {OWN_SCHEDULER!r} or one of {', '.join(SCHEDULERS)}"
         )
     for name in ("prompt", "negative_prompt"):
         text = given[name]
         if isinstance(text, str) and len(text) > limits.prompt:
             raise ValueError(f"{name}: has {len(text):,} characters; must have at most {limits.prompt:,}")
     if not isinstance(given["prompt"], str) or not given["prompt"].strip():
-        raise ValueError("prompt: is empty; say what the picture shall show")
+        raise ValueError("prompt: is empty; say what the image shall show")
     for name in ("seed", "steps", "width", "height"):
         given[name] = _whole(given[name])
     for name in ("width", "height"):
         given[name] = given[name] or None  # an emptied number field may arrive as 0
         _check_range(name, given[name], limits.smallest, limits.largest, " (a multiple of 8)")
     _check_range("steps", given["steps"], 1, limits.steps)
-    rounds = _whole(1 if values.get("rounds") is None else values["rounds"])
+    rounds = _whole(ROUNDS.default if values.get("rounds") is None else values["rounds"])
     _check_range("rounds", rounds, 1, limits.rounds)
     request = Request(**{field.name: given[field.name] for field in dataclasses.fields(Request)})
     return Settings(given["model"], given["scheduler"], request, check_patch(values), rounds)
@@ -180,14 +179,30 @@ def check_patch(values: Mapping[str, Any]) -> AgentConfig:
     )
 
 
+def preset_values(name: Any) -> dict[str, Any]:
+    """The form values of a preset's fields, by field name. Raises ValueError for an unknown preset."""
+    if name not in PRESETS:
+        raise ValueError(f"preset={short(name)}: must be one of {', '.join(PRESETS)}")
+    return {
+        field.name: written(PRESETS[name][key]) if field.kind is str else PRESETS[name][key]
+        for key, field in PATCH_FIELDS.items()
+        if key in PRESETS[name]
+    }
+
+
+def preset_of(config: AgentConfig) -> str | None:
+    """The preset that gives exactly this config, None where there is none."""
+    return next((name for name, fields in PRESETS.items() if AgentConfig(**fields) == config), None)
+
+
 def sweep_values(name: str, first: Any, last: Any, count: Any, limits: Limits) -> list[float]:
-    """`count` values of a field, evenly spaced from first to last.
+    """`count` values of a field, evenly spaced from first to last; those of an integer field are rounded.
 
     Raises:
         ValueError, TypeError: as `check`.
     """
     if name not in SWEEPABLE:
-        raise ValueError(f"field={_short(name)}: must be one of {', '.join(SWEEPABLE)}")
+        raise ValueError(f"field={short(name)}: must be one of {', '.join(SWEEPABLE)}")
     for end, value in (("first", first), ("last", last), ("count", count)):
         if value is None:
             raise TypeError(f"{end}: is empty; must be a number")
@@ -195,22 +210,28 @@ def sweep_values(name: str, first: Any, last: Any, count: Any, limits: Limits) -
     _check_range("count", count, 2, limits.values)
     for end, value in (("first", first), ("last", last)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise TypeError(f"{end}={_short(value)}: must be a number, a value of {name}")
+            raise TypeError(f"{end}={short(value)}: must be a number, a value of {name}")
     if first == last:
         raise ValueError(f"first={first}, last={last}: must differ, or there is nothing to compare")
-    return [round(first + (last - first) * i / (count - 1), 6) for i in range(count)]
+    values = [round(first + (last - first) * i / (count - 1), 6) for i in range(count)]
+    if PATCH_FIELDS[name].kind is not int:
+        return values
+    whole = [round(value) for value in values]
+    if len(set(whole)) < count:
+        raise ValueError(f"count={count}: there are fewer integers from {first} to {last}; {name} takes integers only")
+    return whole
 
 
 def check_index(name: str, value: Any) -> int:
     """A number that counts from 0. Raises as `check`."""
     value = _whole(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name}={_short(value)}: must be an integer, 0 or more")
+        raise ValueError(f"{name}={short(value)}: must be an integer, 0 or more")
     return value
 
 
 def with_value(config: AgentConfig, name: str, value: float) -> AgentConfig:
-    """The config with one field changed; an error tells which value of the sweep is impossible."""
+    """The config with one field changed; an error names the value of the sweep that is impossible."""
     return dataclasses.replace(config, **{name: value})
 
 
@@ -218,7 +239,7 @@ def _check_range(name: str, value: Any, low: int, high: int, more: str = "") -> 
     if value is None and name in ("width", "height"):
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={_short(value)}: must be an integer in {low} … {high}{more}")
+        raise TypeError(f"{name}={short(value)}: must be an integer in {low} … {high}{more}")
     if not low <= value <= high:
         raise ValueError(f"{name}={value}: must be an integer in {low} … {high}{more}")
 
@@ -228,7 +249,8 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value in an error message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…" + text[-1]
 
@@ -249,126 +271,6 @@ def _read(field: Field, value: Any) -> Any:
         return text
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """What `_read` reads back."""
     return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-
-
-# --- back from a picture ----------------------------------------------------------------------------------------------
-
-
-def restore(path: str | Path, models: Sequence[str], limits: Limits) -> tuple[dict[str, Any], list[str]]:
-    """The form values that drew a saved picture.
-
-    Args:
-        path: a PNG saved by this app or by the `agentsd` command.
-        models, limits: as `check`; a picture asks for no more than anyone may.
-
-    Returns:
-        (values by field name, ready for the form; remarks on what could not be restored).
-
-    Raises:
-        ValueError, TypeError, OSError: not a picture, a damaged one, one of too many pixels, or one without settings
-            or with impossible ones.
-    """
-    _check_pixels(path, limits)
-    try:
-        with _decoding:
-            settings = read_settings(path)
-    except OSError as error:
-        # Pillow names the file by its whole path, which is the server's business.
-        raise OSError(str(error).replace(f" {str(path)!r}", "")) from error
-    if settings is None:
-        raise ValueError(
-            f"{Path(path).name}: carries no settings. Pictures saved by this app or by the agentsd command do; a "
-            "screenshot or a copy from a messenger does not"
-        )
-    if isinstance(settings.get("compare"), list) and settings["compare"]:
-        settings = settings["compare"][-1]  # the command's picture of all methods
-    if not isinstance(settings, dict):
-        raise ValueError(f"{Path(path).name}: its settings are not in the form that agentsd writes")
-    return form_values(settings, models, limits)
-
-
-def _check_pixels(path: str | Path, limits: Limits) -> None:
-    """Raise ValueError for a picture that would take much memory to decode; its header alone is read."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except Exception:
-        return  # not a picture: read_settings, which opens it in the same way, says so
-    if width * height > limits.pixels:
-        raise ValueError(
-            f"{Path(path).name}: is {width:,} × {height:,} px; settings are read from pictures of at most "
-            f"{limits.pixels:,} pixels, which all have that this app draws: drop one of those"
-        )
-
-
-def form_values(settings: Mapping[str, Any], models: Sequence[str], limits: Limits) -> tuple[dict[str, Any], list[str]]:
-    """As `restore`, from the settings themselves (`agentsd.generate.settings_of`)."""
-    remarks = []
-    values = {name: settings[name] for name in request_fields(models, limits) if name in settings}
-    if values.get("model") not in models:
-        remarks.append(
-            f"It was drawn with the model {_short(values.get('model'))}, which this app was not started with; the "
-            f"settings are kept, the model is {models[0]}."
-        )
-        values["model"] = models[0]
-    values["scheduler"] = _scheduler_name(settings)
-    if values["scheduler"] is None:
-        remarks.append(
-            f"Its scheduler {_short(settings.get('scheduler'))} is not offered here; the model's own is set."
-        )
-        values["scheduler"] = OWN_SCHEDULER
-    patch = settings.get("patch") or {}
-    if not isinstance(patch, dict):
-        raise ValueError(f"patch={_short(patch)}: the picture's patch settings are not in the form that agentsd writes")
-    unknown = sorted(set(patch) - set(PATCH_FIELDS))
-    if unknown:
-        remarks.append(f"Settings of another version were left out: {_short(', '.join(map(str, unknown)))}.")
-    for name, field in PATCH_FIELDS.items():
-        value = patch.get(name, getattr(AgentConfig(), name))
-        values[field.name] = _written(value) if field.kind is str else value
-    check(values, models, limits)
-    return values, remarks
-
-
-def _scheduler_name(settings: Mapping[str, Any]) -> str | None:
-    chosen = settings.get("scheduler_name")
-    if chosen in (OWN_SCHEDULER, *SCHEDULERS):
-        return chosen
-    if "scheduler" not in settings:
-        return OWN_SCHEDULER
-    fitting = [name for name, (kind, _) in SCHEDULERS.items() if kind == settings["scheduler"]]
-    return fitting[0] if fitting else None
-
-
-# --- the same in one's own script -------------------------------------------------------------------------------------
-
-
-def script(settings: Settings) -> str:
-    """A Python script that draws what the settings say, with the patch; only what differs from the defaults is said."""
-    request, config = settings.request, settings.config
-    loading = [json.dumps(settings.model, ensure_ascii=False)]
-    if settings.scheduler != OWN_SCHEDULER:
-        loading.append(f'scheduler="{settings.scheduler}"')
-    patch = [f"ratio={config.ratio!r}"]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name != "ratio" and value != field.default:
-            patch.append(f"{field.name}={value!r}")
-    call = [json.dumps(request.prompt, ensure_ascii=False)]
-    if request.negative_prompt:
-        call.append(f"negative_prompt={json.dumps(request.negative_prompt, ensure_ascii=False)}")
-    call.append(f"num_inference_steps={request.steps}")
-    call.append(f"guidance_scale={request.guidance:g}")
-    call += [f"{name}={getattr(request, name)}" for name in ("height", "width") if getattr(request, name)]
-    call.append(f'generator=torch.Generator("cpu").manual_seed({request.seed})')
-    arguments = "".join(f"    {argument},\n" for argument in call)
-    return (
-        "import agentsd\nimport torch\n\n"
-        f"pipe = agentsd.load_pipeline({', '.join(loading)})  # or any diffusers pipeline of yours\n"
-        f"agentsd.apply_patch(pipe, {', '.join(patch)})\n"
-        f"image = pipe(\n{arguments}).images[0]\n"
-        'image.save("picture.png")\n'
-    )

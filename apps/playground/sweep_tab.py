@@ -1,4 +1,4 @@
-"""The Sweep tab: one setting over a range, as a grid of pictures and two plots."""
+"""The Sweep tab: one setting over a range, as a grid of images and two charts."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
-from agentsd.images.compare import GeneratedImage
+from agentsd.images.compare import are_stable
+from agentsd.images.generate import GeneratedImage
 from agentsd.images.methods import METHODS
 
-from . import captions, pictures
-from .api import sweep_cases
-from .context import DRAWS, QUICK, Context, History, PastRun, failed, label, tell, unread_note
+from . import captions
+from .charts import line_chart
+from .context import GENERATES, QUICK, Context, History, PastRun, failed, label, tell
+from .figures import seconds_text
 from .form import Form
-from .jobs import Drawn, Unread
+from .jobs import Finished, Note
 from .outputs import file_name
-from .settings import SWEEPABLE, check, sweep_values
-
-_RANGES = {"ratio": (0.1, 0.7), "early": (0.0, 1.0), "alpha": (0.0, 0.3)}
+from .settings import SWEEP_RANGES, SWEEPABLE, check, sweep_values
+from .sweeps import sweep_cases, sweep_csv, sweep_label, sweep_rows, sweep_settings, sweep_sheet, sweep_verdict
 
 
 class SweepTab:
-    """Laid out where it is made.
+    """The tab; its components are laid out where it is constructed.
 
     Args:
         context: shared.
@@ -42,35 +42,35 @@ class SweepTab:
                 min_width=220,
                 scale=2,
             )
-            self.first = gr.Number(label="From", value=0.1, step=0.05, min_width=90, elem_id="first")
-            self.last = gr.Number(label="To", value=0.7, step=0.05, min_width=90, elem_id="last")
+            self.first = gr.Number(
+                label="From", value=SWEEP_RANGES[SWEEPABLE[0]][0], step=0.05, min_width=90, elem_id="first"
+            )
+            self.last = gr.Number(
+                label="To", value=SWEEP_RANGES[SWEEPABLE[0]][1], step=0.05, min_width=90, elem_id="last"
+            )
             self.count = gr.Number(
                 label=f"Values (2 … {context.limits.values})", value=4, precision=0, min_width=90, elem_id="count"
             )
         self.button = gr.Button("Sweep", variant="primary", elem_id="sweep")
         self.status = gr.HTML(
-            captions.message_html("Draws the unpatched picture and one for each value, all from the same seed."),
+            captions.message_html("Generates the unpatched image and one for each value, all from the same seed."),
             elem_id="sweep-status",
         )
         self.grid = gr.Gallery(
-            label="Pictures", columns=3, height="auto", object_fit="contain", format="png", elem_id="grid",
+            label="Images", columns=3, height="auto", object_fit="contain", format="png", elem_id="grid",
             interactive=False, buttons=["download", "fullscreen"],
         )  # fmt: skip
         with gr.Row():
-            self.seconds_plot = gr.LinePlot(
-                x="value", y="seconds", color="method", title="Seconds a picture", elem_id="seconds-plot", height=260,
-                min_width=300, buttons=[],
-            )  # fmt: skip
-            self.distance_plot = gr.LinePlot(
-                x="value", y="distance", title="Distance to unpatched (of 255)", elem_id="distance-plot",
-                height=260, min_width=300, buttons=[],
-            )  # fmt: skip
+            with gr.Column(min_width=300):
+                self.seconds_plot = gr.HTML(elem_id="seconds-plot")
+            with gr.Column(min_width=300):
+                self.distance_plot = gr.HTML(elem_id="distance-plot")
         with gr.Row():
-            self.sheet_file = gr.DownloadButton("All pictures (PNG)", interactive=False, elem_id="sheet-file")
+            self.sheet_file = gr.DownloadButton("All images (PNG)", interactive=False, elem_id="sheet-file")
             self.table_file = gr.DownloadButton("Figures (CSV)", interactive=False, elem_id="table-file")
 
     def wire(self, begin: dict[str, Any], run_id: gr.Textbox, history: History) -> None:
-        """Answer to the page; `begin` are the arguments of the event that gives a run its number."""
+        """Connect the events; `begin` are the arguments of the event that gives a run its key."""
         self.history = history
         self.button.click(**begin).success(
             self.sweep,
@@ -80,9 +80,9 @@ class SweepTab:
                 *(history.runs, history.gallery),
             ],
             show_progress_on=[self.status],
-            **DRAWS,
+            **GENERATES,
         )
-        self.field.input(lambda name: _RANGES[name], self.field, [self.first, self.last], **QUICK)
+        self.field.input(lambda name: SWEEP_RANGES[name], self.field, [self.first, self.last], **QUICK)
 
     def sweep(
         self,
@@ -95,11 +95,11 @@ class SweepTab:
         *given: Any,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[dict]:
-        """Draw the pictures; yields what has changed on the page."""
+        """Generate the images; yields the changes of the page."""
         try:
             settings = check(self.form.values(given), self.context.studio.models.names, self.context.limits)
             points = sweep_values(field, first, last, count, self.context.limits)
-            cases = sweep_cases(settings, field, points)
+            cases = sweep_cases(settings.config, field, points)
         except (ValueError, TypeError) as error:
             yield {self.status: captions.message_html(str(error), "error")}
             return
@@ -107,71 +107,65 @@ class SweepTab:
         yield {
             self.status: captions.message_html(""),
             self.grid: [],
-            self.seconds_plot: None,
-            self.distance_plot: None,
+            self.seconds_plot: "",
+            self.distance_plot: "",
             self.sheet_file: gr.update(value=None, interactive=False),
             self.table_file: gr.update(value=None, interactive=False),
         }
-        drawings: dict[int, GeneratedImage] = {}
+        done: dict[int, GeneratedImage] = {}
         paths: dict[int, str] = {}
-        unread: Unread | None = None
+        notes: list[str] = []
         try:
             for report in self.context.studio.generate(self.context.run(run_id), settings, cases):
                 tell(progress, report, cases)
                 change: dict[Any, Any] = {}
-                if isinstance(report, Unread):
-                    unread = report
-                elif isinstance(report, Drawn):
-                    drawings[report.case] = report.drawing
+                if isinstance(report, Note):
+                    notes.append(report.text)
+                elif isinstance(report, Finished):
+                    one = done[report.case] = report.generated
                     if report.case not in paths:
                         name = file_name(settings.request.prompt, field, f"{values[report.case]}")
-                        paths[report.case] = self.context.outputs.picture(
-                            report.drawing.image, name, report.drawing.settings
-                        )
-                    change |= self._results(field, values, drawings, paths)
+                        paths[report.case] = self.context.outputs.image(one.image, name, one.settings)
+                    change |= self._results(field, values, done, paths)
                 yield change or {self.status: gr.skip()}
         except Exception as error:
             yield {self.status: failed(error, settings)}
             return
-        ordered = [drawings[i] for i in range(len(cases))]
-        rows = pictures.sweep_rows(values, ordered)
+        ordered = [done[i] for i in range(len(cases))]
+        rows = sweep_rows(values, ordered)
         name = file_name(settings.request.prompt, "sweep", field)
-        about = pictures.sweep_settings(field, points, ordered, settings.config)
-        sheet = self.context.outputs.picture(pictures.sweep_sheet(field, rows, ordered), name, about)
-        table = self.context.outputs.text(pictures.sweep_csv(field, rows, ordered), name + ".csv")
-        message = f"{pictures.sweep_verdict(field, rows, ordered)} {unread_note(unread)}".strip()
+        about = sweep_settings(field, points, ordered, settings.config)
+        sheet = self.context.outputs.image(sweep_sheet(field, rows, ordered), name, about)
+        table = self.context.outputs.text(sweep_csv(field, rows, ordered), name + ".csv")
+        message = " ".join([sweep_verdict(field, rows, ordered), *notes])
         yield {
             self.status: captions.message_html(message, "done"),
-            # Once more: a plot may miss an update that comes right after another.
-            **self._results(field, values, drawings, paths),
             self.sheet_file: gr.update(value=sheet, interactive=True),
             self.table_file: gr.update(value=table, interactive=True),
             **self.history.with_run(past, PastRun(sheet, label(f"{field} swept", settings), message, about)),
         }
 
     def _results(
-        self, field: str, values: list, drawings: dict[int, GeneratedImage], paths: dict[int, str]
+        self, field: str, values: list, done: dict[int, GeneratedImage], paths: dict[int, str]
     ) -> dict[Any, Any]:
-        ready = sorted(drawings)
-        rows = pictures.sweep_rows([values[i] for i in ready], [drawings[i] for i in ready])
-        changes: dict[Any, Any] = {
-            self.grid: [
-                (paths[i], f"{pictures.sweep_label(field, row.value)}: {row.seconds:.2f} s")
-                for i, row in zip(ready, rows)
-            ]
-        }
+        ready = sorted(done)
+        rows = sweep_rows([values[i] for i in ready], [done[i] for i in ready])
+        stable = are_stable(list(done.values()))
         points = [row for row in rows if row.value is not None]
-        if points:
-            # The unpatched run is one time, drawn as a level line to compare with.
-            seconds = [(row.value, row.seconds, METHODS["agentsd"]) for row in points]
-            seconds += [(row.value, rows[0].seconds, METHODS["sd"]) for row in points]
-            frame = pd.DataFrame(seconds, columns=["value", "seconds", "method"])
-            changes[self.seconds_plot] = gr.update(value=frame, x_title=field, y_lim=_from_zero(frame["seconds"]))
-            frame = pd.DataFrame([(row.value, row.distance) for row in points], columns=["value", "distance"])
-            changes[self.distance_plot] = gr.update(value=frame, x_title=field, y_lim=_from_zero(frame["distance"]))
-        return changes
-
-
-def _from_zero(values: pd.Series) -> list[float]:
-    """Limits of an axis on which a difference looks as large as it is."""
-    return [0.0, max(1.1 * float(values.max()), 1e-3)]
+        return {
+            self.grid: [
+                (paths[i], f"{sweep_label(field, row.value)}: {seconds_text(row.seconds, stable)}")
+                for i, row in zip(ready, rows)
+            ],
+            self.seconds_plot: line_chart(
+                "Seconds an image" + ("" if stable else " (unstable)"),
+                field,
+                {METHODS["agentsd"]: [(row.value, row.seconds) for row in points]},
+                level=(METHODS["sd"], rows[0].seconds),
+            ),
+            self.distance_plot: line_chart(
+                "Distance to unpatched (of 255)",
+                field,
+                {METHODS["agentsd"]: [(row.value, row.distance) for row in points]},
+            ),
+        }

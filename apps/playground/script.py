@@ -1,0 +1,39 @@
+"""The Python script that generates what the form says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from agentsd import AgentConfig
+
+from .settings import OWN_SCHEDULER, Settings, preset_of
+
+
+def script(settings: Settings) -> str:
+    """Write a Python script that generates what the settings say, with the patch; defaults are left out."""
+    request, config = settings.request, settings.config
+    loading = [json.dumps(settings.model, ensure_ascii=False)]
+    if settings.scheduler != OWN_SCHEDULER:
+        loading.append(f'scheduler="{settings.scheduler}"')
+    preset = preset_of(config)
+    if preset and config != AgentConfig():
+        patch = [f'preset="{preset}"']
+    else:
+        changed = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
+        patch = [f"{name}={getattr(config, name)!r}" for name in dict.fromkeys(["ratio", *changed])]
+    call = [json.dumps(request.prompt, ensure_ascii=False)]
+    if request.negative_prompt:
+        call.append(f"negative_prompt={json.dumps(request.negative_prompt, ensure_ascii=False)}")
+    call.append(f"num_inference_steps={request.steps}")
+    call.append(f"guidance_scale={request.guidance:g}")
+    call += [f"{name}={getattr(request, name)}" for name in ("height", "width") if getattr(request, name)]
+    call.append(f'generator=torch.Generator("cpu").manual_seed({request.seed})')
+    arguments = "".join(f"    {argument},\n" for argument in call)
+    return (
+        "import agentsd\nimport torch\n\n"
+        f"pipe = agentsd.load_pipeline({', '.join(loading)})  # or any diffusers pipeline of yours\n"
+        f"agentsd.apply_patch(pipe, {', '.join(patch)})\n"
+        f"image = pipe(\n{arguments}).images[0]\n"
+        'image.save("image.png")\n'
+    )

@@ -1,0 +1,182 @@
+"""Time the kinds of UNet calls, unpatched, whole and cached, interleaved, and what 50 steps of them come to.
+
+    python eval/call_bench.py --random-weights sd15 --size 512 --rounds 3
+    python eval/call_bench.py --random-weights sdxl --size 1024 --rounds 1 --skip large
+
+A run's time is arithmetic: how many calls of each kind 50 PLMS steps make (counted by the patch itself, on a tiny
+UNet), times their medians. Text encoder and autoencoder are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections import Counter
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import PNDMScheduler
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import agentsd  # noqa: E402
+from agentsd.config import PRESETS  # noqa: E402
+from agentsd.patch import get_patch  # noqa: E402
+from eval.models import random_pipeline  # noqa: E402
+
+STEP = 20  # timesteps between two calls of 50 steps
+STARTS = {"agent": 950, "merge": 400}
+METHODS: dict[str, dict[str, Any]] = {
+    "cache alone": {"ratio": 0.0, "early": 0.0, "cache_interval": 2},
+    "agents": {"cache_interval": 2},
+    "large": {**PRESETS["large"], "cache_interval": 2},
+}
+
+
+def call_inputs(pipe: Any, size: int) -> dict[str, Any]:
+    """Inputs of one UNet call with guidance, at an image size in pixels."""
+    unet = pipe.unet
+    generator = torch.Generator().manual_seed(0)
+    latent = size // pipe.vae_scale_factor
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(unet.device, unet.dtype)  # noqa: E731
+    inputs: dict[str, Any] = {"sample": draw(2, unet.config.in_channels, latent, latent)}
+    inputs["encoder_hidden_states"] = draw(2, 77, unet.config.cross_attention_dim)
+    if unet.config.addition_embed_type == "text_time":
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": draw(2, pooled), "time_ids": draw(2, 6)}
+    return inputs
+
+
+@torch.no_grad()
+def timed(unet: Any, timestep: int, inputs: dict[str, Any]) -> float:
+    """Seconds of one call."""
+    if unet.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    unet(timestep=torch.tensor(timestep, device=unet.device), **inputs)
+    if unet.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(pipe: Any, size: int, rounds: int, methods: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """Seconds of every kind of call by round, "sdpa" and "METHOD, whole|cached, PHASE"."""
+    inputs, unet = call_inputs(pipe, size), pipe.unet
+    seconds: dict[str, list[float]] = {}
+    timed(unet, 500, inputs)  # warm-up
+    for number in range(rounds):
+        order = ["sdpa", *methods]
+        order = order[number % len(order) :] + order[: number % len(order)]
+        for method in order:
+            if method == "sdpa":
+                seconds.setdefault("sdpa", []).append(timed(unet, 500, inputs))
+                continue
+            agentsd.apply_patch(unet, **methods[method])
+            for phase, start in STARTS.items():
+                for index, kind in enumerate(("whole", "cached")):
+                    taken = timed(unet, start - index * STEP, inputs)
+                    assert get_patch(unet).cached == (kind == "cached")
+                    seconds.setdefault(f"{method}, {kind}, {phase}", []).append(taken)
+            agentsd.remove_patch(unet)
+        print(
+            f"round {number + 1}: " + json.dumps({key: round(values[-1], 2) for key, values in seconds.items()}),
+            flush=True,
+        )
+    return seconds
+
+
+def calls_of_a_run(settings: dict[str, Any], interval: int, steps: int = 50) -> Counter:
+    """How many calls of each (kind, phase) a run of PLMS steps makes, by the patch itself on a tiny UNet."""
+    unet = _tiny_unet()
+    scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    scheduler.set_timesteps(steps)
+    agentsd.apply_patch(unet, **{**settings, "cache_interval": interval})
+    sample, text = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 8)
+    calls: Counter = Counter()
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            unet(sample, timestep, text)
+            patch = get_patch(unet)
+            early = timestep >= 600  # also where the settings have no agents: the calls are timed there
+            calls["cached" if patch.cached else "whole", "agent" if early else "merge"] += 1
+    return calls
+
+
+def _tiny_unet() -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+    )  # fmt: skip
+
+
+def table(seconds: dict[str, list[float]], methods: dict[str, dict[str, Any]], intervals: list[int]) -> list[str]:
+    """Two Markdown tables: the calls, and runs of 50 steps."""
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    base = median["sdpa"]
+    lines = [
+        "| method | whole, agent phase | whole, later | cached, agent phase | cached, later |",
+        "|---|---|---|---|---|",
+    ]
+    lines.append(f"| SDPA | {base:.2f} s | {base:.2f} s | | |")
+    for method in methods:
+        cells = [median[f"{method}, {kind}, {phase}"] for kind in ("whole", "cached") for phase in STARTS]
+        lines.append(f"| {method} | " + " | ".join(f"{s:.2f} s ({base / s:.2f}×)" for s in cells) + " |")
+    lines += ["", "| 50 PLMS steps, 51 calls | " + " | ".join(f"interval {i}" for i in intervals) + " |"]
+    lines.append("|---" * (len(intervals) + 1) + "|")
+    for method, settings in methods.items():
+        cells = []
+        for interval in intervals:
+            calls = calls_of_a_run(settings, interval)
+            total = sum(n * median[f"{method}, {kind}, {phase}"] for (kind, phase), n in calls.items())
+            whole = sum(n for (kind, _), n in calls.items() if kind == "whole")
+            cells.append(f"{calls.total() * base / total:.2f}× ({whole} whole)")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    """Measure and print; with --out write calls.md and calls.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--random-weights", default="sd15", help="an architecture of eval/models.py")
+    parser.add_argument("--size", type=int, default=512, help="pixels a side")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--intervals", type=int, nargs="+", default=[1, 2, 3, 5])
+    parser.add_argument("--skip", nargs="*", default=[], choices=list(METHODS))
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    methods = {name: fields for name, fields in METHODS.items() if name not in options.skip}
+    pipe = random_pipeline(options.random_weights, options.device, options.dtype)
+    seconds = measure(pipe, options.size, options.rounds, methods)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
+    device = torch.cuda.get_device_name() if pipe.unet.device.type == "cuda" else f"{platform.machine()} CPU"
+    said = (
+        f"`python eval/call_bench.py {' '.join(sys.argv[1:])}`, {date.today()}, {device}, {torch.get_num_threads()} "
+        f"threads, {versions}. UNet of {options.random_weights} with random weights, {options.size} px, guidance, "
+        f"{options.dtype}; medians of {options.rounds} interleaved rounds."
+    )
+    text = "\n".join([said, "", *table(seconds, methods, options.intervals)]) + "\n"
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        name = f"{options.random_weights}-{options.size}"
+        (options.out / f"{name}.md").write_text(f"# UNet calls, {options.random_weights}, {options.size} px\n\n{text}")
+        (options.out / f"{name}.json").write_text(json.dumps(seconds, indent=1))
+
+
+if __name__ == "__main__":
+    main()
