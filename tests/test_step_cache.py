@@ -68,7 +68,7 @@ def naive(unet, timesteps, interval, order, depth, sample, text, step=0.02):
             feature = y1
             if order and len(features) > 1:
                 t0, y0 = features[-2]
-                feature = y1 + (timestep - t1) / (t1 - t0) * (y1 - y0)
+                feature = y1 + 0.5 * (timestep - t1) / (t1 - t0) * (y1 - y0)
             handle = target.register_forward_hook(lambda m, a, out, feature=feature: (feature,))
         with torch.no_grad():
             noise = unet(sample, timestep, text).sample

@@ -35,6 +35,9 @@ _WIDEST_STEP = 0.1
 # would fall to 30 dB of the unpatched image. 50 steps at interval 5 span 0.08 of the run, 30 steps 0.13.
 _LONGEST_REUSE = 0.14
 
+# How much of the line through two features an extrapolation follows.
+_SLOPE = 0.5
+
 # Guidance in two calls, and what SAG and PAG add, are conditionings of one run.
 _MOST_BRANCHES = 4
 
@@ -241,12 +244,15 @@ class StepCache:
 
 
 def _forecast(features: list[tuple[float, Tensor]], timestep: float) -> Tensor:
-    """The feature at a timestep, from the last whole calls: the newest one, or the line through the last two.
+    """The feature at a timestep, from the last whole calls: the newest one, or one on the line through the last two.
 
+    It goes half of the line's way from the newest. The whole way was 1.2 dB nearer to the unpatched image than the newest
+    feature alone, but further away for 3 images of 10; half of it 1.8 dB, and for 1 of 10 (demo model, 25 DDIM steps).
     A new tensor always: diffusers writes into hidden states in a few places.
     """
     newest_timestep, newest = features[0]
     if len(features) == 1:
         return newest.clone()
     older_timestep, older = features[1]
-    return torch.lerp(older, newest, (timestep - older_timestep) / (newest_timestep - older_timestep))
+    ahead = (timestep - newest_timestep) / (newest_timestep - older_timestep)
+    return torch.lerp(older, newest, 1 + _SLOPE * ahead)
