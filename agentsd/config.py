@@ -52,7 +52,8 @@ class AgentConfig:
             "auto" takes the level of highest resolution that has self-attention.
         cache_interval: at most this many UNet calls in a row share one whole call; the others reuse its features and
             recompute the end of the last up block only. 1 caches nothing.
-        cache_order: 0 reuses the kept feature, 1 extrapolates it linearly in the timestep from the last two.
+        cache_order: 0 reuses the kept feature, 1 goes half of the way that a line through the last two
+            would, linear in the timestep.
         cache_depth: how many pairs of resnet and transformer at the end of the last up block are recomputed; "auto" is
             one.
         use_rand: draw the destination inside each cell at random; False takes the upper left token.

@@ -3,7 +3,7 @@
 Usage:
 
     pip install -e ".[vision,train]"
-    python apps/train_agent_deit.py --out runs/agent-deit                # all rows, about 15 minutes on one CPU core
+    python apps/train_agent_deit.py --out runs/agent-deit                # all rows, about 10 minutes on one CPU core
     python apps/train_agent_deit.py --out runs/agent-deit --rows deit,conv --steps 3000
     python apps/train_agent_deit.py --smoke --out runs/smoke             # seconds, with shapes drawn by the script
 

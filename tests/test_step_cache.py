@@ -68,7 +68,7 @@ def naive(unet, timesteps, interval, order, depth, sample, text, step=0.02):
             feature = y1
             if order and len(features) > 1:
                 t0, y0 = features[-2]
-                feature = y1 + (timestep - t1) / (t1 - t0) * (y1 - y0)
+                feature = y1 + 0.5 * (timestep - t1) / (t1 - t0) * (y1 - y0)
             handle = target.register_forward_hook(lambda m, a, out, feature=feature: (feature,))
         with torch.no_grad():
             noise = unet(sample, timestep, text).sample
@@ -83,7 +83,7 @@ def naive(unet, timesteps, interval, order, depth, sample, text, step=0.02):
 @pytest.mark.parametrize("interval, order, depth", [(2, 0, 1), (3, 1, 1), (3, 1, "auto"), (5, 0, 2), (4, 1, 2)])
 def test_equals_a_naive_run(interval, order, depth):
     unet = make_unet("sd15", layers_per_block=2)
-    timesteps = list(range(999, 0, -50))
+    timesteps = list(range(999, 0, -30))
     sample, text = torch.randn(2, 4, 16, 16), torch.randn(2, 7, 32)
     expected = naive(unet, timesteps, interval, order, 1 if depth == "auto" else depth, sample, text)
     agentsd.apply_patch(unet, **ALONE, cache_interval=interval, cache_order=order, cache_depth=depth)
@@ -159,6 +159,14 @@ def test_runs_of_few_steps_cache_nothing(name, steps):
     expected = draw(pipe, steps=steps)
     agentsd.apply_patch(pipe, cache_interval=3)
     assert torch.equal(draw(pipe, steps=steps), expected) and counts(pipe) == (steps, 0)
+
+
+@pytest.mark.parametrize("steps, interval, longest", [(12, 3, 1), (20, 5, 2), (25, 5, 3), (50, 5, 4)])
+def test_runs_of_some_steps_reuse_a_feature_over_a_part_of_the_run_only(steps, interval, longest):
+    pipe = agentsd.apply_patch(make_ddim(), cache_interval=interval)
+    calls = record_calls(pipe.unet)
+    draw(pipe, steps=steps)
+    assert max(run.count("cached") for run in " ".join(calls).split("whole")) == longest
 
 
 def test_calls_with_gradients_cache_nothing():

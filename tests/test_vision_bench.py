@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -142,6 +144,24 @@ def test_processes_share_the_work_and_one_reports(folder, tmp_path):
     scores = imagenet.evaluate(models[0], data, settings, tmp_path, process(0, 1))
     assert models[1].calls == 2 and models[0].calls == 3
     assert (scores["top1"], scores["top5"]) == pytest.approx(expected(data))
+
+
+def test_command_evaluates_a_checkpoint(folder, tmp_path, monkeypatch, capsys):
+    name = "agent_deit_tiny_patch16_224"
+    small = functools.partial(timm.create_model, depth=1, num_classes=8)
+    torch.save({"model": small(name).state_dict()}, tmp_path / "f.pth")
+    monkeypatch.setattr(imagenet.timm, "create_model", small)
+    arguments = ["--imagenet", str(folder), "--checkpoint", str(tmp_path / "f.pth"), "--model", name, "--device", "cpu"]
+    arguments += ["--workers", "0", "--imagenet-batch", "10", "--out", str(tmp_path / "out")]
+    assert vision_bench.main(arguments) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["imagenet"]["images"] == 24 and 0 <= found["imagenet"]["top1"] <= found["imagenet"]["top5"] <= 100
+    assert set(found) == {"command", "machine", "imagenet"}
+    assert f"| {name} | 24 |" in (tmp_path / "out" / "results.md").read_text()
+    torch.save({"model": small(name).state_dict()}, tmp_path / "f.pth")  # other weights
+    assert vision_bench.main(arguments) == 2 and "other settings" in capsys.readouterr().err
+    torch.save({"model": small(name, num_classes=9).state_dict()}, tmp_path / "f.pth")
+    assert vision_bench.main(arguments) == 2 and "another number of classes" in capsys.readouterr().err
 
 
 def test_folders_must_be_the_classes(folder, tmp_path):

@@ -64,13 +64,13 @@ def test_the_map_is_hot_where_the_agent_looks():
         attention.aw_bias[0, :, 2, 0, 6] = 30.0
     view = look_into_classifier(model, image(), "blocks.0.attn")
     assert view.agent_attention[2].argmax() == 4 * 8 + 6
-    picture = Image.new("RGB", (80, 60), "gray")
-    heat = visualize.agent_map(view, 2, picture)
+    canvas = Image.new("RGB", (80, 60), "gray")
+    heat = visualize.agent_map(view, 2, canvas)
     assert heat.size == (80, 60)
     brightness = [sum(heat.getpixel((10 * x + 5, 10 * y + 5))) for y in range(6) for x in range(8)]
     assert brightness.index(max(brightness)) == 4 * 8 + 6
     assert visualize.agent_at(view, 0.9, 0.1) == 1
-    assert visualize.agents_sheet(view, picture, 4).width > 2 * 192
+    assert visualize.agents_sheet(view, canvas, 4).width > 2 * 192
 
 
 def test_wrong_requests_are_explained():

@@ -31,6 +31,13 @@ _OTHER = -2.0  # no cosine
 # Steps further apart than this part of the run are all whole: LCM, Turbo and Lightning take 8 steps or fewer.
 _WIDEST_STEP = 0.1
 
+# The longest part of the run over which a feature is reused: 12 and 20 steps with a large interval
+# would fall to 30 dB of the unpatched image. 50 steps at interval 5 span 0.08 of the run, 30 steps 0.13.
+_LONGEST_REUSE = 0.14
+
+# How much of the line through two features an extrapolation follows.
+_SLOPE = 0.5
+
 # Guidance in two calls, and what SAG and PAG add, are conditionings of one run.
 _MOST_BRANCHES = 4
 
@@ -173,6 +180,7 @@ class StepCache:
             bool(branch.features)
             and branch.phase is phase
             and branch.timestep - timestep <= _WIDEST_STEP * num_train_timesteps + 1e-6
+            and branch.features[0][0] - timestep <= _LONGEST_REUSE * num_train_timesteps
             and branch.cached_in_a_row < self.interval - 1
         )
         if self.skipping:
@@ -236,7 +244,11 @@ class StepCache:
 
 
 def _forecast(features: list[tuple[float, Tensor]], timestep: float) -> Tensor:
-    """The feature at a timestep, from the last whole calls: the newest one, or the line through the last two.
+    """The feature at a timestep, from the last whole calls: the newest one, or one on the line through the last two.
+
+    It goes half of the line's way from the newest. On the demo model (25 DDIM steps, 10 images) the whole way is 1.2 dB
+    nearer to the unpatched image than the newest feature alone, but further away for 4 images; half of it is 1.8 dB
+    nearer, and further away for 1.
 
     A new tensor always: diffusers writes into hidden states in a few places.
     """
@@ -244,4 +256,5 @@ def _forecast(features: list[tuple[float, Tensor]], timestep: float) -> Tensor:
     if len(features) == 1:
         return newest.clone()
     older_timestep, older = features[1]
-    return torch.lerp(older, newest, (timestep - older_timestep) / (newest_timestep - older_timestep))
+    ahead = (timestep - newest_timestep) / (newest_timestep - older_timestep)
+    return torch.lerp(older, newest, 1 + _SLOPE * ahead)

@@ -46,9 +46,11 @@ def evaluate_checkpoint(options: Any, out: Path, dtype: torch.dtype) -> dict[str
     state = PartialState(cpu=options.device == "cpu")
     model = timm.create_model(options.model)
     try:
-        load_official_checkpoint(model, options.checkpoint)
+        loaded = load_official_checkpoint(model, options.checkpoint)
     except (ValueError, OSError) as error:
         raise BenchError(f"--checkpoint {options.checkpoint}: {error}") from error
+    if loaded.left:
+        raise BenchError(f"--checkpoint {options.checkpoint}: has another number of classes than {model.num_classes}")
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     data = open_folder(Path(options.imagenet), model.num_classes, transform)
     settings = {

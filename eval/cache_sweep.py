@@ -1,0 +1,172 @@
+"""Step caching's settings against the unpatched images: distance at equal whole calls, on the built-in model.
+
+    python eval/cache_sweep.py --out eval/results/step-caching  # the whole table, an hour on 2 CPU cores
+    python eval/cache_sweep.py --schedulers ddim --steps 25 --intervals 3 # one block of it
+
+Each row is one way to spend fewer whole UNet calls, each image has the seed and prompt of its unpatched twin. Controls:
+DeepCache at the same interval, and *fewer steps* without a cache, at the number of whole calls that the cache makes.
+A folder that holds rows is gone on with: what it has is not generated again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import date
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from DeepCache import DeepCacheSDHelper
+from torchmetrics.functional.image import structural_similarity_index_measure
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import agentsd  # noqa: E402
+from agentsd.patch import get_patch  # noqa: E402
+
+SUBJECTS = ("zebra", "castle", "goldfish", "mushroom", "bee", "sailboat", "pretzel", "school bus")
+NO_AGENTS = {"ratio": 0.0, "early": 0.0}  # the cache alone
+
+
+def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The settings of every row of one table."""
+    for scheduler, steps in product(options.schedulers, options.steps):
+        base = {"scheduler": scheduler, "steps": steps}
+        yield {**base, "method": "agents"}
+        for interval in options.intervals:
+            yield {**base, "method": "deepcache", "interval": interval}
+            yield {**base, "method": "fewer steps", "interval": interval}
+            for agents, order in product((False, True), (0, 1)):
+                yield {**base, "method": "agents + cache" if agents else "cache", "interval": interval, "order": order}
+            if options.depths:
+                yield {**base, "method": "cache", "interval": interval, "order": 1, "depth": 2}
+
+
+@contextmanager
+def deepcache(pipe: Any, interval: int) -> Iterator[None]:
+    """DeepCache with its own defaults."""
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=0)
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+
+
+def generate(pipe: Any, steps: int, images: int) -> np.ndarray:
+    """[images, H, W, 3] in 0 … 1, one prompt and seed each."""
+    prompts = [f"a high quality photograph of a {SUBJECTS[i % len(SUBJECTS)]}." for i in range(images)]
+    generators = [torch.Generator().manual_seed(i) for i in range(images)]
+    return pipe(prompts, num_inference_steps=steps, generator=generators, output_type="np").images
+
+
+def run_row(pipe: Any, row: dict[str, Any], images: int) -> tuple[np.ndarray, int]:
+    """The row's images and its number of whole UNet calls."""
+    steps, method = row["steps"], row["method"]
+    fields = {"cache_interval": row.get("interval", 1), "cache_order": row.get("order", 1)}
+    fields["cache_depth"] = row.get("depth", "auto")
+    if method == "deepcache":
+        with deepcache(pipe, row["interval"]):
+            return generate(pipe, steps, images), -(-steps // row["interval"])
+    if method == "fewer steps":
+        with agentsd.patched(pipe, **NO_AGENTS, cache_interval=row["interval"]):
+            generate(pipe, steps, 1)
+            whole = get_patch(pipe).cache.counts.whole
+        return generate(pipe, whole, images), whole
+    if method == "agents":
+        fields = {}
+    patch = agentsd.patched(pipe, **fields, **({} if "agents" in method else NO_AGENTS))
+    with patch if method != "sd" else nullcontext():
+        made = generate(pipe, steps, images)
+        cache = get_patch(pipe).cache
+        return made, steps if cache is None else cache.counts.whole
+
+
+def distances(images: np.ndarray, originals: np.ndarray) -> dict[str, float]:
+    """Mean PSNR in dB with its standard error, and SSIM, to the unpatched images."""
+    error = ((images - originals) ** 2).mean(axis=(1, 2, 3)).clip(1e-10)
+    psnr = -10 * np.log10(error)
+    batches = (torch.from_numpy(one).permute(0, 3, 1, 2) for one in (images, originals))
+    ssim = structural_similarity_index_measure(*batches, data_range=1.0)
+    return {
+        "psnr": float(psnr.mean()),
+        "psnr_error": float(psnr.std(ddof=1) / len(psnr) ** 0.5) if len(psnr) > 1 else float("nan"),
+        "ssim": float(ssim),
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table, a row a result."""
+    names = ("scheduler", "steps", "method", "interval", "order", "depth", "whole")
+    lines = [f"| {' | '.join(names)} | PSNR, dB | SSIM |", "|---" * (len(names) + 2) + "|"]
+    for row in results:
+        cells = [str(row.get(name, "")) for name in names]
+        cells += [f"{row['psnr']:.1f} ± {row['psnr_error']:.1f}", f"{row['ssim']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Generate what is missing and write rows.json, rows.csv and README.md."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/step-caching"))
+    parser.add_argument("--model", default="demo", help="what agentsd.load_pipeline takes")
+    parser.add_argument("--schedulers", nargs="+", default=["ddim", "dpm++2m", "plms"])
+    parser.add_argument("--steps", nargs="+", type=int, default=[12, 20, 25, 50])
+    parser.add_argument("--intervals", nargs="+", type=int, default=[2, 3, 5])
+    parser.add_argument("--images", type=int, default=4, help="images a row")
+    parser.add_argument("--depths", action="store_true", help="also depth 2")
+    options = parser.parse_args(arguments)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    store = options.out / "rows.json"
+    known = {json.dumps(row["row"]): row for row in json.loads(store.read_text())["rows"]} if store.exists() else {}
+    originals: dict[tuple, np.ndarray] = {}
+    results = []
+    for row in tqdm(list(rows(options)), unit="row"):
+        key = json.dumps({**row, "images": options.images})
+        if key not in known:
+            pipe = agentsd.load_pipeline(options.model, scheduler=row["scheduler"])
+            pipe.set_progress_bar_config(disable=True)
+            place = row["scheduler"], row["steps"]
+            if place not in originals:
+                originals = {place: generate(pipe, row["steps"], options.images)}
+            images, whole = run_row(pipe, row, options.images)
+            measured = distances(images, originals[place])
+            known[key] = {"row": json.loads(key), **row, "whole": whole, **measured}
+            write(options.out, list(known.values()))
+        results.append(known[key])
+    print(table(results))
+
+
+def write(folder: Path, results: list[dict[str, Any]]) -> None:
+    """rows.json, rows.csv and README.md with the machine and versions."""
+    versions = {name: version(name) for name in ("torch", "diffusers", "DeepCache")}
+    setting = {"date": date.today().isoformat(), "machine": platform.processor() or platform.machine(), **versions}
+    (folder / "rows.json").write_text(json.dumps({"setting": setting, "rows": results}, indent=1))
+    with (folder / "rows.csv").open("w", newline="") as file:
+        names = list(dict.fromkeys(name for row in results for name in row if name != "row"))
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(results)
+    said = ", ".join(f"{name} {value}" for name, value in setting.items())
+    (folder / "README.md").write_text(
+        f"# Step caching by settings\n\n`python eval/cache_sweep.py`: {said}.\n\nDistance to the unpatched image of "
+        f"the same seed, mean ± standard error over {results[0]['row']['images']} images of the built-in model at 512 "
+        "px. `whole` is the number of whole UNet calls.\n\n" + table(results)
+    )
+
+
+if __name__ == "__main__":
+    main()
