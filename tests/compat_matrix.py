@@ -88,7 +88,7 @@ def check_row(row: Row) -> None:
         with pytest.warns(UserWarning, match="agentsd: the patch is not active on"):
             row.call(pipe)
         row.mend(pipe)
-    for model in row.models(pipe):
+    for model in row.models(pipe) if row.every_layer else ():  # describe tells what happened in the last call
         described = {layer.name for layer in agentsd.describe(model).active}
         assert described == {layer.state.name for layer in get_patch(model).layers}
 
