@@ -315,13 +315,15 @@ def test_each_step_is_told_and_does_not_count(pipe):
         steps.append(step)
         time.sleep(0.3)
 
+    start = time.perf_counter()
     result = generate(pipe, REQUEST, "agentsd", None, slow)
+    whole = time.perf_counter() - start
     plain = generate(pipe, REQUEST, "agentsd")
     assert np.array_equal(pixels(result), pixels(plain))
     assert [step.number for step in steps] == [1, 2, 3, 4, 5] and {step.total for step in steps} == {5}  # PLMS
     assert [step.timestep for step in steps] == sorted((step.timestep for step in steps), reverse=True)
     assert steps[-1].latents.shape == (1, 4, 16, 16) and not torch.equal(steps[0].latents, steps[-1].latents)
-    assert result.seconds < 5 * 0.3 + plain.seconds * 0.9  # the sleeps alone took 1.5 s
+    assert whole - result.seconds >= 5 * 0.3  # what the sleeps alone took
 
 
 @pytest.mark.parametrize("method", ["sd", "tomesd", "agentsd"])
