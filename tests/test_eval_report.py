@@ -256,7 +256,11 @@ def test_nothing_to_report_on(tmp_path):
         report.write_report(tmp_path)
 
 
-OF_FID_BENCH = [path.parent.name for path in RESULTS.glob("*/results.json") if {"rows", "run"} <= json.loads(path.read_text()).keys()]
+OF_FID_BENCH = [
+    path.parent.name
+    for path in RESULTS.glob("*/results.json")
+    if {"rows", "run"} <= json.loads(path.read_text()).keys()
+]
 
 
 @pytest.mark.parametrize("folder", sorted(OF_FID_BENCH))
