@@ -46,7 +46,7 @@ _GUIDANCE_PROCESSORS = ("PAG", "CrossAttnStore")
 
 COMPILED_UNSEEN = (
     "agentsd must choose its phase outside the compiled graph: compile with unet.compile(fullgraph=True), or call "
-    "agentsd.apply_patch again after torch.compile(unet, fullgraph=True)"
+    "agentsd.apply_patch again after torch.compile(unet, fullgraph=True). To export it, call agentsd.remove_patch first"
 )
 
 NOISE_LEVELS = (
@@ -101,7 +101,8 @@ class UNetHook:
         """UNet pre-hook."""
         if torch.jit.is_tracing():
             raise RuntimeError(_FROZEN.format(how="torch.jit.trace"))
-        if torch.compiler.is_exporting():
+        # Not asked inside Dynamo: torch 2.8 takes it for true in every graph. Strict export fails in `prepare`.
+        if not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
             raise RuntimeError(_FROZEN.format(how="torch.export"))
         # Outside a graph it is never too much, and after an interrupted call of a compiled one it is needed.
         if not (self.patch.prepared and torch.compiler.is_compiling()):
