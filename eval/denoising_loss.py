@@ -29,8 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="denoising_loss.py",
         description="Measures the loss E‖ε̂ − ε‖² of a model at each timestep on images that it was not trained on, "
-        "unpatched and by several methods, with the same images and the same noise. A stopped run resumes when the same "
-        "command is given again; `accelerate launch` shares the work among GPUs.",
+        "unpatched and by several methods, with the same images and the same noise. A stopped run resumes when the "
+        "same command is given again; `accelerate launch` shares the work among GPUs.",
         epilog="Without arguments: the shipped probe, a small network that needs its attention, in a few minutes on 2 "
         "CPU cores. The controls, mean value and no attention, are always measured beside.",
     )

@@ -1,4 +1,4 @@
-"""gate_stage: whether a probe can judge attention methods: what it loses without its attention, and how sharp that is."""
+"""gate_stage: whether a probe can judge attention methods: what it loses without attention, and how sharp that is."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from demo_training.effective_keys import RecordingProcessor
 
 from agentsd import AgentConfig
 from agentsd.files import write_atomically
-from eval.denoising.inputs import Inputs, load_inputs
+from eval.denoising.inputs import FEWEST, Inputs, load_inputs
 from eval.denoising.judged import Judged, load_judged
 from eval.denoising.losses import losses_at, noise_of
 from eval.denoising.statistics import rise_of
-from eval.protocol import SD, Scenario
+from eval.protocol import SD, BenchError, Scenario
 from eval.scenarios import full_resolution_layers
 
 TIMESTEPS = (60, 170, 280, 390, 500, 610, 720, 830, 940)
@@ -35,6 +35,10 @@ def gate_stage(out: Path, samples: int = 96) -> bool:
     Raises:
         BenchError: the folder holds no probe, or its loss is not finite.
     """
+    if samples < FEWEST:
+        raise BenchError(f"--samples {samples}: must be at least {FEWEST}")
+    if not (out / "model" / "model_index.json").is_file():
+        raise BenchError(f"{out / 'model'} cannot be loaded: run the stage train with this --out first")
     judged = load_judged(str(out / "model"), device="cpu")
     inputs = load_inputs(judged, None, None, samples, _SEED)
     rows = [_row(judged, inputs, timestep) for timestep in TIMESTEPS]
@@ -50,8 +54,8 @@ def as_markdown(rows: Sequence[dict[str, Any]], samples: int, passed: bool) -> s
     """The gate as text."""
     tokens = rows[0]["tokens"]
     lines = [
-        f"Gate: {'passed' if passed else 'not passed'}, {sum(row['met'] for row in rows)} of {len(rows)} timesteps meet "
-        f"all bars. {samples} unseen images. Bars: the mean value in attention's place raises the loss by "
+        f"Gate: {'passed' if passed else 'not passed'}, {sum(row['met'] for row in rows)} of {len(rows)} timesteps "
+        f"meet all bars. {samples} unseen images. Bars: the mean value in attention's place raises the loss by "
         f"{LEAST_RISE['mean-value']:.0%} or more, no attention by {LEAST_RISE['no-attention']:.0%} or more, and the "
         f"median of effective keys of the sharpest layer is at most {MOST_KEYS:g} of N = {tokens}.",
         "",
@@ -61,9 +65,8 @@ def as_markdown(rows: Sequence[dict[str, Any]], samples: int, passed: bool) -> s
     for row in rows:
         rises = (f"{100 * row[name][0]:+.0f} ± {100 * row[name][1]:.0f} %" for name in LEAST_RISE)
         keys = ", ".join(f"{median:.0f}" for median in row["keys"].values())
-        lines.append(
-            f"| {row['timestep']} | {row['loss']:.4f} | {' | '.join(rises)} | {keys} | {'yes' if row['met'] else 'no'} |"
-        )
+        met = "yes" if row["met"] else "no"
+        lines.append(f"| {row['timestep']} | {row['loss']:.4f} | {' | '.join(rises)} | {keys} | {met} |")
     return "\n".join(lines) + "\n"
 
 

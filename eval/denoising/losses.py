@@ -29,13 +29,17 @@ def losses_at(
     """
     found = []
     for start in range(0, len(inputs), batch_size):
-        batch = inputs.take(range(start, min(start + batch_size, len(inputs))))
+        numbers = list(range(start, min(start + batch_size, len(inputs))))
+        count = len(numbers)
+        if scenario.method == "tomesd" and count % 2:
+            numbers.append(start)  # ToMeSD makes no random choices in a batch of odd size: no batch is one
+        batch = inputs.take(numbers)
         noise = torch.stack([noise_of(batch.latents.shape[1:], seed, key, timestep) for key in batch.keys])
         noisy = judged.add_noise(batch.latents, noise, timestep)
         # Anew for each call, so that ToMeSD's random choices are the same in every batch.
         with use_scenario(judged.pipe, scenario):
             predicted = judged.predict_noise(noisy, timestep, batch.text)
-        found.append((predicted - noise).double().square().mean(dim=(1, 2, 3)))
+        found.append((predicted - noise)[:count].double().square().mean(dim=(1, 2, 3)))
     losses = torch.cat(found).numpy()
     if not np.isfinite(losses).all():
         raise BenchError(

@@ -123,8 +123,9 @@ def as_markdown(
         f"`{about['command']}`",
         environment_line(about["environment"]),
         f"Rise of the loss E‖ε̂ − ε‖² over the unpatched model in percent, ± its standard error, on {about['images']} "
-        "images that it was not trained on; the same images and noise for all. At every timestep also where a run would "
-        "not use the method: early1 has agents throughout, early0 none. Large timesteps are noisy; a run begins there.",
+        "images that it was not trained on; the same images and noise for all. At every timestep also where a run "
+        "would not use the method: early1 has agents throughout, early0 none. Large timesteps are noisy; a run begins "
+        "there.",
     ]
     names = list(dict.fromkeys(row["scenario"] for row in rows))
     found = {(row["scenario"], row["timestep"]): row for row in rows}
