@@ -297,12 +297,25 @@ def test_classes_take_turns(tmp_path):
         (tmp_path / name).mkdir()
         for number in range(2):
             Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
-    assert captioned_files(tmp_path, None) == [
-        ("fire_truck/0.png", "A high quality photograph of a fire truck."),
-        ("owl/0.png", "A high quality photograph of a owl."),
-        ("fire_truck/1.png", "A high quality photograph of a fire truck."),
-        ("owl/1.png", "A high quality photograph of a owl."),
-    ]
+    found = captioned_files(tmp_path, None)
+    captions = {
+        "fire_truck": "A high quality photograph of a fire truck.",
+        "owl": "A high quality photograph of a owl.",
+    }
+    assert all(caption == captions[file.split("/")[0]] for file, caption in found)
+    assert {file for file, _ in found[:2]} == {"fire_truck/0.png", "owl/0.png"}  # the first of each, then the second
+    assert len(set(found)) == 4 and found == captioned_files(tmp_path, None)
+
+
+def test_imagenets_folders_have_the_protocols_names(tmp_path):
+    for number in range(3):
+        (tmp_path / f"n{number:08d}").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "n00000001" / "a.png")
+    with pytest.raises(BenchError, match="its 3 folders have ImageNet's numbers, whose names are known only where all"):
+        captioned_files(tmp_path, None)
+    for number in range(3, 1000):
+        (tmp_path / f"n{number:08d}").mkdir()
+    assert captioned_files(tmp_path, None) == [("n00000001/a.png", "A high quality photograph of a goldfish.")]
 
 
 def test_help_answers_at_once():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from eval.images import _is_image, read_image
 from eval.models import native_size
-from eval.protocol import PROMPT, BenchError
+from eval.protocol import PROMPT, BenchError, imagenet_classes
 
 from .judged import Judged
 from .patterns import pattern_images
@@ -55,7 +57,7 @@ def load_inputs(judged: Judged, images: Path | None, captions: Path | None, samp
     Args:
         images: folder of images; the first `samples` of an order that mixes the classes evenly are taken.
         captions: JSON object or CSV (file, caption) of captions by file name; None: the images lie in a folder per
-            class, and the caption is "A high quality photograph of a CLASS."
+            class, as ImageNet's or with the class's name, and the caption is "A high quality photograph of a CLASS."
         samples: number of images; all there are if there are fewer files.
         seed: of the patterns.
 
@@ -107,13 +109,30 @@ def captioned_files(folder: Path, captions: Path | None) -> list[tuple[str, str]
         raise BenchError(
             f"--images {folder}: {flat[0]} has no caption: put the images into one folder per class, or give --captions"
         )
+    names = _class_names(folder)
     place: dict[str, int] = {}
     turns = []
     for file in files:
-        name = file.parts[0]
-        place[name] = place.get(name, -1) + 1
-        turns.append((place[name], file.as_posix(), PROMPT.format(name.replace("_", " "))))
-    return [(file, caption) for _, file, caption in sorted(turns)]
+        own = file.parts[0]
+        place[own] = place.get(own, -1) + 1
+        # Among the files of a turn in no order of the alphabet: the first few classes of ImageNet are all fish.
+        shuffle = hashlib.blake2b(file.as_posix().encode(), digest_size=8).digest()
+        turns.append((place[own], shuffle, file.as_posix(), PROMPT.format(names[own])))
+    return [(file, caption) for _, _, file, caption in sorted(turns)]
+
+
+def _class_names(folder: Path) -> dict[str, str]:
+    """Name of the class of each folder: its own, or for ImageNet's numbers the protocol's."""
+    folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not all(re.fullmatch(r"n\d{8}", name) for name in folders):
+        return {name: name.replace("_", " ") for name in folders}
+    classes = imagenet_classes()
+    if len(folders) != len(classes):
+        raise BenchError(
+            f"--images {folder}: its {len(folders)} folders have ImageNet's numbers, whose names are known only where "
+            f"all {len(classes)} are there: add the others, empty if need be, or give --captions"
+        )
+    return dict(zip(folders, classes))
 
 
 def _read_captions(path: Path) -> dict[str, str]:

@@ -41,7 +41,7 @@ def write_report(
     write_json(out / "results.json", {"about": about, "rows": rows, "runs": runs})
     write_atomically(out / "results.csv", as_csv(rows, about["environment"]))
     footer = environment_line(about["environment"])
-    title = f"What it costs, by noise level: {about['model']}, {about['images']} images"
+    title = f"What agent attention costs, by noise level: {about['model']}, {about['images']} images"
     charted = cost_chart(rows, out / "cost.png", title, footer)
     text = as_markdown(about, rows, runs, timesteps) + ("\n![cost](cost.png)\n" if charted else "")
     write_atomically(out / "results.md", text)
