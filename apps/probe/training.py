@@ -37,7 +37,7 @@ class ProbePreset:
 
 
 PRESETS = {
-    "cpu": ProbePreset((40, 80), SIDE, 16, (1000, 1000, 1000, 1000), (3e-3, 2e-3, 2e-3, 1.5e-3)),
+    "cpu": ProbePreset((40, 80), SIDE, 16, (1000, 1000), (3e-3, 2e-3)),
     "smoke": ProbePreset((8, 16), 8, 4, (3, 3), (1e-3, 1e-3), warmup_steps=1),
 }
 
