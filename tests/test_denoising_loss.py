@@ -118,6 +118,17 @@ def test_latents_are_the_autoencoders_mean_of_a_centred_square(tmp_path):
     torch.testing.assert_close(inputs.text, text)
 
 
+def test_the_demo_model_is_judged_on_images_of_a_folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64), "orange").save(tmp_path / name)
+    (tmp_path / "captions.json").write_text('{"a.png": "a zebra", "b.png": "a fox"}')
+    judged = load_judged("demo", device="cpu", dtype="bfloat16")
+    inputs = load_inputs(judged, tmp_path, tmp_path / "captions.json", 2, seed=0)
+    assert inputs.latents.shape == (2, 4, 64, 64) and inputs.latents.isfinite().all()
+    with pytest.raises(BenchError, match="--model demo needs --images DIR"):
+        load_inputs(judged, None, None, 2, seed=0)
+
+
 def test_noise_depends_on_the_image_the_timestep_and_the_seed_alone():
     shape = torch.Size((3, 8, 8))
     one = noise_of(shape, 0, "a", 100)

@@ -19,7 +19,7 @@ _LEAST = 0.1  # percent: where the logarithmic axis begins
 def cost_chart(rows: Sequence[dict[str, Any]], path: Path, title: str, footer: str) -> bool:
     """The rise of the loss in percent by timestep, of the main settings and the controls.
 
-    Ablations are left to the tables. Returns whether there is a chart: not without matplotlib.
+    Ablations and smaller ratios are left to the tables. Returns whether there is a chart: not without matplotlib.
     """
     try:
         import matplotlib
@@ -30,8 +30,10 @@ def cost_chart(rows: Sequence[dict[str, Any]], path: Path, title: str, footer: s
     from matplotlib.ticker import FuncFormatter
 
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        if (label := _label(row)) is not None:
+    kinds: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: -(row["ratio"] or 0)):
+        # Of several ratios the largest alone: lines of one colour could not be told apart.
+        if (label := _label(row)) is not None and kinds.setdefault(*label) == label[1]:
             lines.setdefault(label, []).append(row)
     if not lines:
         return False

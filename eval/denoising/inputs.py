@@ -156,7 +156,9 @@ def _encode(judged: Judged, files: Sequence[Path]) -> Tensor:
     size, vae = native_size(judged.pipe), judged.pipe.vae
     crops = [ImageOps.fit(read_image(file), (size, size), Image.Resampling.LANCZOS) for file in files]
     pixels = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2)
-    mean = vae.encode((pixels.float() / 127.5 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
+    encoded = vae.encode((pixels.float() / 127.5 - 1).to(vae.device, vae.dtype))
+    # AutoencoderTiny, the demo model's, has no spread.
+    mean = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
     return (mean * vae.config.scaling_factor).float().cpu()
 
 
