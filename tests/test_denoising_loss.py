@@ -26,6 +26,7 @@ from eval.denoising.losses import losses_at, noise_of  # noqa: E402
 from eval.denoising.patterns import pattern_images  # noqa: E402
 from eval.denoising.report import make_rows, make_runs  # noqa: E402
 from eval.denoising.settings import ABLATIONS, make_scenarios, name_of  # noqa: E402
+from eval.denoising.statistics import rise_of  # noqa: E402
 from eval.protocol import SD, BenchError, Scenario  # noqa: E402
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -153,6 +154,21 @@ def test_the_rise_of_what_changes_nothing_is_exactly_zero(judged, inputs):
     assert np.array_equal(losses_at(judged, inputs, SD, 500), unpatched)  # and the patch is gone
     row = make_rows([SD], [500], {("sd", 500): unpatched})[0]
     assert (row["rise"], row["standard_error"]) == (0.0, 0.0)
+
+
+def test_standard_errors_of_the_shipped_probe_are_honest():
+    judged = load_judged("probe", device="cpu")
+    inputs = load_inputs(judged, None, None, 256, seed=9)
+    unpatched = losses_at(judged, inputs, SD, 720, batch_size=32)
+    losses = losses_at(judged, inputs, AGENTS, 720, batch_size=32)
+    truth = rise_of(losses, unpatched).value
+    assert truth > 0.05  # of all 256; what follows are runs of 24 of them
+    random, covered = np.random.default_rng(0), []
+    for _ in range(1000):
+        some = random.choice(256, 24, replace=False)
+        rise = rise_of(losses[some], unpatched[some])
+        covered.append(abs(rise.value - truth) < 1.96 * rise.standard_error)
+    assert 0.9 < np.mean(covered) < 0.98
 
 
 # --- scenarios and rows -----------------------------------------------------------------------------------------------
