@@ -1,0 +1,93 @@
+"""train_stage: train the probe on patterns that never repeat, from its last checkpoint if there is one."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_training.run import Run, announce, claim_folder
+from demo_training.training import finish, train
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from eval.denoising.patterns import SIDE, pattern_images
+
+from .network import TEXT_SIZE, export, make_scheduler, make_unet
+
+TRAINING_SEED_SHIFT = 1 << 32
+"""Seed of the training images, less the run's: no image of an evaluation, whose seeds are smaller, is trained on."""
+
+
+@dataclass(frozen=True)
+class ProbePreset:
+    """Size and schedule of a training; field names as demo_training's loop reads them."""
+
+    channels: tuple[int, int]
+    side: int
+    batch: int
+    phases: tuple[int, ...]
+    peak_lrs: tuple[float, ...]
+    warmup_steps: int = 50
+    ema_decay: float = 0.995
+    grid_steps: int = 1 << 30
+
+
+PRESETS = {
+    "cpu": ProbePreset((40, 80), SIDE, 16, (1000, 1000), (3e-3, 2e-3)),
+    "smoke": ProbePreset((8, 16), 8, 4, (3, 3), (1e-3, 1e-3), warmup_steps=1),
+}
+
+
+def train_stage(run: Run) -> Path:
+    """Train, or go on training, and export to the folder `model`. Returns that folder."""
+    preset: Any = run.preset
+    folder, model = run.out / "probe", run.out / "model"
+    settings = {"preset": run.preset_name, "seed": run.seed, "precision": run.precision}
+    claim_folder(folder, settings)
+    torch.manual_seed(run.generator("weights").initial_seed())
+    unet = make_unet(preset.channels, preset.side)
+    weights = folder / "weights.safetensors"
+    if not weights.exists():
+        trained = unet.to(run.device).train()
+        average = copy.deepcopy(trained).eval().requires_grad_(False)
+        loss_of = _Loss(run, trained)
+        train(
+            run, "probe", {"unet": trained}, {"unet": average}, preset.phases, preset.peak_lrs, loss_of,
+            lambda: Image.new("L", (1, 1)),
+        )  # fmt: skip
+        finish(folder, average.state_dict(), {})
+    unet.load_state_dict(load_file(weights))
+    export(unet.cpu().eval(), model)
+    announce("train", f"{sum(p.numel() for p in unet.parameters()):,} parameters in {model}")
+    return model
+
+
+class _Loss:
+    """The weighted error of the predicted noise of one batch of new images."""
+
+    def __init__(self, run: Run, unet: torch.nn.Module):
+        self.run, self.unet = run, unet
+        self.scheduler = make_scheduler()
+        signal = self.scheduler.alphas_cumprod
+        # Between the losses of noise and of image: with equal weights, noisy timesteps hardly count, as their noise is
+        # easily seen.
+        self.weights = ((1 - signal) / signal).sqrt().clamp(0.4, 4).to(run.device)
+
+    def __call__(self, phase: int, generator: torch.Generator) -> Tensor:
+        preset: Any = self.run.preset
+        size = preset.batch
+        first = int(torch.randint(1 << 40, (), generator=generator))
+        images = pattern_images(TRAINING_SEED_SHIFT + self.run.seed, range(first, first + size), preset.side)
+        noise = torch.randn(images.shape, generator=generator)
+        spread = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+        timesteps = (spread * len(self.scheduler)).long().clamp(max=len(self.scheduler) - 1)
+        noisy = self.scheduler.add_noise(images, noise, timesteps).to(self.run.device)
+        text = torch.zeros(size, 1, TEXT_SIZE, device=self.run.device)
+        with self.run.autocast():
+            predicted = self.unet(noisy, timesteps.to(self.run.device), text).sample
+        error = (predicted.float() - noise.to(self.run.device)).square().mean(dim=(1, 2, 3))
+        return (error * self.weights[timesteps]).mean()

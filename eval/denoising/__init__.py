@@ -1,0 +1,1 @@
+"""By how much a method raises a model's own denoising loss, stage by stage."""

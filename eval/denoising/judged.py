@@ -1,0 +1,111 @@
+"""load_judged: the model whose loss is measured, with its noise schedule and what it predicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from agentsd.images.pipelines import choose_dtype
+from eval.models import ModelSpec, load_model, pick_device
+from eval.protocol import BenchError
+
+PROBE = Path(__file__).parents[1] / "probe"
+"""The shipped probe; apps/train_probe.py made it."""
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model whose loss can be measured.
+
+    Attributes:
+        name: for reports.
+        pipe: a pipeline with an unpatched `unet` and a `scheduler`.
+        signal: [T], the cumulative product of 1 − beta; T is the number of training timesteps.
+        is_probe: it takes patterns and no text.
+    """
+
+    name: str
+    pipe: Any
+    signal: Tensor
+    is_probe: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipe.unet.dtype
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """x_t = √ᾱ x + √(1 − ᾱ) ε, [B, C, H, W] float32."""
+        signal = self.signal[timestep]
+        return signal.sqrt() * latents + (1 - signal).sqrt() * noise
+
+    @torch.no_grad()
+    def predict_noise(self, noisy: Tensor, timestep: int, text: Tensor) -> Tensor:
+        """ε̂ of x_t, [B, C, H, W] float32; a v-prediction is converted by ε = √ᾱ v + √(1 − ᾱ) x_t.
+
+        Args:
+            noisy: x_t, [B, C, H, W] float32.
+            text: [B, L, D].
+        """
+        device, dtype = self.device, self.dtype
+        moment = torch.tensor(timestep, device=device)
+        out = self.pipe.unet(noisy.to(device, dtype), moment, text.to(device, dtype)).sample.float().cpu()
+        if self.pipe.scheduler.config.prediction_type == "epsilon":
+            return out
+        signal = self.signal[timestep]
+        return signal.sqrt() * out + (1 - signal).sqrt() * noisy
+
+
+def load_judged(model: str, device: str | None = None, dtype: str | None = None, revision: str | None = None) -> Judged:
+    """The model: "probe" (shipped) or a folder of one, "demo", a folder or a Hugging Face id.
+
+    Raises:
+        BenchError: it cannot be loaded, or its loss is not one of a noise that is predicted from latents and text.
+    """
+    folder = PROBE if model == "probe" else Path(model)
+    if model == "probe" or (folder / "model_index.json").is_file() and not (folder / "vae").is_dir():
+        judged = judge(model, _load_probe(folder, device, dtype), is_probe=True)
+    else:
+        pipe = load_model(ModelSpec(model=model, scheduler="ddim", device=device, dtype=dtype, revision=revision))
+        judged = judge(model, pipe)
+    return judged
+
+
+def judge(name: str, pipe: Any, is_probe: bool = False) -> Judged:
+    """A pipeline as Judged. Raises BenchError where its loss cannot be measured."""
+    kind = getattr(pipe.scheduler.config, "prediction_type", None)
+    if kind not in PREDICTION_TYPES:
+        raise BenchError(f"{name}: predicts {kind!r}, but only {' and '.join(PREDICTION_TYPES)} are supported")
+    if not is_probe and not isinstance(pipe, StableDiffusionPipeline):
+        raise BenchError(
+            f"{name}: is a {type(pipe).__name__}, but only StableDiffusionPipeline (SD 1.x and 2.x) and the probe are "
+            "supported"
+        )
+    channels = pipe.unet.config.in_channels
+    if not is_probe and channels != pipe.vae.config.latent_channels:
+        raise BenchError(
+            f"{name}: its UNet takes {channels} channels and its autoencoder makes {pipe.vae.config.latent_channels}: "
+            "inpainting and similar models are not supported"
+        )
+    return Judged(name, pipe, pipe.scheduler.alphas_cumprod.float().cpu(), is_probe)
+
+
+def _load_probe(folder: Path, device: str | None, dtype: str | None) -> DDPMPipeline:
+    chosen = pick_device(device, dtype)
+    precision = choose_dtype(dtype or "float32", chosen)
+    try:
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
+        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    except Exception as error:  # diffusers raises many kinds here; all of them mean that there is no model
+        raise BenchError(f"{folder}: cannot be loaded as a probe ({str(error).splitlines()[0][:200]})") from error
+    return DDPMPipeline(unet.eval().to(chosen, precision), scheduler)

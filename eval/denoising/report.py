@@ -1,0 +1,159 @@
+"""write_report: results.json, results.csv, results.md and the chart, from the losses of all cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agentsd import Phase
+from agentsd.files import write_atomically
+from eval.environment import environment_line
+from eval.protocol import Scenario
+from eval.report import as_csv, write_json
+
+from .chart import cost_chart
+from .settings import name_of, partner_of
+from .statistics import mean_rise, rise_of, sampler_weights
+
+Cells = dict[tuple[str, int], np.ndarray]
+"""(name of the scenario, timestep) -> losses of all images, [N]."""
+
+EARLY = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+_TIMESTEPS_A_TABLE = 9
+_FIELDS = ("ratio", "early", "late", "alpha", "broadcast_exponent", "agent_ratio", "agent_stride", "max_agents")
+
+
+def write_report(
+    out: Path, about: dict[str, Any], scenarios: Sequence[Scenario], timesteps: Sequence[int], cells: Cells
+) -> str:
+    """Write all files of the report; returns results.md's text.
+
+    Args:
+        about: command, model, images, seed, sampled (the timesteps of a sampler),
+            num_train_timesteps and environment.
+    """
+    rows = make_rows(scenarios, timesteps, cells)
+    runs = make_runs(scenarios, timesteps, cells, about["sampled"], about["num_train_timesteps"])
+    write_json(out / "results.json", {"about": about, "rows": rows, "runs": runs})
+    write_atomically(out / "results.csv", as_csv(rows, about["environment"]))
+    footer = environment_line(about["environment"])
+    title = f"What agent attention costs, by noise level: {about['model']}, {about['images']} images"
+    charted = cost_chart(rows, out / "cost.png", title, footer)
+    text = as_markdown(about, rows, runs, timesteps) + ("\n![cost](cost.png)\n" if charted else "")
+    write_atomically(out / "results.md", text)
+    return text
+
+
+def make_rows(scenarios: Sequence[Scenario], timesteps: Sequence[int], cells: Cells) -> list[dict[str, Any]]:
+    """One row per scenario and timestep: settings, loss, rise (0.1 for 10 %) and its standard error."""
+    rows = []
+    for scenario in scenarios:
+        config = asdict(scenario.config) if scenario.config is not None else {}
+        used = {
+            "agentsd": _FIELDS if config.get("early") else ("ratio", "early", "late", "merge_stride"),
+            "tomesd": ("ratio",),
+        }.get(scenario.method, ("early",) if config else ())
+        for timestep in timesteps:
+            losses = cells[name_of(scenario), timestep]
+            rise = rise_of(losses, cells["sd", timestep])
+            rows.append(
+                {
+                    "scenario": name_of(scenario),
+                    "method": scenario.method,
+                    **dict.fromkeys((*_FIELDS, "merge_stride")),
+                    **{field: config[field] for field in used},
+                    "timestep": timestep,
+                    "images": len(losses),
+                    "loss": float(losses.mean()),
+                    "rise": rise.value,
+                    "standard_error": rise.standard_error,
+                }
+            )
+    return rows
+
+
+def make_runs(
+    scenarios: Sequence[Scenario],
+    timesteps: Sequence[int],
+    cells: Cells,
+    sampled: Sequence[int],
+    num_train_timesteps: int = 1000,
+) -> list[dict[str, Any]]:
+    """The mean rise over a sampler's timesteps of each scenario.
+
+    For agents throughout, also for runs with agents in the noisiest fraction `early` alone and the same ratio's merging
+    later: the phase is a function of the timestep, so such a run has the losses of one up to a timestep and those of
+    the other beyond it.
+    """
+    weights = sampler_weights(timesteps, sampled)
+    runs = []
+
+    def add(scenario: Scenario, early: float | None, names: Sequence[str]) -> None:
+        pairs = [(cells[name, timestep], cells["sd", timestep]) for name, timestep in zip(names, timesteps)]
+        rise = mean_rise(pairs, weights)
+        row = {"scenario": name_of(scenario), "method": scenario.method, "early": early}
+        runs.append({**row, "rise": rise.value, "standard_error": rise.standard_error})
+
+    for scenario in scenarios:
+        own, later = name_of(scenario), partner_of(scenario, scenarios)
+        if later is None:
+            add(scenario, scenario.config.early if scenario.method == "agentsd" else None, [own] * len(timesteps))
+            continue
+        for early in EARLY:
+            config = replace(scenario.config, early=early)
+            # The cost at a timestep stands for all timesteps around it, as the weights do.
+            names = [
+                own if config.phase_at(timestep, num_train_timesteps) is Phase.AGENT else name_of(later)
+                for timestep in timesteps
+            ]
+            add(scenario, early, names)
+    return runs
+
+
+def as_markdown(
+    about: dict[str, Any], rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], timesteps: Sequence[int]
+) -> str:
+    """The report as text; no table has more than ten columns."""
+    parts = [
+        f"# Denoising loss of {about['model']}",
+        f"`{about['command']}`",
+        environment_line(about["environment"]),
+        f"Rise of the loss E‖ε̂ − ε‖² over the unpatched model in percent, ± its standard error, on {about['images']} "
+        "images that it was not trained on; the same images and noise for all. At every timestep also where a run "
+        "would not use the method: early1 has agents throughout, early0 none. Large timesteps are noisy; a run begins "
+        "there.",
+    ]
+    names = list(dict.fromkeys(row["scenario"] for row in rows))
+    found = {(row["scenario"], row["timestep"]): row for row in rows}
+    for start in range(0, len(timesteps), _TIMESTEPS_A_TABLE):
+        shown = timesteps[start : start + _TIMESTEPS_A_TABLE]
+        body = [[name, *(_percent(found[name, timestep]) for timestep in shown)] for name in names]
+        body.insert(0, ["loss of sd", *(f"{found['sd', timestep]['loss']:.4f}" for timestep in shown)])
+        parts.append(_table(["timestep", *map(str, shown)], body))
+    parts.append(
+        "Mean over a sampler's timesteps, by the fraction of early steps that use agents; a setting that has one "
+        "value everywhere stands at its own:"
+    )
+    by_name: dict[str, dict[float | None, dict[str, Any]]] = {}
+    for row in runs:
+        by_name.setdefault(row["scenario"], {})[row["early"]] = row
+    body = [
+        [name, *(_percent(own[early]) if early in own else "" for early in (None, *EARLY))]
+        for name, own in by_name.items()
+    ]
+    parts.append(_table(["early", "any", *(f"{early:g}" for early in EARLY)], body))
+    return "\n\n".join(parts) + "\n"
+
+
+def _percent(row: dict[str, Any]) -> str:
+    rise, error = row["rise"], row["standard_error"]
+    return "0" if rise == 0 and error == 0 else f"{100 * rise:+.1f} ± {100 * error:.1f}"
+
+
+def _table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" + "---:|" * (len(heading) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])

@@ -1,0 +1,383 @@
+"""eval/denoising: the loss of real networks is the textbook one, paired, in any order, resumed; bad input is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_text_encoder, make_tokenizer, make_unet, make_vae
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import agentsd  # noqa: E402
+from agentsd import AgentConfig  # noqa: E402
+from eval.denoising import run as command  # noqa: E402
+from eval.denoising.inputs import Inputs, captioned_files, load_inputs  # noqa: E402
+from eval.denoising.judged import judge, load_judged  # noqa: E402
+from eval.denoising.losses import losses_at, noise_of  # noqa: E402
+from eval.denoising.patterns import pattern_images  # noqa: E402
+from eval.denoising.report import make_rows, make_runs  # noqa: E402
+from eval.denoising.settings import ABLATIONS, make_scenarios, name_of  # noqa: E402
+from eval.denoising.statistics import rise_of  # noqa: E402
+from eval.protocol import SD, BenchError, Scenario  # noqa: E402
+
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+AGENTS = Scenario("agentsd", AgentConfig(ratio=0.4, early=1.0))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A folder with a probe of two levels, random weights and 8 × 8 pixels."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), mid_block_type=None,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=8, cross_attention_dim=8,
+        attention_head_dim=1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("toy")
+    DDPMPipeline(unet, DDPMScheduler(**BETAS)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def judged(toy):
+    return load_judged(str(toy), device="cpu")
+
+
+@pytest.fixture
+def inputs(judged):
+    return load_inputs(judged, None, None, 6, seed=0)
+
+
+def stable_diffusion(prediction_type="epsilon", **unet):
+    return StableDiffusionPipeline(
+        vae=make_vae(), text_encoder=make_text_encoder(), tokenizer=make_tokenizer(), unet=make_unet(**unet),
+        scheduler=DDIMScheduler(**BETAS, prediction_type=prediction_type, clip_sample=False), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def options(toy, out, **changed):
+    values = dict(
+        model=str(toy), revision=None, images=None, captions=None, methods="sd,tomesd,agentsd", ratios="0.4", ablate="",
+        timesteps="100,800", steps=50, samples=6, batch_size=4, seed=0, device="cpu", dtype=None, out=str(out),
+    )  # fmt: skip
+    return type("Options", (), values | changed)()
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_is_that_of_the_noise(prediction_type, tmp_path):
+    (tmp_path / "a cat").mkdir()
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "a cat" / f"{number}.png")
+    pipe = stable_diffusion(prediction_type)
+    judged = judge("tiny", pipe)
+    inputs = load_inputs(judged, tmp_path, None, 10, seed=0)
+    losses = losses_at(judged, inputs, SD, 700, seed=3)
+
+    scheduler = pipe.scheduler
+    noise = torch.stack([noise_of(inputs.latents.shape[1:], 3, key, 700) for key in inputs.keys])
+    moment = torch.tensor([700])
+    noisy = scheduler.add_noise(inputs.latents, noise, moment)
+    text = pipe.encode_prompt(["A high quality photograph of a a cat."] * 2, "cpu", 1, False)[0]
+    with torch.no_grad():
+        out = pipe.unet(noisy, 700, text).sample
+    if prediction_type == "v_prediction":
+        # The loss of v is that of the noise divided by the share of signal: the model's own scheduler gives v.
+        wanted = scheduler.get_velocity(inputs.latents, noise, moment)
+        expected = scheduler.alphas_cumprod[700] * (out - wanted).square().mean(dim=(1, 2, 3))
+    else:
+        expected = (out - noise).square().mean(dim=(1, 2, 3))
+    np.testing.assert_allclose(losses, expected.numpy(), rtol=1e-4)
+
+
+def test_latents_are_the_autoencoders_mean_of_a_centred_square(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 160, 3), dtype=np.uint8)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "captions.csv").write_text("a.png,a zebra\nb.png,a fox\n")
+    pipe = stable_diffusion()
+    inputs = load_inputs(judge("tiny", pipe), tmp_path, tmp_path / "captions.csv", 2, seed=0)
+    middle = torch.from_numpy(pixels[:, 16:144]).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        mean = pipe.vae.encode(middle).latent_dist.mean * pipe.vae.config.scaling_factor
+        text = pipe.encode_prompt(["a zebra", "a fox"], "cpu", 1, False)[0]
+    torch.testing.assert_close(inputs.latents[:1], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inputs.text, text)
+
+
+def test_the_demo_model_is_judged_on_images_of_a_folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64), "orange").save(tmp_path / name)
+    (tmp_path / "captions.json").write_text('{"a.png": "a zebra", "b.png": "a fox"}')
+    judged = load_judged("demo", device="cpu", dtype="bfloat16")
+    inputs = load_inputs(judged, tmp_path, tmp_path / "captions.json", 2, seed=0)
+    assert inputs.latents.shape == (2, 4, 64, 64) and inputs.latents.isfinite().all()
+    with pytest.raises(BenchError, match="--model demo needs --images DIR"):
+        load_inputs(judged, None, None, 2, seed=0)
+
+
+def test_noise_depends_on_the_image_the_timestep_and_the_seed_alone():
+    shape = torch.Size((3, 8, 8))
+    one = noise_of(shape, 0, "a", 100)
+    assert torch.equal(one, noise_of(shape, 0, "a", 100))
+    for other in (noise_of(shape, 1, "a", 100), noise_of(shape, 0, "b", 100), noise_of(shape, 0, "a", 101)):
+        assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("scenario", [SD, AGENTS, Scenario("tomesd", AgentConfig(ratio=0.4, early=0.0))], ids=name_of)
+def test_batch_size_and_order_change_nothing(judged, inputs, scenario):
+    all_at_once = losses_at(judged, inputs, scenario, 500, batch_size=6)
+    np.testing.assert_allclose(losses_at(judged, inputs, scenario, 500, batch_size=1), all_at_once, rtol=1e-4)
+    order = [3, 0, 5, 1, 4, 2]
+    np.testing.assert_allclose(losses_at(judged, inputs.take(order), scenario, 500), all_at_once[order], rtol=1e-4)
+
+
+def test_the_rise_of_what_changes_nothing_is_exactly_zero(judged, inputs):
+    unpatched = losses_at(judged, inputs, SD, 500)
+    nothing = Scenario("agentsd", AgentConfig(ratio=0.0, early=0.0))
+    assert np.array_equal(losses_at(judged, inputs, nothing, 500), unpatched)
+    assert not np.array_equal(losses_at(judged, inputs, AGENTS, 500), unpatched)
+    assert np.array_equal(losses_at(judged, inputs, SD, 500), unpatched)  # and the patch is gone
+    row = make_rows([SD], [500], {("sd", 500): unpatched})[0]
+    assert (row["rise"], row["standard_error"]) == (0.0, 0.0)
+
+
+def test_standard_errors_of_the_shipped_probe_are_honest():
+    judged = load_judged("probe", device="cpu")
+    inputs = load_inputs(judged, None, None, 256, seed=9)
+    unpatched = losses_at(judged, inputs, SD, 720, batch_size=32)
+    losses = losses_at(judged, inputs, AGENTS, 720, batch_size=32)
+    truth = rise_of(losses, unpatched).value
+    assert truth > 0.05  # of all 256; what follows are runs of 24 of them
+    random, covered = np.random.default_rng(0), []
+    for _ in range(1000):
+        some = random.choice(256, 24, replace=False)
+        rise = rise_of(losses[some], unpatched[some])
+        covered.append(abs(rise.value - truth) < 1.96 * rise.standard_error)
+    assert 0.9 < np.mean(covered) < 0.98
+
+
+# --- scenarios and rows -----------------------------------------------------------------------------------------------
+
+
+def test_scenarios_are_all_different_and_none_is_unpatched_in_disguise():
+    scenarios = make_scenarios(["sd", "tomesd", "agentsd"], (0.4, 0.0), list(ABLATIONS))
+    names = [name_of(scenario) for scenario in scenarios]
+    assert len(set(names)) == len(names) and names[0] == "sd"
+    assert names[-2:] == ["mean-value-r0.4-early1", "no-attention-r0.4-early1"]
+    assert "tomesd-r0" not in names and "agentsd-r0-early0" not in names
+    for settings in ("early1-alpha0.15", "early1-agent-stride2", "early0-downsample"):
+        assert f"agentsd-r0-{settings}" in names
+
+
+def test_a_run_with_early_agents_has_the_losses_of_both_phases():
+    agents = Scenario("agentsd", AgentConfig(ratio=0.4, early=1.0))
+    merging = Scenario("agentsd", AgentConfig(ratio=0.4, early=0.0))
+    alone = Scenario("agentsd", AgentConfig(ratio=0.0, early=1.0))
+    cells = {}
+    for timestep in (100, 900):
+        cells["sd", timestep] = np.array([1.0, 1.0])
+        cells[name_of(merging), timestep] = np.array([1.1, 1.1])
+        cells[name_of(agents), timestep] = np.array([1.5, 1.5])
+        cells[name_of(alone), timestep] = np.array([1.3, 1.3])
+    runs = make_runs([SD, merging, agents, alone], (100, 900), cells, [100, 120, 140, 900])
+    found = {(run["scenario"], run["early"]): run["rise"] for run in runs}
+    assert found[name_of(agents), 0.4] == pytest.approx((3 * 0.1 + 0.5) / 4)
+    assert found[name_of(agents), 0.0] == pytest.approx(0.1) == found[name_of(merging), 0.0]
+    assert found[name_of(agents), 1.0] == pytest.approx(0.5)
+    assert found[name_of(alone), 0.4] == pytest.approx(0.3 / 4)  # at ratio 0 the later phase is unpatched
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_report_and_is_resumed(toy, tmp_path, monkeypatch, capsys):
+    assert command.run(options(toy, tmp_path), "the command") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["rows"]) == 6 * 2
+    row = next(row for row in results["rows"] if row["scenario"] == "agentsd-r0.4-early1" and row["timestep"] == 800)
+    unpatched = next(row for row in results["rows"] if row["method"] == "sd" and row["timestep"] == 800)
+    assert row["rise"] == pytest.approx(row["loss"] / unpatched["loss"] - 1)
+    assert (row["ratio"], row["early"], row["alpha"], row["broadcast_exponent"]) == (0.4, 1.0, 0.075, -0.15)
+    assert row["images"] == 6 and row["standard_error"] > 0 == unpatched["rise"]
+    text = (tmp_path / "results.md").read_text()
+    assert "`the command`" in text and text in capsys.readouterr().out
+    assert max(line.count("|") for line in text.splitlines()) <= 11
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 13
+
+    # One cell was lost, one holds losses that no run would have: only the first is computed again.
+    (tmp_path / "losses" / "sd" / "t0100.json").unlink()
+    other = tmp_path / "losses" / "agentsd-r0.4-early1" / "t0800.json"
+    kept = json.loads(other.read_text())
+    other.write_text(json.dumps(kept | {"losses": [9.0] * 6}))
+    computed = []
+    monkeypatch.setattr(command, "losses_at", lambda *args: computed.append(args[2:4]) or losses_at(*args))
+    command.run(options(toy, tmp_path), "the command")
+    assert computed == [(SD, 100)]
+    again = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {row["loss"] for row in again if row["loss"] != 9.0} == {
+        other["loss"] for other in results["rows"] if other != row
+    }
+
+
+def test_processes_share_the_cells(judged, inputs, tmp_path):
+    scenarios, timesteps = [SD, AGENTS], (100, 500, 900)
+    alone = command.measure(judged, inputs, scenarios, timesteps, tmp_path / "alone")
+    parts = [command.measure(judged, inputs, scenarios, timesteps, tmp_path / "two", rank=r, count=2) for r in (0, 1)]
+    assert not set(parts[0]) & set(parts[1])
+    together = parts[0] | parts[1]
+    assert set(together) == set(alone) and all(np.array_equal(together[cell], alone[cell]) for cell in alone)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"samples": 1}, "--samples 1: must be at least 2"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"timesteps": "100,1000"}, "--timesteps '100,1000': must be integers in 0 … 999"),
+        ({"timesteps": "noisy"}, "--timesteps 'noisy'"),
+        ({"methods": "sd,deepcache"}, "'deepcache' is unknown, use sd, tomesd, agentsd, mean-value, no-attention"),
+        ({"ablate": "beta"}, "--ablate 'beta': is unknown, use alpha, scale"),
+        ({"ratios": "0.8"}, "ratio=0.8: at most 0.75 of the tokens can be merged"),
+        ({"model": "/missing"}, "/missing"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"images": Path(".")}, "the probe takes patterns that it generates"),
+    ],
+)
+def test_bad_arguments_are_told_in_one_sentence(toy, tmp_path, changed, message):
+    with pytest.raises(BenchError) as error:
+        command.run(options(toy, tmp_path / "out", **changed), "")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_of_another_run_is_refused(toy, tmp_path):
+    command.claim(tmp_path, {"seed": 0, "images": 6})
+    command.claim(tmp_path, {"seed": 0, "images": 6})
+    with pytest.raises(BenchError, match="was made with images 6, not 12"):
+        command.claim(tmp_path, {"seed": 0, "images": 12})
+
+
+def test_a_loss_that_is_not_finite_is_told(judged, inputs):
+    with torch.no_grad():
+        judged.pipe.unet.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(BenchError, match="the loss of sd at timestep 500 is not finite for pattern 0: try --dtype"):
+        losses_at(judged, inputs, SD, 500)
+
+
+def test_a_loss_of_zero_is_told(judged, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "losses_at", lambda *_: np.zeros(6))
+    with pytest.raises(BenchError, match="the unpatched loss at timestep 500 is 0"):
+        command.measure(judged, inputs, [SD], [500], tmp_path)
+
+
+def test_models_whose_loss_is_another_are_refused():
+    with pytest.raises(BenchError, match="predicts 'sample', but only epsilon and v_prediction"):
+        judge("m", stable_diffusion("sample"))
+    with pytest.raises(BenchError, match="takes 9 channels and its autoencoder makes 4: inpainting"):
+        judge("m", stable_diffusion(in_channels=9))
+    pipe = stable_diffusion()
+    agentsd.apply_patch(pipe)
+    with pytest.raises(BenchError, match="already patched"):
+        losses_at(judge("m", pipe), Inputs(("a", "b"), torch.zeros(2, 4, 16, 16), torch.zeros(2, 7, 32)), SD, 500)
+
+
+def test_images_and_captions_that_do_not_match_are_told(tmp_path):
+    def refused(message, folder=tmp_path / "images", captions=None):
+        with pytest.raises(BenchError, match=message):
+            captioned_files(folder, captions)
+
+    refused("there is no such folder")
+    (tmp_path / "images").mkdir()
+    refused("has no images in it")
+    for name in ("b.png", "a.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name)
+    refused("a.png has no caption: put the images into one folder per class, or give --captions")
+    captions = tmp_path / "captions.json"
+    captions.write_text('{"a.png": "a zebra"}')
+    refused("has no caption for b.png", captions=captions)
+    captions.write_text('{"a.png": "a zebra", "b.png": "a fox", "c.png": "an owl"}')
+    refused("names c.png, which is not in", captions=captions)
+    captions.write_text("[1]")
+    refused("must be a JSON object or a CSV", captions=captions)
+    captions.write_text('{"a.png": "a zebra", "b.png": "a fox"}')
+    assert captioned_files(tmp_path / "images", captions) == [("a.png", "a zebra"), ("b.png", "a fox")]
+
+
+def test_classes_take_turns(tmp_path):
+    for name in ("fire_truck", "owl"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
+    found = captioned_files(tmp_path, None)
+    captions = {
+        "fire_truck": "A high quality photograph of a fire truck.",
+        "owl": "A high quality photograph of a owl.",
+    }
+    assert all(caption == captions[file.split("/")[0]] for file, caption in found)
+    assert {file for file, _ in found[:2]} == {"fire_truck/0.png", "owl/0.png"}  # the first of each, then the second
+    assert len(set(found)) == 4 and found == captioned_files(tmp_path, None)
+
+
+def test_imagenets_folders_have_the_protocols_names(tmp_path):
+    for number in range(3):
+        (tmp_path / f"n{number:08d}").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "n00000001" / "a.png")
+    with pytest.raises(BenchError, match="its 3 folders have ImageNet's numbers, whose names are known only where all"):
+        captioned_files(tmp_path, None)
+    for number in range(3, 1000):
+        (tmp_path / f"n{number:08d}").mkdir()
+    assert captioned_files(tmp_path, None) == [("n00000001/a.png", "A high quality photograph of a goldfish.")]
+
+
+def test_help_answers_at_once():
+    code = (
+        "import sys; sys.path.insert(0, ''); from eval import denoising_loss\n"
+        "try: denoising_loss.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules), set(sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--timesteps" in shown.stdout
+
+
+def test_the_command_line_tells_in_one_sentence(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(tmp_path))  # the script replaces the first entry
+    from eval import denoising_loss
+
+    arguments = ["--model", str(toy), "--out", str(tmp_path / "out"), "--timesteps", "5000"]
+    assert denoising_loss.main(arguments) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told[-1] == "denoising_loss: --timesteps '5000': must be integers in 0 … 999 with commas between"
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------
+
+
+def test_patterns_repeat_and_depend_on_their_number_alone():
+    images = pattern_images(0, range(40))
+    assert images.shape == (40, 3, 24, 24) and images.isfinite().all()
+    assert torch.equal(pattern_images(0, [7])[0], images[7])
+    assert not torch.equal(pattern_images(1, [7])[0], images[7])
+    assert abs(images.mean()) < 0.1 and 0.9 < images.std() < 1.1
+    repeated = 0
+    for image in images:
+        periods = [p for p in range(4, 13) if torch.equal(image[:, p:], image[:, :-p])]
+        across = [p for p in range(4, 13) if torch.equal(image[:, :, p:], image[:, :, :-p])]
+        repeated += bool(periods and across)
+    assert 25 < repeated < 40  # all kinds but the scattered tiles have a period

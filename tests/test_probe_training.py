@@ -1,0 +1,88 @@
+"""apps/train_probe.py: the smoke preset end to end, killed and resumed, its gate, and bad input; the shipped probe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "apps"))
+
+import train_probe as script  # noqa: E402
+from demo_training import training  # noqa: E402
+from probe import gate  # noqa: E402
+
+from eval.denoising.judged import PROBE, load_judged  # noqa: E402
+
+
+def complete(*arguments) -> int:
+    return script.main([*map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("probe") / "out"
+    assert complete("train", "--smoke", "--precision", "fp32", "--out", out) == 0
+    return out
+
+
+def test_the_model_is_in_diffusers_format(finished):
+    judged = load_judged(str(finished / "model"), device="cpu")
+    assert judged.is_probe and judged.pipe.unet.config.sample_size == 8
+    assert torch.allclose(judged.signal[-1], torch.tensor(0.0047), atol=1e-4)  # Stable Diffusion's schedule
+
+
+def test_a_killed_training_ends_with_the_same_weights(finished, tmp_path, monkeypatch):
+    out, saved = tmp_path / "out", training.save_checkpoint
+
+    def save_then_die(path, step, *rest):
+        saved(path, step, *rest)
+        if step == 4:  # in the second phase
+            raise MemoryError("killed")
+
+    arguments = ("train", "--smoke", "--precision", "fp32", "--checkpoint-seconds", 0, "--out", out)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(training, "save_checkpoint", save_then_die)
+        complete(*arguments)
+    assert not (out / "model").exists()
+    assert complete(*arguments) == 0
+    name = "model/unet/diffusion_pytorch_model.safetensors"
+    ours, theirs = load_file(out / name), load_file(finished / name)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_an_untrained_network_fails_the_gate(finished, monkeypatch, capsys):
+    monkeypatch.setattr(gate, "TIMESTEPS", (100, 900))
+    assert complete("gate", "--samples", 4, "--out", finished) == 0
+    found = json.loads((finished / "gate.json").read_text())
+    assert not found["passed"] and [row["timestep"] for row in found["rows"]] == [100, 900]
+    assert all(1 <= keys <= 64 == row["tokens"] for row in found["rows"] for keys in row["keys"].values())
+    assert "Gate: not passed, 0 of 2" in capsys.readouterr().out
+
+
+def test_bad_input_is_told(finished, tmp_path, capsys):
+    def told(*arguments):
+        assert complete(*arguments) == 2
+        return capsys.readouterr().err
+
+    assert "was made with another seed" in told(
+        "train", "--smoke", "--precision", "fp32", "--seed", 1, "--out", finished
+    )
+    assert "cannot be loaded" in told("gate", "--out", tmp_path / "empty")
+    assert "--device moon is not available" in told("train", "--smoke", "--device", "moon", "--out", tmp_path)
+    assert "--samples 1: must be at least 2" in told("gate", "--samples", 1, "--out", finished)
+
+
+def test_the_shipped_probe_needs_its_attention_and_is_small():
+    assert sum(file.stat().st_size for file in PROBE.rglob("*") if file.is_file()) <= 4 << 20
+    judged = load_judged("probe", device="cpu")
+    inputs = gate.load_inputs(judged, None, None, 16, 5)
+    row = gate._row(judged, inputs, 390)
+    assert row["mean-value"][0] > 0.25 and row["no-attention"][0] > 0.5
+    assert min(row["keys"].values()) < row["tokens"] / 4
