@@ -26,7 +26,9 @@ def generate(options: argparse.Namespace, config: AgentConfig) -> int:
         progress.Progress(pipe, request.steps).single(METHODS[options.method])
         result = compare.generate(pipe, request, options.method, config)
         png.save_image(result.image, output, result.settings)
-        print(f"{output}: {METHODS[options.method]}, {result.seconds:.2f} s")
+        calls = result.settings.get("unet_calls")
+        said = f", {calls['whole']} whole + {calls['cached']} cached UNet calls" if calls else ""
+        print(f"{output}: {METHODS[options.method]}, {result.seconds:.2f} s{said}")
         return 0
     shown = progress.ComparisonProgress(pipe, request.steps, tuple(METHODS), options.rounds)
     comparison = compare.compare_methods(pipe, request, config, tuple(METHODS), options.rounds, shown)

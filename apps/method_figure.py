@@ -1,6 +1,6 @@
 """Draw the README's figure of the method: what agents are, and which steps use them.
 
-python apps/method_figure.py --out eval/results/readme/method.png
+pip install -e ".[eval]" && python apps/method_figure.py --out eval/results/readme/method.png
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import AgentConfig
-from ..patch import find_unet
+from ..patch import find_unet, get_patch
 from .measure import PeakMemory
 from .methods import use_method
 from .pipelines import DEMO_MODEL
@@ -96,7 +96,19 @@ def generate(
     config = config or AgentConfig()
     with use_method(pipe, method, config):
         image, seconds, peak = run_pipeline(pipe, request, on_step, **extra)
-    return GeneratedImage(method, image, (seconds,), settings_of(pipe, request, method, config), peak)
+        calls = cached_calls(pipe)
+    settings = settings_of(pipe, request, method, config)
+    if calls is not None:
+        settings["unet_calls"] = calls
+    return GeneratedImage(method, image, (seconds,), settings, peak)
+
+
+def cached_calls(pipe: Any) -> dict[str, int] | None:
+    """How many UNet calls of the last run were whole and how many cached; None without step caching."""
+    patch = get_patch(pipe)
+    if patch is None or patch.cache is None:
+        return None
+    return dataclasses.asdict(patch.cache.counts)
 
 
 def run_pipeline(

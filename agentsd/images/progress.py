@@ -99,14 +99,17 @@ class ComparisonProgress(Progress):
         first = [seconds for number, seconds in self.seconds if number == 1]
         if len(first) < len(self.methods):
             return USUAL_ROUNDS
-        return next((n for n in range(1, USUAL_ROUNDS) if n * sum(first) > SECONDS_ENOUGH), USUAL_ROUNDS)
+        expected = next((n for n in range(1, USUAL_ROUNDS) if n * sum(first) > SECONDS_ENOUGH), USUAL_ROUNDS)
+        begun = max(number for number, _ in [*self.seconds, (self.run[1] if self.run else 0, 0.0)])
+        return max(expected, begun)  # later rounds may have been faster than the first
 
     def seconds_left(self) -> float | None:
         """Time until all runs have ended, by the mean of the timed ones; None before the first has."""
         timed = [seconds for number, seconds in self.seconds if number > 0]
         if not timed:
             return None
-        return sum(timed) / len(timed) * (self.total_rounds() * len(self.methods) - len(timed))
+        runs_left = self.total_rounds() * len(self.methods) - len(timed)
+        return sum(timed) / len(timed) * max(0, runs_left)
 
     def _end_run(self) -> None:
         if self.run is None:

@@ -164,9 +164,13 @@ class StepCache:
             and (timestep < branch.timestep or branch.timestep < branch.first_timestep and timestep == branch.timestep)
             and similarity >= _LEAST_SIMILARITY
         ):
+            # Where only the latent is too unlike the last one, as after large steps of small images, the run goes on.
+            known = timestep < branch.timestep and branch.signature == signature
             self._branches = [one for one in self._branches if one is not branch]
             branch = None
-        if branch is None and timestep != self._timestep:  # a new run, and not another conditioning of the same step
+        else:
+            known = branch is not None
+        if not known and timestep != self._timestep:  # a new run, and not another conditioning of the same step
             self._branches.clear()
             self.counts = CallCounts()
         if torch.is_grad_enabled():
