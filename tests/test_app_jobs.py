@@ -208,7 +208,8 @@ def test_step_caching_is_counted_and_shown(studio):
     rows = sweeps.sweep_rows([None, 1, 4], ordered)
     table = list(csv.DictReader(io.StringIO(sweeps.sweep_csv("cache_interval", rows, ordered))))
     assert [row["cache_interval"] for row in table] == ["", "1", "4"]
-    assert [row["unet_calls_cached"] for row in table] == ["", "", "15"]
+    # 20 steps: an interval of 4 would reuse features over more than 14 % of the run, so that it works as 3.
+    assert [row["unet_calls_cached"] for row in table] == ["", "", "13"]
 
     looked = list(studio.look(Run(), wanted, 0))[-1]  # a layer that cached calls skip: whole calls, by their numbers
     assert [view.call for view in looked.views] == [0, 3, 6, 9, 12, 15, 18]
