@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import agentsd  # noqa: E402
 from agentsd.config import PRESETS  # noqa: E402
 from agentsd.patch import get_patch  # noqa: E402
+from eval.environment import commit, device_name  # noqa: E402
 from eval.models import random_pipeline  # noqa: E402
 
 STEP = 20  # timesteps between two calls of 50 steps
@@ -163,7 +163,7 @@ def main() -> None:
     pipe = random_pipeline(options.random_weights, options.device, options.dtype)
     seconds = measure(pipe, options.size, options.rounds, methods)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
-    device = torch.cuda.get_device_name() if pipe.unet.device.type == "cuda" else f"{platform.machine()} CPU"
+    device = f"{device_name(pipe.unet.device)}, commit {commit()}"
     said = (
         f"`python eval/call_bench.py {' '.join(sys.argv[1:])}`, {date.today()}, {device}, {torch.get_num_threads()} "
         f"threads, {versions}. UNet of {options.random_weights} with random weights, {options.size} px, guidance, "

@@ -17,14 +17,14 @@ from .fingerprint import package_versions
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The machine and the software that this process runs on."""
     found: dict[str, Any] = {
-        "device": _device_name(device),
+        "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "attention_backend": "SDPA",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": package_versions(),
-        "commit": _commit(),
+        "commit": commit(),
     }
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda
@@ -41,9 +41,10 @@ def environment_line(environment: dict[str, Any]) -> str:
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with its number of cores."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     name = platform.processor()
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -51,7 +52,8 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type.upper()} {name or platform.machine()} ({os.cpu_count()} cores)"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of this checkout, "-dirty" where files differ from it; "unknown" outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -63,7 +63,6 @@ class LayerState:
         block_input: [B, N, C] un-normalised input of the block, between the block's pre-hook and the attention.
         matching: the tokens' matching and r of this call, while `keeps_matching`.
         outcome: what became of the layer in this call, one of the constants above.
-        note: what else is to be said of it.
     """
 
     name: str
@@ -78,7 +77,6 @@ class LayerState:
     block_input: Tensor | None = None
     matching: tuple[TokenMatching, int] | None = None
     outcome: str = NOT_REACHED
-    note: str = ""
 
     def grid(self) -> tuple[int, int]:
         """(height, width) of the layer's token grid in the UNet call in progress."""
@@ -94,7 +92,7 @@ class LayerState:
         """Forget the last call."""
         self.parts, self.order, self.plan = (), None, None
         self.block_input = self.matching = None
-        self.outcome, self.note = NOT_REACHED, ""
+        self.outcome = NOT_REACHED
 
 
 class AgentAttnProcessor:
