@@ -302,7 +302,7 @@ rank = "0" if child else "1"
 os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
 os.environ.update(ACCELERATE_USE_CPU="true")
 run({chosen!r})
-torch.distributed.destroy_process_group()
+assert not torch.distributed.is_initialized()
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -521,3 +521,20 @@ def test_a_full_disk_in_mid_training_keeps_the_last_checkpoint(settings, monkeyp
     out = settings().output_dir
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"]
     assert not (out / "model_index.json").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_on_a_gpu(gpu, settings, precision):
+    """The same samples as on a CPU; autoencoder and text encoder make room for the UNet."""
+    losses = {}
+    for device in ("cpu", None):
+        chosen = settings(agents="both", device=device, mixed_precision=precision if device is None else "no")
+        trainer = Trainer(chosen)
+        trainer.prepare()
+        losses[device] = [trainer.step() for _ in range(3)]
+    pipe = trainer.model.pipe
+    assert pipe.unet.device.type == "cuda" and pipe.vae.device.type == pipe.text_encoder.device.type == "cpu"
+    assert losses[None] == pytest.approx(losses["cpu"], rel=1e-3 if precision == "no" else 0.05)
+    run(settings(agents="both", device=None, mixed_precision=precision, validation_prompt="a zebra"))
+    assert json.loads((settings().output_dir / "training.json").read_text())["peak_bytes"] > 0

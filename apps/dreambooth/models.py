@@ -51,6 +51,11 @@ def load_model(settings: DreamBoothSettings) -> Model:
             f"--model {settings.model}: is a {type(pipe).__name__}; only text-to-image models of the classes "
             "StableDiffusionPipeline and StableDiffusionXLPipeline can be trained"
         )
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise UsageError(
+            f"--model {settings.model}: its UNet takes {pipe.unet.config.in_channels} channels, as for inpainting; "
+            f"give a text-to-image model, whose UNet takes the {pipe.vae.config.latent_channels} of a latent"
+        )
     model = Model(pipe, DDPMScheduler.from_config(pipe.scheduler.config))
     kind = model.noise_scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):

@@ -49,6 +49,7 @@ def run(settings: DreamBoothSettings) -> None:
             f"--output-dir {settings.output_dir}: could not be written to after step {trainer.done} ({error}); the "
             "last checkpoint is as it was: make room, and go on with --resume-from-checkpoint latest"
         ) from error
+    trainer.accelerator.end_training()
 
 
 class _Job:
@@ -135,14 +136,13 @@ class _Job:
                 bar.set_postfix(loss=f"{self.losses[-1]:.4f}", lr=f"{trainer.lr_scheduler.get_last_lr()[0]:.1e}")
                 bar.update()
                 stop = trainer.done < total and self._any(bool(interrupts))
+                look = trainer.done % settings.validation_steps == 0 or trainer.done == total
+                if settings.validation_prompt and look and not stop:
+                    self.validate()  # before the checkpoint, so that a run that goes on from it lacks no image
                 if stop or trainer.done % settings.checkpointing_steps == 0:
                     self.save()
                 if stop:
                     raise KeyboardInterrupt
-                if settings.validation_prompt and (
-                    trainer.done % settings.validation_steps == 0 or trainer.done == total
-                ):
-                    self.validate()
 
     def _any(self, mine: bool) -> bool:
         """Whether it is so in any process: all must stop after the same step."""
