@@ -150,7 +150,7 @@ def _with_hyphens(argument: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    """Train; returns the exit status: 0, 1 out of memory, 2 for wrong input, 130 when interrupted."""
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
         from dreambooth.run import run  # heavy imports, so that --help and wrong options answer at once
@@ -162,6 +162,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume-from-checkpoint latest goes on from here", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            "dreambooth: error: out of memory; --gradient-checkpointing, --lora-rank, --mixed-precision, "
+            "--use-8bit-adam and a smaller --resolution or --train-batch-size need less",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import SD_BETAS, make_pipeline
+from peft import LoraConfig
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "apps"))
 
-from dreambooth import output  # noqa: E402
+from dreambooth import models, output  # noqa: E402
 from dreambooth.data import find_images, read_image  # noqa: E402
 from dreambooth.run import run  # noqa: E402
 from dreambooth.settings import DreamBoothSettings, UsageError  # noqa: E402
@@ -216,6 +217,24 @@ def test_a_loss_that_is_no_number_is_told(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, "encode", encode_then_spoil)
     assert call("", base, tmp_path / "out") == 2
     assert "the loss is nan at step 1; --learning-rate 1e-06 may be too high" in capsys.readouterr().err
+
+
+def test_a_model_with_lora_is_refused(base, tmp_path, capsys, monkeypatch):
+    """As agentsd.load_pipeline gives for a folder that a training with --lora-rank wrote."""
+    pipe = make_pipeline()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: pipe)
+    assert call("", base, tmp_path / "out") == 2
+    assert "has LoRA matrices on it; call pipe.fuse_lora()" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_told(base, tmp_path, capsys, monkeypatch):
+    def fail(trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "load", fail)
+    assert call("", base, tmp_path / "out") == 1
+    assert "out of memory; --gradient-checkpointing" in capsys.readouterr().err
 
 
 def test_all_options_of_the_command(base, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -429,15 +430,18 @@ def test_the_pipeline_in_memory_bears_no_trace(settings):
 def test_lora_file_gives_the_trained_model(settings, base, precision):
     chosen = settings(
         agents="both", lora_rank=2, train_text_encoder=True, gradient_checkpointing=True, mixed_precision=precision,
-        learning_rate=1e-2,
+        learning_rate=1e-2, validation_prompt="a zebra", validation_inference_steps=1, num_validation_images=1,
     )  # fmt: skip
     trainer = Trainer(chosen)
     trainer.prepare()
     before = call_unet(make_unet())
     for _ in range(4):
         trainer.step()
+    validation.write_validation(
+        trainer.model.pipe, chosen, trainer.accelerator.device, chosen.output_dir / "v" / "row.png"
+    )
+    shutil.rmtree(chosen.output_dir / "v")
     trainer.finish()
-    chosen.output_dir.mkdir()
     export(trainer.model.pipe, trainer.parts, chosen)
     assert sorted(path.name for path in chosen.output_dir.iterdir()) == [
         "agentsd.json",
