@@ -323,6 +323,25 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("rank", [None, 2], ids=["weights", "lora"])
+def test_gradient_checkpointing_changes_no_weight(settings, rank):
+    def trained(checkpointing):
+        trainer = Trainer(
+            settings(agents="both", train_text_encoder=True, lora_rank=rank, gradient_checkpointing=checkpointing)
+        )
+        trainer.prepare()
+        before = [parameter.detach().clone() for parameter in trainer.parameters]
+        for _ in range(2):
+            trainer.step()
+        return before, trainer.parameters
+
+    before, plain = trained(False)
+    _, checkpointed = trained(True)
+    assert all(torch.equal(one, other) for one, other in zip(plain, checkpointed))
+    # No weight of the text encoder is left out; LoRA's first factor moves once the second is no longer 0.
+    assert not any(torch.equal(one, other) for one, other in zip(before, plain))
+
+
 def test_trainers_take_turns(settings):
     """As a bench does that times their steps in turn, one of them in another precision."""
 

@@ -121,8 +121,22 @@ def make_trainable(pipe: DiffusionPipeline, settings: DreamBoothSettings, frozen
             cast_training_params(module, dtype=torch.float32)
         module.train()
         if settings.gradient_checkpointing:
-            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
-            enable()
+            set_checkpointing(module, True)
+
+
+def set_checkpointing(module: nn.Module, on: bool) -> None:
+    """Turn gradient checkpointing of a diffusers or transformers model on or off, as its version calls it."""
+    if hasattr(module, "enable_gradient_checkpointing"):  # diffusers
+        module.enable_gradient_checkpointing() if on else module.disable_gradient_checkpointing()
+        return
+    name = (
+        "activation_checkpointing" if hasattr(module, "activation_checkpointing_enable") else "gradient_checkpointing"
+    )
+    if on:
+        # Older versions are reentrant by default, which gives no gradients to LoRA behind frozen embeddings.
+        getattr(module, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(module, f"{name}_disable")()
 
 
 def trained_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

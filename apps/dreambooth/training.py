@@ -30,6 +30,7 @@ from .models import (
     load_model,
     make_optimizer,
     make_trainable,
+    set_checkpointing,
     text_encoders,
     trained_parts,
     trained_tensors,
@@ -183,8 +184,7 @@ class Trainer:
             part = self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
             vars(part).pop("forward", None)  # accelerate puts the class's own back as an attribute of the instance
             if self.settings.gradient_checkpointing:
-                disable = getattr(part, "disable_gradient_checkpointing", None) or part.gradient_checkpointing_disable
-                disable()
+                set_checkpointing(part, False)
             part.eval().requires_grad_(False).to("cpu")
             setattr(self.model.pipe, name, part)
 
