@@ -469,6 +469,10 @@ def test_lora_file_gives_the_trained_model(settings, base, precision):
     assert json.loads((chosen.output_dir / "agentsd.json").read_text())["lora"] == "pytorch_lora_weights.safetensors"
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(base / "model", safety_checker=None)
+    names = load_file(chosen.output_dir / "pytorch_lora_weights.safetensors").keys()
+    assert {name.split(".layers")[0] for name in names if name.startswith("text")} == {
+        "text_encoder.text_model.encoder"
+    }
     plain_text = pipe.encode_prompt("a zebra", "cpu", 1, False)[0]
     pipe.load_lora_weights(chosen.output_dir)
     trained, tolerance = (
