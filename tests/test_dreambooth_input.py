@@ -211,7 +211,7 @@ def test_a_folder_that_may_not_be_written_to(base, tmp_path, capsys, monkeypatch
 def test_a_loss_that_is_no_number_is_told(base, tmp_path, capsys, monkeypatch):
     def encode_then_spoil(trainer):
         encode(trainer)
-        trainer.latents["instance"].fill_(float("inf"))
+        trainer.images["instance"].latents.fill_(float("inf"))
 
     encode = Trainer.encode
     monkeypatch.setattr(Trainer, "encode", encode_then_spoil)

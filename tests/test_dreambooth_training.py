@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT / "apps"))
 
 from dreambooth import checkpoints, latents, validation  # noqa: E402
 from dreambooth import run as running  # noqa: E402
+from dreambooth.data import read_image  # noqa: E402
 from dreambooth.draws import element_of, generator  # noqa: E402
 from dreambooth.export import export  # noqa: E402
 from dreambooth.run import run  # noqa: E402
@@ -197,17 +198,18 @@ def test_more_steps_later_are_the_same_steps(settings):
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def test_latents_are_those_of_the_autoencoder(settings):
+def test_latents_are_those_of_the_autoencoder(settings, base):
     trainer = Trainer(settings())
     trainer.prepare()
     vae = trainer.model.pipe.vae
-    for i, image in enumerate(trainer.images["instance"]):
+    for i, path in enumerate(sorted((base / "subject").iterdir())):
+        image = read_image(path, SIDE, "instance_data_dir")
         with torch.no_grad():
             posterior = vae.encode(image.pixels[None]).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator(0, "posterior", "instance", i))
         expected = vae.config.scaling_factor * (posterior.mean + posterior.std * noise)
-        assert torch.equal(trainer.latents["instance"][i], expected[0])
-    assert trainer.latents["instance"].shape == (3, 4, SIDE // 8, SIDE // 8)
+        assert torch.equal(trainer.images["instance"].latents[i], expected[0])
+    assert trainer.images["instance"].latents.shape == (3, 4, SIDE // 8, SIDE // 8)
 
 
 def test_latents_of_an_autoencoder_without_a_distribution():
@@ -236,7 +238,7 @@ def test_loss_with_prior_preservation_is_the_naive_one(settings, base, model, en
     total = 0.0
     for name, prompt, weight in (("instance", "a zebra", 1.0), ("class", "a dog", 0.7)):
         text = pipe.encode_prompt(prompt, "cpu", 1, False)[0].detach()
-        kept = trainer.latents[name]
+        kept = trainer.images[name].latents
         for sample in range(4):
             latent = kept[element_of(5, name, sample, len(kept))][None]
             draw = generator(5, "noise", name, sample)
@@ -502,7 +504,7 @@ def test_class_images_are_completed_and_kept(settings, base, tmp_path, monkeypat
     whole = class_files()
     assert sorted(whole) == ["0.png", "1.png", "class-00000.png", "class-00001.png"]
     assert all(path.read_bytes() == content for path, content in kept.items())
-    assert len(trainer.latents["class"]) == 4
+    assert len(trainer.images["class"].latents) == 4
     (own / "class-00001.png").unlink()  # as a killed run leaves the folder
     Trainer(settings(**prior)).prepare()
     assert class_files() == whole
@@ -548,6 +550,25 @@ def test_a_full_disk_in_mid_training_keeps_the_last_checkpoint(settings, monkeyp
     out = settings().output_dir
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"]
     assert not (out / "model_index.json").exists()
+
+
+def test_killed_while_it_exports(settings, monkeypatch):
+    """The folder is no model until all parts are in it; going on completes it."""
+    out, replace = settings().output_dir, os.replace
+
+    def die_at_the_unet(source, target):
+        if Path(target).name == "unet":
+            raise MemoryError("killed")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(os, "replace", die_at_the_unet)
+        run(settings(checkpointing_steps=2))
+    assert (out / "text_encoder").exists() and not (out / "model_index.json").exists()
+    assert not json.loads((out / "training.json").read_text())["finished"]
+    run(settings(checkpointing_steps=2, resume_from_checkpoint="latest"))
+    run(settings(output_dir=out.with_name("whole")))
+    assert weights(out) == weights(out.with_name("whole")) and (out / "agentsd.json").exists()
 
 
 @pytest.mark.gpu

@@ -86,7 +86,7 @@ class _Job:
             if self.record is None:
                 claim_output(self.folder, self.recorded)
             remove_unfinished(self.folder)
-        self.say(f"{len(trainer.images['instance'])} images of the subject in {settings.instance_data_dir}")
+        self.say(f"{len(trainer.files['instance'])} images of the subject in {settings.instance_data_dir}")
         if trainer.other_files:
             names = ", ".join(path.name for path in trainer.other_files[:5])
             self.say(f"{len(trainer.other_files)} files there are not images and are left out: {names}")

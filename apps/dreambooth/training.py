@@ -20,10 +20,10 @@ import agentsd
 
 from .accelerators import make_accelerator
 from .class_images import check_class_folder, complete_class_images
-from .conditioning import check_prompts, encode_ids, encode_prompts, size_conditions, token_ids
-from .data import TrainingImage, digest, find_instance_images, read_images
+from .conditioning import check_prompts, encode_ids, encode_prompts, token_ids
+from .data import find_instance_images, read_image
 from .draws import element_of, generator, number
-from .latents import encode_images
+from .latents import Encoded, encode_files
 from .models import (
     Model,
     check_optimizer,
@@ -48,7 +48,9 @@ class Trainer:
     Attributes:
         done: optimizer steps done.
         accelerator, model: set by `load`.
-        digest: of all images that are trained on, set by `encode`.
+        files: the image files by "instance" and, with prior preservation, "class".
+        images: what is kept of them, set by `encode`.
+        digest: of all images, set by `encode`.
     """
 
     def __init__(self, settings: DreamBoothSettings):
@@ -69,12 +71,13 @@ class Trainer:
         settings = self.settings
         self.accelerator = make_accelerator(settings)
         check_optimizer(settings, self.accelerator.device)
-        paths, self.other_files = find_instance_images(Path(settings.instance_data_dir))
-        self.images: dict[str, list[TrainingImage]] = {
-            "instance": read_images(paths, settings.resolution, "instance_data_dir")
-        }
+        self.files: dict[str, list[Path]] = {}
+        self.files["instance"], self.other_files = find_instance_images(Path(settings.instance_data_dir))
         if settings.with_prior_preservation:
-            read_images(check_class_folder(settings), settings.resolution, "class_data_dir")
+            self.files["class"] = check_class_folder(settings)
+        for name, paths in self.files.items():
+            for path in paths:
+                read_image(path, settings.resolution, f"{name}_data_dir")
         self.model: Model = load_model(settings)
         check_prompts(self.model.pipe, settings)
 
@@ -87,19 +90,15 @@ class Trainer:
         settings, pipe, device = self.settings, self.model.pipe, self.accelerator.device
         prompts = [settings.instance_prompt]
         if settings.with_prior_preservation:
-            paths = complete_class_images(pipe, settings, self.accelerator)
-            self.images["class"] = read_images(paths, settings.resolution, "class_data_dir")
+            self.files["class"] = complete_class_images(pipe, settings, self.accelerator)
             prompts.append(str(settings.class_prompt))
-        self.digest = " ".join(digest(images) for images in self.images.values())
-
         pipe.vae.to(device)
         quiet = not self.accelerator.is_main_process
-        self.latents = {
-            name: encode_images(pipe.vae, images, settings.seed, name, quiet) for name, images in self.images.items()
+        self.images: dict[str, Encoded] = {
+            name: encode_files(pipe.vae, paths, settings.resolution, settings.seed, name, quiet)
+            for name, paths in self.files.items()
         }
-        self.sizes = {
-            name: size_conditions(images, settings.resolution).to(device) for name, images in self.images.items()
-        }
+        self.digest = " ".join(images.digest for images in self.images.values())
         pipe.vae.to("cpu")
 
         self.ids = None if self.model.is_xl else token_ids(pipe, prompts)
@@ -201,10 +200,10 @@ class Trainer:
         """The loss of the samples with these numbers: the subject's, and the weighted one of as many of the class."""
         device, schedule = self.accelerator.device, self.model.noise_scheduler
         chosen = {
-            name: torch.tensor([element_of(self.settings.seed, name, n, len(kept)) for n in samples], device=device)
-            for name, kept in self.latents.items()
+            name: [element_of(self.settings.seed, name, n, len(images.latents)) for n in samples]
+            for name, images in self.images.items()
         }
-        latents = torch.cat([self.latents[name][index] for name, index in chosen.items()])
+        latents = torch.cat([self.images[name].latents[index] for name, index in chosen.items()])
         draws = [generator(self.settings.seed, "noise", name, n) for name in chosen for n in samples]
         noise = torch.stack([torch.randn(latents.shape[1:], generator=draw) for draw in draws]).to(device)
         length = schedule.config.num_train_timesteps
@@ -220,7 +219,7 @@ class Trainer:
         told = {name: value.repeat_interleave(len(samples), dim=0) for name, value in prompts.items()}
         added = None
         if self.model.is_xl:
-            sizes = torch.cat([self.sizes[name][index] for name, index in chosen.items()])
+            sizes = torch.cat([self.images[name].sizes[index] for name, index in chosen.items()])
             added = {"text_embeds": told["pooled"].to(self.input_dtype), "time_ids": sizes}
         predicted = self.wrapped["unet"](
             noisy.to(self.input_dtype), timesteps, told["text"].to(self.input_dtype), added_cond_kwargs=added
