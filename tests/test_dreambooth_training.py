@@ -189,10 +189,12 @@ def test_the_command_killed_for_real(settings, base, undisturbed):
 
 def test_more_steps_later_are_the_same_steps(settings):
     whole, parts = settings().output_dir, settings().output_dir.with_name("parts")
-    run(settings(max_train_steps=4))
-    run(settings(output_dir=parts, max_train_steps=2, checkpointing_steps=2))
-    run(settings(output_dir=parts, max_train_steps=4, resume_from_checkpoint="latest"))
+    agents = dict(agents="both", config=agentsd.AgentConfig(early=0.9, agent_stride=(4, 2)))  # a pair, in JSON a list
+    run(settings(max_train_steps=4, **agents))
+    run(settings(output_dir=parts, max_train_steps=2, checkpointing_steps=2, **agents))
+    run(settings(output_dir=parts, max_train_steps=4, resume_from_checkpoint="latest", **agents))
     assert weights(whole) == weights(parts)
+    assert json.loads((parts / "training.json").read_text())["steps"] == 4
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -530,7 +532,7 @@ def test_stable_diffusion_xl(settings, tmp_path):
     # 73 × 64 pixels, cropped to the middle 64 rows.
     assert told[0][3]["time_ids"].tolist() == [[SIDE + 9, SIDE, 4, 0, SIDE, SIDE]]
     with pytest.raises(UsageError, match="leave it out for Stable Diffusion XL"):
-        Trainer(settings(model=tmp_path / "xl", train_text_encoder=True)).load()
+        Trainer(settings(model=tmp_path / "xl", train_text_encoder=True)).prepare()
     run(chosen)
     pipe.load_lora_weights(chosen.output_dir)
     assert pipe.get_list_adapters()["unet"]

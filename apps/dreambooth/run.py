@@ -31,10 +31,11 @@ def run(settings: DreamBoothSettings) -> None:
         KeyboardInterrupt: Ctrl+C or SIGTERM came; a checkpoint of the last finished step was written.
     """
     trainer = Trainer(settings)
-    trainer.load()
+    trainer.check()
     job = _Job(trainer)
     if job.is_finished():
         return job.say(f"{settings.output_dir} is finished already, after {job.record['steps']} steps")
+    trainer.load()
     check_room(job.folder, written_bytes(trainer.model.pipe, settings))
     trainer.accelerator.wait_for_everyone()  # all have checked before one writes
     job.claim()

@@ -47,8 +47,8 @@ class Trainer:
 
     Attributes:
         done: optimizer steps done.
-        accelerator, model: set by `load`.
-        files: the image files by "instance" and, with prior preservation, "class".
+        accelerator, files: set by `check`; the image files by "instance" and, with prior preservation, "class".
+        model: set by `load`.
         images: what is kept of them, set by `encode`.
         digest: of all images, set by `encode`.
     """
@@ -58,12 +58,13 @@ class Trainer:
         self.done = 0
 
     def prepare(self) -> None:
-        """`load`, then `encode`."""
+        """`check`, `load`, then `encode`."""
+        self.check()
         self.load()
         self.encode()
 
-    def load(self) -> None:
-        """Load and check images, prompts and model. Writes nothing.
+    def check(self) -> None:
+        """Check the device and read all images once. Writes nothing.
 
         Raises:
             UsageError: anything that the training could not be done with.
@@ -78,8 +79,15 @@ class Trainer:
         for name, paths in self.files.items():
             for path in paths:
                 read_image(path, settings.resolution, f"{name}_data_dir")
-        self.model: Model = load_model(settings)
-        check_prompts(self.model.pipe, settings)
+
+    def load(self) -> None:
+        """Load the model, and check that it can be trained with these settings and prompts. Writes nothing.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        self.model: Model = load_model(self.settings)
+        check_prompts(self.model.pipe, self.settings)
 
     def encode(self) -> None:
         """Generate missing class images, encode images and prompts, and build what a step needs.
