@@ -121,6 +121,7 @@ BAD = {
     "not a count": ("--train-batch-size many", "argument --train-batch-size: invalid int value: 'many'"),
     "an unknown word": ("--agents all", "argument --agents: invalid choice: 'all'"),
     "an unknown option": ("--instance-folder x", "unrecognized arguments: --instance-folder"),
+    "a limit that is a word": ("--checkpoints-total-limit few", "--checkpoints-total-limit few: must be an integer"),
     "warm-up": ("--lr-warmup-steps 5", "--lr-warmup-steps 5: has no effect with --lr-scheduler constant"),
     "a field out of range": ("--agents both --ratio 0.99", "ratio=0.99"),
     "a field of another type": ("--agents both --late 3", "late=3: must be"),
@@ -245,13 +246,14 @@ def test_all_options_of_the_command(base, tmp_path):
         "--max-train-steps 9 --learning_rate 2e-6 --lr-scheduler cosine --lr_warmup_steps 1 --use-8bit-adam "
         "--mixed-precision bf16 --lora-rank 4 --checkpointing_steps 5 --resume-from-checkpoint latest "
         "--validation-prompt a_zebra --seed 3 --agents both --ratio 0.3 --alpha 0.1 --agent_stride 4x2 --no-rand "
-        "--patch-seed 8 --model demo --instance-data-dir s --instance-prompt sks_cat --output-dir o"
+        "--patch-seed 8 --upcast --checkpoints-total-limit none --model demo --instance-data-dir s --instance-prompt sks_cat --output-dir o"
     )
     found = script.read_settings(arguments.split())
     assert found.class_prompt == "a_dog" and found.instance_prompt == "sks_cat" and found.validation_prompt == "a_zebra"
     assert (found.train_batch_size, found.gradient_accumulation_steps, found.max_train_steps) == (2, 3, 9)
     assert found.gradient_checkpointing and found.train_text_encoder and found.use_8bit_adam
     assert (found.seed, found.config.seed, found.config.use_rand, found.config.agent_stride) == (3, 8, False, (4, 2))
+    assert found.config.upcast is True and found.checkpoints_total_limit is None
     assert (found.config.ratio, found.config.alpha, found.config.early) == (0.3, 0.1, 1.0)
     plain = script.read_settings("--instance-data-dir s --instance-prompt p --output-dir o".split())
     assert (plain.learning_rate, plain.max_train_steps, plain.agents, plain.resolution) == (1e-6, 800, "none", 512)
