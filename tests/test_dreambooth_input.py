@@ -246,7 +246,8 @@ def test_all_options_of_the_command(base, tmp_path):
         "--max-train-steps 9 --learning_rate 2e-6 --lr-scheduler cosine --lr_warmup_steps 1 --use-8bit-adam "
         "--mixed-precision bf16 --lora-rank 4 --checkpointing_steps 5 --resume-from-checkpoint latest "
         "--validation-prompt a_zebra --seed 3 --agents both --ratio 0.3 --alpha 0.1 --agent_stride 4x2 --no-rand "
-        "--patch-seed 8 --upcast --checkpoints-total-limit none --model demo --instance-data-dir s --instance-prompt sks_cat --output-dir o"
+        "--patch-seed 8 --upcast --checkpoints-total-limit none "
+        "--model demo --instance-data-dir s --instance-prompt sks_cat --output-dir o"
     )
     found = script.read_settings(arguments.split())
     assert found.class_prompt == "a_dog" and found.instance_prompt == "sks_cat" and found.validation_prompt == "a_zebra"
