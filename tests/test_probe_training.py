@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,11 @@ sys.path.insert(0, str(ROOT / "apps"))
 import train_probe as script  # noqa: E402
 from demo_training import training  # noqa: E402
 from probe import gate  # noqa: E402
+from probe.training import PRESETS  # noqa: E402
 
 from eval.denoising.judged import PROBE, load_judged  # noqa: E402
+from eval.denoising.patterns import pattern_images  # noqa: E402
+from eval.protocol import BenchError  # noqa: E402
 
 
 def complete(*arguments) -> int:
@@ -55,6 +59,31 @@ def test_a_killed_training_ends_with_the_same_weights(finished, tmp_path, monkey
     name = "model/unet/diffusion_pytorch_model.safetensors"
     ours, theirs = load_file(out / name), load_file(finished / name)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_training_starts_from_another_probe_and_keeps_its_scale(finished, tmp_path, monkeypatch, capsys):
+    larger = replace(PRESETS["smoke"], sides=(8, 12), scale=1.5, phases=(1, 1), peak_lrs=(0.0, 0.0))
+    monkeypatch.setitem(PRESETS, "smoke", larger)
+    arguments = ("train", "--smoke", "--precision", "fp32", "--start-from", finished / "model", "--out", tmp_path)
+    assert complete(*arguments) == 0
+    name = "unet/diffusion_pytorch_model.safetensors"
+    before, after = load_file(finished / "model" / name), load_file(tmp_path / "model" / name)
+    assert all(torch.equal(before[key], after[key]) for key in before)  # at a learning rate of 0
+    judged = load_judged(str(tmp_path / "model"), device="cpu")
+    assert judged.pipe.unet.config.sample_size == 12 and judged.scale == 1.5
+    patterns = gate.load_inputs(judged, None, None, 2, 7).latents
+    assert torch.equal(patterns, pattern_images(7, range(2), 12, 1.5))
+
+    assert complete("train", "--smoke", "--precision", "fp32", "--out", tmp_path) == 2
+    assert "was made with another started_from" in capsys.readouterr().err
+    monkeypatch.setitem(PRESETS, "smoke", replace(larger, channels=(16, 16)))
+    assert complete(*arguments[:-1], tmp_path / "other") == 2
+    assert "other layers or channels" in capsys.readouterr().err
+    assert complete("train", "--smoke", "--start-from", tmp_path / "none", "--out", tmp_path / "third") == 2
+    assert "give the folder of a probe" in capsys.readouterr().err
+    (tmp_path / "model" / "patterns.json").write_text('{"scale": "large"}')
+    with pytest.raises(BenchError, match="scale 'large' must be a number from 1"):
+        load_judged(str(tmp_path / "model"), device="cpu")
 
 
 def test_an_untrained_network_fails_the_gate(finished, monkeypatch, capsys):

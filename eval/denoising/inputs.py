@@ -68,7 +68,7 @@ def load_inputs(judged: Judged, images: Path | None, captions: Path | None, samp
         if images is not None:
             raise BenchError("--images: the probe takes patterns that it generates, leave --images out")
         config = judged.pipe.unet.config
-        patterns = pattern_images(seed, range(samples), config.sample_size)
+        patterns = pattern_images(seed, range(samples), config.sample_size, judged.scale)
         text = torch.zeros(samples, 1, config.cross_attention_dim)
         return Inputs(tuple(f"pattern {number}" for number in range(samples)), patterns, text)
     if images is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from eval.models import ModelSpec, load_model, pick_device
 from eval.protocol import BenchError
 
 PROBE = Path(__file__).parents[1] / "probe"
-"""The shipped probe; apps/train_probe.py made it."""
+PROBE_64 = Path(__file__).parents[1] / "probe-64"
+"""The shipped probes, of 24 × 24 and 64 × 64 pixels; apps/train_probe.py made them."""
+
+PATTERNS = "patterns.json"
+"""File in a probe's folder with the scale of its patterns; a folder without it has scale 1."""
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -29,12 +34,14 @@ class Judged:
         pipe: a pipeline with an unpatched `unet` and a `scheduler`.
         signal: [T], the cumulative product of 1 − beta; T is the number of training timesteps.
         is_probe: it takes patterns and no text.
+        scale: of those patterns.
     """
 
     name: str
     pipe: Any
     signal: Tensor
     is_probe: bool = False
+    scale: float = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -67,21 +74,22 @@ class Judged:
 
 
 def load_judged(model: str, device: str | None = None, dtype: str | None = None, revision: str | None = None) -> Judged:
-    """The model: "probe" (shipped) or a folder of one, "demo", a folder or a Hugging Face id.
+    """The model: "probe" or "probe-64" (shipped), or a folder of one, "demo", a folder or a Hugging Face id.
 
     Raises:
         BenchError: it cannot be loaded, or its loss is not one of a noise that is predicted from latents and text.
     """
-    folder = PROBE if model == "probe" else Path(model)
-    if model == "probe" or (folder / "model_index.json").is_file() and not (folder / "vae").is_dir():
-        judged = judge(model, _load_probe(folder, device, dtype), is_probe=True)
+    shipped = {"probe": PROBE, "probe-64": PROBE_64}
+    folder = shipped.get(model) or Path(model)
+    if model in shipped or (folder / "model_index.json").is_file() and not (folder / "vae").is_dir():
+        judged = judge(model, _load_probe(folder, device, dtype), is_probe=True, scale=_scale_of(folder))
     else:
         pipe = load_model(ModelSpec(model=model, scheduler="ddim", device=device, dtype=dtype, revision=revision))
         judged = judge(model, pipe)
     return judged
 
 
-def judge(name: str, pipe: Any, is_probe: bool = False) -> Judged:
+def judge(name: str, pipe: Any, is_probe: bool = False, scale: float = 1.0) -> Judged:
     """A pipeline as Judged. Raises BenchError where its loss cannot be measured."""
     kind = getattr(pipe.scheduler.config, "prediction_type", None)
     if kind not in PREDICTION_TYPES:
@@ -97,7 +105,7 @@ def judge(name: str, pipe: Any, is_probe: bool = False) -> Judged:
             f"{name}: its UNet takes {channels} channels and its autoencoder makes {pipe.vae.config.latent_channels}: "
             "inpainting and similar models are not supported"
         )
-    return Judged(name, pipe, pipe.scheduler.alphas_cumprod.float().cpu(), is_probe)
+    return Judged(name, pipe, pipe.scheduler.alphas_cumprod.float().cpu(), is_probe, scale)
 
 
 def _load_probe(folder: Path, device: str | None, dtype: str | None) -> DDPMPipeline:
@@ -109,3 +117,15 @@ def _load_probe(folder: Path, device: str | None, dtype: str | None) -> DDPMPipe
     except Exception as error:  # diffusers raises many kinds here; all of them mean that there is no model
         raise BenchError(f"{folder}: cannot be loaded as a probe ({str(error).splitlines()[0][:200]})") from error
     return DDPMPipeline(unet.eval().to(chosen, precision), scheduler)
+
+
+def _scale_of(folder: Path) -> float:
+    try:
+        scale = json.loads((folder / PATTERNS).read_text(encoding="utf-8"))["scale"]
+    except FileNotFoundError:
+        return 1.0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchError(f"{folder / PATTERNS}: cannot be read ({error})") from error
+    if not isinstance(scale, (int, float)) or not scale >= 1:
+        raise BenchError(f"{folder / PATTERNS}: scale {scale!r} must be a number from 1")
+    return float(scale)
