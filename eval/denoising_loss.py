@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model", default="probe",
-        help="probe, probe-64, demo, a folder or a Hugging Face id of SD 1.x or 2.x (default: %(default)s)",
+        help="probe, probe-64, demo, a folder or a Hugging Face id of SD 1.x, 2.x, XL (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--revision", help="of a Hugging Face id")
     parser.add_argument(

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_text_encoder, make_tokenizer, make_unet, make_vae
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +114,48 @@ def test_the_loss_is_that_of_the_noise(prediction_type, tmp_path):
     else:
         expected = (out - noise).square().mean(dim=(1, 2, 3))
     np.testing.assert_allclose(losses, expected.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionXLPipeline, StableDiffusionXLInpaintPipeline])
+def test_sdxl_and_inpainting_get_what_their_pipelines_give_them(kind, tmp_path, monkeypatch):
+    """The pipeline itself, on the same latents, noise and mask, gives the UNet the same input at its first step."""
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "captions.csv").write_text("a.png,a zebra\nb.png,a fox\n")
+    inpainting = kind is StableDiffusionXLInpaintPipeline
+    pipe = kind(
+        vae=make_vae(), text_encoder=make_text_encoder(), text_encoder_2=make_text_encoder(projection=32),
+        tokenizer=make_tokenizer(), tokenizer_2=make_tokenizer(),
+        unet=make_unet("sdxl", **({"in_channels": 9} if inpainting else {})),
+        scheduler=DDIMScheduler(**BETAS, clip_sample=False), add_watermarker=False,
+    )  # fmt: skip
+    judged = judge("tiny", pipe)
+    inputs = load_inputs(judged, tmp_path, tmp_path / "captions.csv", 2, seed=0)
+    assert inputs.take([1]).added["text_embeds"].shape == (1, 32)
+    assert np.isfinite(losses_at(judged, inputs, AGENTS, 500)).all()
+
+    seen = []
+    monkeypatch.setattr(
+        pipe.unet, "forward", lambda *args, **kwargs: seen.append((args, kwargs)) or (args[0][:, :4],), raising=True
+    )
+    options = dict(num_inference_steps=2, guidance_scale=1.0, output_type="latent")
+    if inpainting:
+        mask = np.zeros((128, 128), dtype=np.uint8)
+        mask[32:96, 32:96] = 255
+        options |= {"image": [Image.fromarray(pixels)] * 2, "mask_image": [Image.fromarray(mask)] * 2, "strength": 1.0}
+        mode = type(pipe.vae.encode(torch.zeros(1, 3, 128, 128)).latent_dist)
+        monkeypatch.setattr(mode, "sample", lambda self, *_: self.mode())
+    pipe(["a zebra", "a fox"], **options)
+    args, kwargs = seen[0]
+    added = kwargs["added_cond_kwargs"]
+    torch.testing.assert_close(kwargs["encoder_hidden_states"], inputs.text)
+    torch.testing.assert_close(added["text_embeds"], inputs.added["text_embeds"])
+    torch.testing.assert_close(added["time_ids"].float(), inputs.added["time_ids"])
+    if inpainting:
+        torch.testing.assert_close(args[0][:, 4:], inputs.beside, rtol=1e-4, atol=1e-5)
+    else:
+        assert inputs.beside is None
 
 
 def test_latents_are_the_autoencoders_mean_of_a_centred_square(tmp_path):
@@ -357,8 +408,11 @@ def test_a_loss_of_zero_is_told(judged, inputs, tmp_path, monkeypatch):
 def test_models_whose_loss_is_another_are_refused():
     with pytest.raises(BenchError, match="predicts 'sample', but only epsilon and v_prediction"):
         judge("m", stable_diffusion("sample"))
-    with pytest.raises(BenchError, match="takes 9 channels and its autoencoder makes 4: inpainting"):
+    with pytest.raises(BenchError, match="takes 9 channels, which is not what a StableDiffusionPipeline"):
         judge("m", stable_diffusion(in_channels=9))
+    other = StableDiffusionImg2ImgPipeline(**stable_diffusion().components, requires_safety_checker=False)
+    with pytest.raises(BenchError, match="is a StableDiffusionImg2ImgPipeline, but only StableDiffusionPipeline, "):
+        judge("m", other)
     pipe = stable_diffusion()
     agentsd.apply_patch(pipe)
     with pytest.raises(BenchError, match="already patched"):

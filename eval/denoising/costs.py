@@ -22,8 +22,7 @@ from eval.protocol import SD, Scenario
 from eval.scenarios import use_scenario
 
 from .files import read_json
-from .inputs import Inputs
-from .judged import Judged
+from .judged import Inputs, Judged
 from .settings import name_of
 
 TIMED_BATCH = 4
@@ -125,7 +124,7 @@ def _seconds(judged: Judged, batch: Inputs, scenario: Scenario, timestep: int) -
     with use_scenario(judged.pipe, scenario):
         _wait(judged.device)
         start = time.perf_counter()
-        judged.predict_noise(batch.latents, timestep, batch.text)  # returns to the CPU, so a GPU is done
+        judged.predict_noise(batch.latents, timestep, batch)  # returns to the CPU, so a GPU is done
         return time.perf_counter() - start
 
 

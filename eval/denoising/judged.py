@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
 from agentsd.images.pipelines import choose_dtype
@@ -22,7 +31,43 @@ PROBE_64 = Path(__file__).parents[1] / "probe-64"
 PATTERNS = "patterns.json"
 """File in a probe's folder with the scale of its patterns; a folder without it has scale 1."""
 
+INPAINTING = (StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline)
+PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline, *INPAINTING)
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Images as the network sees them, all tensors on the CPU.
+
+    Attributes:
+        keys: one for each image; its noise depends on the key, not on its place among the images.
+        latents: [N, C, H, W], float32.
+        text: [N, L, D].
+        added: what SDXL takes beside the text (text_embeds, time_ids), by the UNet's own names, each [N, …].
+        beside: [N, 1 + C, H, W], mask and latents of the masked image, which an inpainting UNet takes beside the noisy
+            latents; None for others.
+    """
+
+    keys: tuple[str, ...]
+    latents: Tensor
+    text: Tensor
+    added: dict[str, Tensor] = field(default_factory=dict)
+    beside: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, numbers: Sequence[int]) -> Inputs:
+        """Some of the images, in this order."""
+        index = list(numbers)
+        return Inputs(
+            tuple(self.keys[i] for i in index),
+            self.latents[index],
+            self.text[index],
+            {name: value[index] for name, value in self.added.items()},
+            None if self.beside is None else self.beside[index],
+        )
 
 
 @dataclass(frozen=True)
@@ -57,16 +102,20 @@ class Judged:
         return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
     @torch.no_grad()
-    def predict_noise(self, noisy: Tensor, timestep: int, text: Tensor) -> Tensor:
+    def predict_noise(self, noisy: Tensor, timestep: int, inputs: Inputs) -> Tensor:
         """ε̂ of x_t, [B, C, H, W] float32; a v-prediction is converted by ε = √ᾱ v + √(1 − ᾱ) x_t.
 
         Args:
             noisy: x_t, [B, C, H, W] float32.
-            text: [B, L, D].
+            inputs: the B images that x_t was made of, for what the network takes beside it.
         """
         device, dtype = self.device, self.dtype
         moment = torch.tensor(timestep, device=device)
-        out = self.pipe.unet(noisy.to(device, dtype), moment, text.to(device, dtype)).sample.float().cpu()
+        sample = noisy if inputs.beside is None else torch.cat([noisy, inputs.beside], dim=1)
+        added = {name: value.to(device, dtype) for name, value in inputs.added.items()}
+        options = {"added_cond_kwargs": added} if added else {}
+        out = self.pipe.unet(sample.to(device, dtype), moment, inputs.text.to(device, dtype), **options)
+        out = out.sample.float().cpu()
         if self.pipe.scheduler.config.prediction_type == "epsilon":
             return out
         signal = self.signal[timestep]
@@ -94,17 +143,18 @@ def judge(name: str, pipe: Any, is_probe: bool = False, scale: float = 1.0) -> J
     kind = getattr(pipe.scheduler.config, "prediction_type", None)
     if kind not in PREDICTION_TYPES:
         raise BenchError(f"{name}: predicts {kind!r}, but only {' and '.join(PREDICTION_TYPES)} are supported")
-    if not is_probe and not isinstance(pipe, StableDiffusionPipeline):
-        raise BenchError(
-            f"{name}: is a {type(pipe).__name__}, but only StableDiffusionPipeline (SD 1.x and 2.x) and the probe are "
-            "supported"
-        )
+    if not is_probe and not isinstance(pipe, PIPELINES):
+        kinds = ", ".join(kind.__name__ for kind in PIPELINES)
+        raise BenchError(f"{name}: is a {type(pipe).__name__}, but only {kinds} and the probe are supported")
     channels = pipe.unet.config.in_channels
-    if not is_probe and channels != pipe.vae.config.latent_channels:
-        raise BenchError(
-            f"{name}: its UNet takes {channels} channels and its autoencoder makes {pipe.vae.config.latent_channels}: "
-            "inpainting and similar models are not supported"
-        )
+    if not is_probe:
+        own = pipe.vae.config.latent_channels
+        possible = (own, 2 * own + 1) if isinstance(pipe, INPAINTING) else (own,)
+        if channels not in possible:
+            raise BenchError(
+                f"{name}: its UNet takes {channels} channels, which is not what a {type(pipe).__name__} with an "
+                f"autoencoder of {own} channels gives it: {' or '.join(map(str, possible))}"
+            )
     return Judged(name, pipe, pipe.scheduler.alphas_cumprod.float().cpu(), is_probe, scale)
 
 
