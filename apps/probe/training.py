@@ -29,6 +29,7 @@ class ProbePreset:
     Attributes:
         sides, batches, phases, peak_lrs: of each phase: image side, images a step, steps, and peak learning rate. The
             network is made for the last side.
+        decay_steps: steps that each phase's learning rate would need to fall to 0; None: as many as the phase has.
         scale: of the patterns, see `pattern_images`.
         most_weight: the largest weight of a timestep's loss; the larger, the more the noisiest timesteps count.
     """
@@ -38,6 +39,7 @@ class ProbePreset:
     batches: tuple[int, ...]
     phases: tuple[int, ...]
     peak_lrs: tuple[float, ...]
+    decay_steps: tuple[int, ...] | None = None
     scale: float = 1.0
     most_weight: float = 4.0
     warmup_steps: int = 50
@@ -47,9 +49,18 @@ class ProbePreset:
 
 PRESETS = {
     "cpu": ProbePreset((40, 80), (SIDE, SIDE), (16, 16), (1000, 1000), (3e-3, 2e-3)),
+    # One cosine from 2e-3 to 0 in two parts: the cheap small images first, until it has fallen to about the half.
     "cpu-64": ProbePreset(
-        (40, 80), (48, 64), (8, 4), (900, 400), (2e-3, 1e-3), scale=2.0, most_weight=12.0, ema_decay=0.99
-    ),
+        (40, 80),
+        (48, 64),
+        (8, 4),
+        (500, 350),
+        (2e-3, 1e-3),
+        decay_steps=(900, 350),
+        scale=2.0,
+        most_weight=12.0,
+        ema_decay=0.99,
+    ),  # fmt: skip
     "smoke": ProbePreset((8, 16), (8, 8), (4, 4), (3, 3), (1e-3, 1e-3), warmup_steps=1),
 }
 
@@ -75,7 +86,7 @@ def train_stage(run: Run) -> Path:
         loss_of = _Loss(run, trained)
         train(
             run, "probe", {"unet": trained}, {"unet": average}, preset.phases, preset.peak_lrs, loss_of,
-            lambda: Image.new("L", (1, 1)),
+            lambda: Image.new("L", (1, 1)), decay_steps=preset.decay_steps,
         )  # fmt: skip
         finish(folder, average.state_dict(), {})
     unet.load_state_dict(load_file(weights))
