@@ -20,7 +20,7 @@ from demo_training import training  # noqa: E402
 from probe import gate  # noqa: E402
 from probe.training import PRESETS  # noqa: E402
 
-from eval.denoising.judged import PROBE, load_judged  # noqa: E402
+from eval.denoising.judged import PROBE, PROBE_64, load_judged  # noqa: E402
 from eval.denoising.patterns import pattern_images  # noqa: E402
 from eval.protocol import BenchError  # noqa: E402
 
@@ -108,10 +108,12 @@ def test_bad_input_is_told(finished, tmp_path, capsys):
     assert "--samples 1: must be at least 2" in told("gate", "--samples", 1, "--out", finished)
 
 
-def test_the_shipped_probe_needs_its_attention_and_is_small():
-    assert sum(file.stat().st_size for file in PROBE.rglob("*") if file.is_file()) <= 4 << 20
-    judged = load_judged("probe", device="cpu")
-    inputs = gate.load_inputs(judged, None, None, 16, 5)
-    row = gate._row(judged, inputs, 390)
+@pytest.mark.parametrize(
+    ("name", "folder", "tokens", "samples"), [("probe", PROBE, 576, 16), ("probe-64", PROBE_64, 4096, 3)]
+)
+def test_the_shipped_probes_need_their_attention_and_are_small(name, folder, tokens, samples):
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 4 << 20
+    judged = load_judged(name, device="cpu")
+    row = gate._row(judged, gate.load_inputs(judged, None, None, samples, 5), 390)
     assert row["mean-value"][0] > 0.25 and row["no-attention"][0] > 0.5
-    assert min(row["keys"].values()) < row["tokens"] / 4
+    assert min(row["keys"].values()) < tokens / 4 and row["tokens"] == tokens
