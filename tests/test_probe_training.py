@@ -18,10 +18,11 @@ sys.path.insert(0, str(ROOT / "apps"))
 import train_probe as script  # noqa: E402
 from demo_training import training  # noqa: E402
 from probe import gate  # noqa: E402
+from probe.matching import matched_share  # noqa: E402
 from probe.training import PRESETS  # noqa: E402
 
 from eval.denoising.judged import PROBE, PROBE_64, load_judged  # noqa: E402
-from eval.denoising.patterns import pattern_images  # noqa: E402
+from eval.denoising.patterns import SMOOTHING, pattern_images  # noqa: E402
 from eval.protocol import BenchError  # noqa: E402
 
 
@@ -84,6 +85,13 @@ def test_a_training_starts_from_another_probe_and_keeps_its_scale(finished, tmp_
     (tmp_path / "model" / "patterns.json").write_text('{"scale": "large"}')
     with pytest.raises(BenchError, match="scale 'large' must be a number from 1"):
         load_judged(str(tmp_path / "model"), device="cpu")
+
+
+def test_the_best_matching_is_sharp_without_noise_and_uniform_in_it():
+    images = pattern_images(0, range(3), 24)
+    sharp, blurred, lost = (matched_share(images, signal, 7, SMOOTHING) for signal in (0.9, 0.1, 1e-5))
+    assert 1 / 18**2 <= sharp < 0.05 < blurred < lost and lost > 0.99
+    assert matched_share(images, 0.1, 11, SMOOTHING) < blurred  # a larger window knows more
 
 
 def test_an_untrained_network_fails_the_gate(finished, monkeypatch, capsys):

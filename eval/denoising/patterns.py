@@ -12,7 +12,7 @@ SIDE, CHANNELS = 24, 3
 KINDS = ("period", "period", "period", "mirrored", "rotated", "scattered")
 """Kinds of repetition, each image takes one of them at random; half of the images repeat with a plain period."""
 
-_SMOOTHING = 1.1  # standard deviation in pixels of the Gaussian that smooths white noise, at scale 1
+SMOOTHING = 1.1  # standard deviation in pixels of the Gaussian that smooths white noise, at scale 1
 _SCATTERED, _SCATTERED_SIDE = 7, 8  # copies of a tile, at least, and its side at scale 1
 
 
@@ -71,7 +71,7 @@ def _smooth(height: int, width: int, scale: float, random: torch.Generator) -> T
     """[3, height, width]: white noise smoothed on a torus, with mean 0 and unit variance."""
     noise = torch.randn(CHANNELS, height, width, generator=random)
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
-    transfer = torch.exp(-2 * (torch.pi * _SMOOTHING * scale) ** 2 * (rows**2 + columns**2))
+    transfer = torch.exp(-2 * (torch.pi * SMOOTHING * scale) ** 2 * (rows**2 + columns**2))
     tile = torch.fft.irfft2(torch.fft.rfft2(noise) * transfer, s=(height, width))
     tile = tile - tile.mean()
     return tile / tile.std()
