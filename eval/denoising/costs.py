@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -36,11 +36,13 @@ class Cost:
 
     Attributes:
         time: of a call over that of the unpatched call, 1 for as long; None where it was not timed.
+        spread: half the distance of the quartiles of that ratio over the rounds.
         multiply_adds: of the patched self-attention layers of Stable Diffusion 1.5 at 512 px, one image.
         unet: multiply-adds of that whole UNet over those of the unpatched one. Both None for what is no real method.
     """
 
     time: float | None = None
+    spread: float | None = None
     multiply_adds: int | None = None
     unet: float | None = None
 
@@ -50,7 +52,7 @@ def phase_of(scenario: Scenario) -> Phase:
     return Phase.AGENT if scenario.method == "agentsd" and scenario.config.early else Phase.MERGE
 
 
-def costs_of(scenarios: Sequence[Scenario], times: dict[str, float]) -> dict[str, Cost]:
+def costs_of(scenarios: Sequence[Scenario], times: dict[str, list[float]]) -> dict[str, Cost]:
     """The cost of each scenario, by its name.
 
     Args:
@@ -59,12 +61,14 @@ def costs_of(scenarios: Sequence[Scenario], times: dict[str, float]) -> dict[str
     return {name_of(scenario): _cost(scenario, times.get(name_of(scenario))) for scenario in scenarios}
 
 
-def _cost(scenario: Scenario, seconds: float | None) -> Cost:
+def _cost(scenario: Scenario, ratios: list[float] | None) -> Cost:
+    low, time, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist() if ratios else (None, None, None)
+    spread = (high - low) / 2 if ratios else None
     if scenario.method not in ("sd", "tomesd", "agentsd"):
-        return Cost(seconds)
+        return Cost(time, spread)
     # ToMeSD's own code is not counted; it merges as the later phase does.
     report, phase = _described(scenario.config or AgentConfig(ratio=0.0, early=0.0)), phase_of(scenario)
-    return Cost(seconds, report.self_attention_multiply_adds(phase), report.unet_fraction(phase))
+    return Cost(time, spread, report.self_attention_multiply_adds(phase), report.unet_fraction(phase))
 
 
 @functools.cache
@@ -83,8 +87,8 @@ def measure_times(
     rounds: int,
     out: Path,
     code: Callable[[Scenario], str],
-) -> dict[str, float]:
-    """Time of a UNet call over that of the unpatched call right before it: the median over interleaved rounds, by name.
+) -> dict[str, list[float]]:
+    """Time of a UNet call over that of the unpatched call right before it, of each interleaved round, by name.
 
     A machine whose speed drifts favours none. Times in `out/times.json` from before are kept.
 
@@ -111,12 +115,7 @@ def measure_times(
                     found[name_of(scenario)].append(own / unpatched)
         kept |= {name_of(one): {"code": code(one), "ratios": found[name_of(one)]} for one in missing}
         write_atomically(path, json.dumps(kept, indent=1) + "\n")
-    names = [name_of(scenario) for scenario in scenarios]
-    return {
-        name: 1.0 if name == "sd" else statistics.median(kept[name]["ratios"])
-        for name in names
-        if name == "sd" or name in kept
-    }
+    return {"sd": [1.0]} | {name: kept[name]["ratios"] for name in map(name_of, scenarios) if name in kept}
 
 
 def _seconds(judged: Judged, batch: Inputs, scenario: Scenario, timestep: int) -> float:

@@ -61,14 +61,15 @@ def make_pairs(
     return rows
 
 
-def unbeaten(pairs: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
-    """The runs that no other one beats in both rise and cost, from the cheapest to the best.
+def unbeaten(pairs: Sequence[dict[str, Any]], step: float = 0.1) -> list[dict[str, Any]]:
+    """The runs that no other one beats in both rise and multiply-adds, from the cheapest to the best.
 
     Args:
-        cost: "time" or "unet".
+        step: a run is left out if its rise is not smaller by this fraction than that of the one before.
     """
     front: list[dict[str, Any]] = []
-    for row in sorted((row for row in pairs if row[cost] is not None), key=lambda row: (row[cost], row["rise"])):
-        if not front or row["rise"] < front[-1]["rise"]:
+    known = [row for row in pairs if row["unet"] is not None]
+    for row in sorted(known, key=lambda row: (row["unet"], row["rise"])):
+        if not front or row["rise"] < front[-1]["rise"] - step * abs(front[-1]["rise"]):
             front.append(row)
     return front

@@ -157,29 +157,31 @@ def as_markdown(
     ]
     parts.append(_table(["early", "any", *(f"{early:g}" for early in EARLY)], body))
     parts.append(
-        "What a UNet call costs: its time over the unpatched call, on this machine and this network, and the "
-        f"multiply-adds of Stable Diffusion 1.5 at {SIZE} px, of the patched self-attention (one image) and of the "
-        "whole UNet over the unpatched one:"
+        "What a UNet call costs: its time over the unpatched call, on this machine and this network (median of the "
+        "rounds ± half the distance of their quartiles), and the multiply-adds of Stable Diffusion 1.5 at "
+        f"{SIZE} px, of the patched self-attention (one image) and of the whole UNet over the unpatched one:"
     )
     body = [
-        [name, _number(cost.time), _number(cost.multiply_adds and cost.multiply_adds / 1e9, 1), _number(cost.unet, 3)]
+        [name, _timed(cost), _number(cost.multiply_adds and cost.multiply_adds / 1e9, 1), _number(cost.unet, 3)]
         for name, cost in costs.items()
     ]
     parts.append(_table(["a call", "time", "attention, 10⁹", "UNet"], body))
-    for field, meaning in (("time", "time of a run here"), ("unet", "multiply-adds of Stable Diffusion 1.5's UNet")):
-        front = unbeaten(pairs, field)
-        if len(front) < 2:
-            continue
+    if len(front := unbeaten(pairs)) > 1:
         parts.append(
-            f"Each of these runs has the least rise of all that are as cheap, by {meaning} over the unpatched one; of "
-            f"{len(pairs)} runs, every setting of the agent phase with every later one and early fraction."
+            "Each of these runs has the least rise of all that need as few multiply-adds of Stable Diffusion 1.5's UNet, "
+            f"out of {len(pairs)}: every setting of the agent phase with every later one and early fraction. Of runs whose "
+            "rises differ by less than a tenth the cheapest is shown."
         )
         body = [
-            [f"{row['early']:g}", row["agents"] or "", row["later"] or "", _percent(row), _number(row[field], 3)]
+            [f"{row['early']:g}", row["agents"] or "", row["later"] or "", _percent(row), _number(row["unet"], 3)]
             for row in front
         ]
-        parts.append(_table(["early", "agent phase", "later phase", "rise", field], body))
+        parts.append(_table(["early", "agent phase", "later phase", "rise", "UNet"], body))
     return "\n\n".join(parts) + "\n"
+
+
+def _timed(cost: Cost) -> str:
+    return "" if cost.time is None else f"{cost.time:.2f} ± {cost.spread:.2f}"
 
 
 def _number(value: float | None, digits: int = 2) -> str:
