@@ -168,9 +168,9 @@ def as_markdown(
     parts.append(_table(["a call", "time", "attention, 10⁹", "UNet"], body))
     if len(front := unbeaten(pairs)) > 1:
         parts.append(
-            "Each of these runs has the least rise of all that need as few multiply-adds of Stable Diffusion 1.5's UNet, "
-            f"out of {len(pairs)}: every setting of the agent phase with every later one and early fraction. Of runs whose "
-            "rises differ by less than a tenth the cheapest is shown."
+            "Each of these runs has the least rise of all that need as few multiply-adds of Stable Diffusion 1.5's "
+            f"UNet, out of {len(pairs)}: every setting of the agent phase with every later one and early fraction. Of "
+            "runs whose rises differ by less than a tenth the cheapest is shown."
         )
         body = [
             [f"{row['early']:g}", row["agents"] or "", row["later"] or "", _percent(row), _number(row["unet"], 3)]
