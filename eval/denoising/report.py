@@ -42,8 +42,8 @@ def write_report(
     sampled = (about["sampled"], about["num_train_timesteps"])
     runs = make_runs(scenarios, timesteps, cells, *sampled)
     pairs = make_pairs(scenarios, timesteps, cells, *sampled, costs)
-    own_costs = {name: asdict(cost) for name, cost in costs.items()}
-    write_json(out / "results.json", {"about": about, "rows": rows, "runs": runs, "costs": own_costs, "pairs": pairs})
+    found = {"costs": {name: asdict(cost) for name, cost in costs.items()}, "unbeaten": unbeaten(pairs, 0)}
+    write_json(out / "results.json", {"about": about, "rows": rows, "runs": runs, **found})
     write_atomically(out / "results.csv", as_csv(rows, about["environment"]))
     footer = environment_line(about["environment"])
     title = f"What agent attention costs, by noise level: {about['model']}, {about['images']} images"
