@@ -58,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         "--timesteps", default="60,170,280,390,500,610,720,830,940", help="noise levels (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=50, help="of the sampler that the mean over a run is weighted by")
-    parser.add_argument("--samples", type=int, default=192, help="number of images (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=128, help="number of images (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="of timing; 0: none (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0: none (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and patterns (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 elsewhere")
