@@ -3,6 +3,8 @@
 Usage:
 
     python apps/train_probe.py --out runs/probe             # train, export to runs/probe/model, judge by the gate
+    python apps/train_probe.py --preset cpu-64 --start-from eval/probe --out runs/probe-64    # of 64 × 64 pixels
+    python apps/train_probe.py matching --out runs/probe-64 # how sharp its attention could be at best
     python apps/train_probe.py --smoke --out runs/smoke     # the same in seconds, with a toy
 
 The images are smooth random patterns that repeat within the image (with a period, mirrored, turned, or scattered).
@@ -20,16 +22,24 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the repository, where `eval` is a package
 
-STAGES = ("train", "gate")
+STAGES = ("train", "gate", "matching")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     summary, _, details = __doc__.partition("\n")
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES), help="default: all")
+    parser.add_argument(
+        "stage", nargs="?", default="all", choices=("all", *STAGES), help="all (default) is train and gate"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of everything that is written")
-    parser.add_argument("--smoke", action="store_const", dest="preset", const="smoke", default="cpu", help="a toy")
+    parser.add_argument(
+        "--preset", choices=("cpu", "cpu-64", "smoke"), default="cpu", help="cpu (default): 24 × 24; cpu-64: 64 × 64"
+    )
+    parser.add_argument("--smoke", action="store_const", dest="preset", const="smoke", help="--preset smoke, a toy")
+    parser.add_argument(
+        "--start-from", type=Path, metavar="FOLDER", help="a probe whose weights the training starts from"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the training's autocast")
@@ -61,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=torch.device(options.device),
             compile=False,
             icons=(),
-            grow_from=None,
+            grow_from=options.start_from,
             count=0,
             checkpoint_seconds=options.checkpoint_seconds,
         )
@@ -71,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from probe.gate import gate_stage
 
             gate_stage(run.out, options.samples)
+        if options.stage == "matching":
+            from probe.matching import matching_stage
+
+            matching_stage(run.out)
     except (UsageError, BenchError) as error:
         print(f"train_probe: error: {error}", file=sys.stderr)
         return 2

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model", default="probe",
-        help="probe, demo, a folder or a Hugging Face id of SD 1.x or 2.x (default: %(default)s)",
+        help="probe, probe-64, demo, a folder or a Hugging Face id of SD 1.x, 2.x, XL (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--revision", help="of a Hugging Face id")
     parser.add_argument(
@@ -49,13 +49,18 @@ def _parser() -> argparse.ArgumentParser:
         "--methods", default="sd,tomesd,agentsd", help=f"several of {', '.join(METHODS)} (default: %(default)s)"
     )
     parser.add_argument("--ratios", default="0.4,0", help="fractions of the tokens merged away (default: %(default)s)")
-    parser.add_argument("--ablate", default="", help=f"several of {', '.join(ABLATIONS)}; made at the last of --ratios")
+    parser.add_argument(
+        "--ablate",
+        default="",
+        help=f"several of {', '.join(ABLATIONS)}, or crosses as alpha×scale; made at the last of --ratios",
+    )
     parser.add_argument(
         "--timesteps", default="60,170,280,390,500,610,720,830,940", help="noise levels (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=50, help="of the sampler that the mean over a run is weighted by")
-    parser.add_argument("--samples", type=int, default=192, help="number of images (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=128, help="number of images (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0: none (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and patterns (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 elsewhere")

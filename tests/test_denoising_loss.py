@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_text_encoder, make_tokenizer, make_unet, make_vae
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -20,9 +29,11 @@ sys.path.insert(0, str(ROOT))
 import agentsd  # noqa: E402
 from agentsd import AgentConfig  # noqa: E402
 from eval.denoising import run as command  # noqa: E402
+from eval.denoising.costs import Cost, costs_of, measure_times  # noqa: E402
 from eval.denoising.inputs import Inputs, captioned_files, load_inputs  # noqa: E402
 from eval.denoising.judged import judge, load_judged  # noqa: E402
 from eval.denoising.losses import losses_at, noise_of  # noqa: E402
+from eval.denoising.pairs import make_pairs, unbeaten  # noqa: E402
 from eval.denoising.patterns import pattern_images  # noqa: E402
 from eval.denoising.report import make_rows, make_runs  # noqa: E402
 from eval.denoising.settings import ABLATIONS, make_scenarios, name_of  # noqa: E402
@@ -69,7 +80,8 @@ def stable_diffusion(prediction_type="epsilon", **unet):
 def options(toy, out, **changed):
     values = dict(
         model=str(toy), revision=None, images=None, captions=None, methods="sd,tomesd,agentsd", ratios="0.4", ablate="",
-        timesteps="100,800", steps=50, samples=6, batch_size=4, seed=0, device="cpu", dtype=None, out=str(out),
+        timesteps="100,800", steps=50, samples=6, batch_size=4, rounds=0, seed=0, device="cpu", dtype=None,
+        out=str(out),
     )  # fmt: skip
     return type("Options", (), values | changed)()
 
@@ -102,6 +114,48 @@ def test_the_loss_is_that_of_the_noise(prediction_type, tmp_path):
     else:
         expected = (out - noise).square().mean(dim=(1, 2, 3))
     np.testing.assert_allclose(losses, expected.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionXLPipeline, StableDiffusionXLInpaintPipeline])
+def test_sdxl_and_inpainting_get_what_their_pipelines_give_them(kind, tmp_path, monkeypatch):
+    """The pipeline itself, on the same latents, noise and mask, gives the UNet the same input at its first step."""
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "captions.csv").write_text("a.png,a zebra\nb.png,a fox\n")
+    inpainting = kind is StableDiffusionXLInpaintPipeline
+    pipe = kind(
+        vae=make_vae(), text_encoder=make_text_encoder(), text_encoder_2=make_text_encoder(projection=32),
+        tokenizer=make_tokenizer(), tokenizer_2=make_tokenizer(),
+        unet=make_unet("sdxl", **({"in_channels": 9} if inpainting else {})),
+        scheduler=DDIMScheduler(**BETAS, clip_sample=False), add_watermarker=False,
+    )  # fmt: skip
+    judged = judge("tiny", pipe)
+    inputs = load_inputs(judged, tmp_path, tmp_path / "captions.csv", 2, seed=0)
+    assert inputs.take([1]).added["text_embeds"].shape == (1, 32)
+    assert np.isfinite(losses_at(judged, inputs, AGENTS, 500)).all()
+
+    seen = []
+    monkeypatch.setattr(
+        pipe.unet, "forward", lambda *args, **kwargs: seen.append((args, kwargs)) or (args[0][:, :4],), raising=True
+    )
+    options = dict(num_inference_steps=2, guidance_scale=1.0, output_type="latent")
+    if inpainting:
+        mask = np.zeros((128, 128), dtype=np.uint8)
+        mask[32:96, 32:96] = 255
+        options |= {"image": [Image.fromarray(pixels)] * 2, "mask_image": [Image.fromarray(mask)] * 2, "strength": 1.0}
+        mode = type(pipe.vae.encode(torch.zeros(1, 3, 128, 128)).latent_dist)
+        monkeypatch.setattr(mode, "sample", lambda self, *_: self.mode())
+    pipe(["a zebra", "a fox"], **options)
+    args, kwargs = seen[0]
+    added = kwargs["added_cond_kwargs"]
+    torch.testing.assert_close(kwargs["encoder_hidden_states"], inputs.text)
+    torch.testing.assert_close(added["text_embeds"], inputs.added["text_embeds"])
+    torch.testing.assert_close(added["time_ids"].float(), inputs.added["time_ids"])
+    if inpainting:
+        torch.testing.assert_close(args[0][:, 4:], inputs.beside, rtol=1e-4, atol=1e-5)
+    else:
+        assert inputs.beside is None
 
 
 def test_latents_are_the_autoencoders_mean_of_a_centred_square(tmp_path):
@@ -202,10 +256,79 @@ def test_a_run_with_early_agents_has_the_losses_of_both_phases():
     assert found[name_of(alone), 0.4] == pytest.approx(0.3 / 4)  # at ratio 0 the later phase is unpatched
 
 
+def test_ablations_are_crossed():
+    scenarios = make_scenarios(["sd"], (0.0,), ["alpha×agent-stride", "merge-ratio"])
+    configs = [one.config for one in scenarios if one.method == "agentsd"]
+    crossed = {(config.alpha, config.agent_stride) for config in configs if config.early == 1}
+    assert crossed == {(alpha, stride) for alpha in (0.0, 0.025, 0.075, 0.15) for stride in (2, 3, 4, 6)}
+    assert [config.ratio for config in configs if config.early == 0] == [0.2, 0.4, 0.6]
+    assert len({name_of(one) for one in scenarios}) == len(scenarios) == 1 + 16 + 3 + 2
+    with pytest.raises(BenchError, match="'late×alpha': late is of the later phase; give both with a comma"):
+        make_scenarios(["sd"], (0.0,), ["late×alpha"])
+
+
+def test_runs_of_two_settings_have_the_losses_and_the_costs_of_both():
+    agents = Scenario("agentsd", AgentConfig(ratio=0.0, early=1.0))
+    merging = Scenario("agentsd", AgentConfig(ratio=0.4, early=0.0))
+    cells = {("sd", t): np.array([1.0, 1.0]) for t in (100, 900)}
+    cells |= {(name_of(agents), t): np.array([1.5, 1.5]) for t in (100, 900)}
+    cells |= {(name_of(merging), t): np.array([1.1, 1.1]) for t in (100, 900)}
+    costs = {"sd": Cost(1.0, 0.0, 9, 1.0), name_of(agents): Cost(0.4, 0.1, 1, 0.5)}
+    costs |= {name_of(merging): Cost(None, None, 3, 0.7)}
+    pairs = make_pairs([SD, agents, merging], (100, 900), cells, [100, 120, 140, 900], 1000, costs)
+    found = {(row["agents"], row["later"], row["early"]): row for row in pairs}
+    both = found[name_of(agents), name_of(merging), 0.4]
+    assert both["rise"] == pytest.approx((3 * 0.1 + 0.5) / 4)
+    assert both["unet"] == pytest.approx((3 * 0.7 + 0.5) / 4) and both["time"] is None  # merging was not timed
+    alone = found[name_of(agents), "sd", 0.4]
+    assert (alone["rise"], alone["time"]) == (pytest.approx(0.5 / 4), pytest.approx((3 + 0.4) / 4))
+    assert found[None, "sd", 0.0]["rise"] == 0 and found[name_of(agents), None, 1.0]["unet"] == 0.5
+    front = unbeaten(pairs)
+    assert [row["rise"] for row in front] == sorted((row["rise"] for row in front), reverse=True)
+    assert front[-1]["rise"] == 0 and front[0]["unet"] == min(row["unet"] for row in pairs)
+
+
+def test_costs_are_those_of_describe_and_a_phase(judged, inputs, tmp_path, monkeypatch):
+    from eval.denoising import costs
+
+    monkeypatch.setitem(costs.ARCHITECTURES, "sd15", {"unet": dict(make_unet().config) | {"sample_size": 64}})
+    costs._described.cache_clear()
+    merging = Scenario("agentsd", AgentConfig(ratio=0.4, early=0.0))
+    scenarios = [SD, Scenario("tomesd", merging.config), merging, AGENTS, Scenario("no-attention", AGENTS.config)]
+    found = costs_of(scenarios, {name_of(AGENTS): [0.5, 0.4, 0.8]})
+    costs._described.cache_clear()
+    with agentsd.patched(make_unet(), AgentConfig(ratio=0.4, early=0.4)) as unet:
+        report = agentsd.describe(unet, 512, 512)
+    assert found["sd"].multiply_adds == report.self_attention_multiply_adds() and found["sd"].unet == 1
+    assert found[name_of(AGENTS)] == Cost(
+        0.5,
+        pytest.approx(0.1),
+        report.self_attention_multiply_adds(agentsd.Phase.AGENT),
+        report.unet_fraction(agentsd.Phase.AGENT),
+    )
+    assert found[name_of(merging)].unet == report.unet_fraction(agentsd.Phase.MERGE) == found["tomesd-r0.4"].unet
+    assert found["no-attention-r0.4-early1"] == Cost()
+
+    calls = []
+    monkeypatch.setattr(costs, "_seconds", lambda j, batch, one, t: calls.append(one) or (1.0 if one == SD else 0.5))
+    times = measure_times(judged, inputs, [SD, merging, AGENTS], 800, 2, tmp_path, lambda one: "code")
+    assert times == {"sd": [1.0], name_of(merging): [0.5] * 2, name_of(AGENTS): [0.5] * 2}
+    assert calls == [SD, merging, SD, AGENTS, SD, AGENTS, SD, merging, SD, merging, SD, AGENTS]  # in turn
+    calls.clear()
+    assert measure_times(judged, inputs, [SD, AGENTS], 800, 2, tmp_path, lambda one: "code") == {
+        "sd": [1.0], name_of(AGENTS): [0.5] * 2
+    }  # fmt: skip
+    assert not calls  # kept
+    assert measure_times(judged, inputs, [SD, AGENTS], 800, 0, tmp_path / "none", str) == {"sd": [1.0]}
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_writes_its_report_and_is_resumed(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        command, "costs_of", lambda scenarios, _: {name_of(one): Cost(None, None, 1, 1.0) for one in scenarios}
+    )
     assert command.run(options(toy, tmp_path), "the command") == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["rows"]) == 6 * 2
@@ -253,7 +376,7 @@ def test_processes_share_the_cells(judged, inputs, tmp_path):
         ({"timesteps": "100,1000"}, "--timesteps '100,1000': must be integers in 0 … 999"),
         ({"timesteps": "noisy"}, "--timesteps 'noisy'"),
         ({"methods": "sd,deepcache"}, "'deepcache' is unknown, use sd, tomesd, agentsd, mean-value, no-attention"),
-        ({"ablate": "beta"}, "--ablate 'beta': is unknown, use alpha, scale"),
+        ({"ablate": "beta"}, "--ablate 'beta': 'beta' is unknown, use alpha, scale"),
         ({"ratios": "0.8"}, "ratio=0.8: at most 0.75 of the tokens can be merged"),
         ({"model": "/missing"}, "/missing"),
         ({"dtype": "int8"}, "dtype='int8'"),
@@ -289,8 +412,11 @@ def test_a_loss_of_zero_is_told(judged, inputs, tmp_path, monkeypatch):
 def test_models_whose_loss_is_another_are_refused():
     with pytest.raises(BenchError, match="predicts 'sample', but only epsilon and v_prediction"):
         judge("m", stable_diffusion("sample"))
-    with pytest.raises(BenchError, match="takes 9 channels and its autoencoder makes 4: inpainting"):
+    with pytest.raises(BenchError, match="takes 9 channels, which is not what a StableDiffusionPipeline"):
         judge("m", stable_diffusion(in_channels=9))
+    other = StableDiffusionImg2ImgPipeline(**stable_diffusion().components, requires_safety_checker=False)
+    with pytest.raises(BenchError, match="is a StableDiffusionImg2ImgPipeline, but only StableDiffusionPipeline, "):
+        judge("m", other)
     pipe = stable_diffusion()
     agentsd.apply_patch(pipe)
     with pytest.raises(BenchError, match="already patched"):
@@ -381,3 +507,10 @@ def test_patterns_repeat_and_depend_on_their_number_alone():
         across = [p for p in range(4, 13) if torch.equal(image[:, :, p:], image[:, :, :-p])]
         repeated += bool(periods and across)
     assert 25 < repeated < 40  # all kinds but the scattered tiles have a period
+
+
+def test_patterns_at_twice_the_scale_are_twice_as_smooth():
+    images = {scale: pattern_images(0, range(12), 48, scale) for scale in (1.0, 2.0)}
+    rough = {scale: (some[..., 1:] - some[..., :-1]).square().mean().sqrt() for scale, some in images.items()}
+    assert rough[1.0] / rough[2.0] == pytest.approx(2, rel=0.3)
+    assert 0.9 < images[2.0].std() < 1.1

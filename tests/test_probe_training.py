@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,12 @@ sys.path.insert(0, str(ROOT / "apps"))
 import train_probe as script  # noqa: E402
 from demo_training import training  # noqa: E402
 from probe import gate  # noqa: E402
+from probe.matching import matched_share  # noqa: E402
+from probe.training import PRESETS  # noqa: E402
 
-from eval.denoising.judged import PROBE, load_judged  # noqa: E402
+from eval.denoising.judged import PROBE, PROBE_64, load_judged  # noqa: E402
+from eval.denoising.patterns import SMOOTHING, pattern_images  # noqa: E402
+from eval.protocol import BenchError  # noqa: E402
 
 
 def complete(*arguments) -> int:
@@ -57,6 +62,38 @@ def test_a_killed_training_ends_with_the_same_weights(finished, tmp_path, monkey
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_a_training_starts_from_another_probe_and_keeps_its_scale(finished, tmp_path, monkeypatch, capsys):
+    larger = replace(PRESETS["smoke"], sides=(8, 12), scale=1.5, phases=(1, 1), peak_lrs=(0.0, 0.0))
+    monkeypatch.setitem(PRESETS, "smoke", larger)
+    arguments = ("train", "--smoke", "--precision", "fp32", "--start-from", finished / "model", "--out", tmp_path)
+    assert complete(*arguments) == 0
+    name = "unet/diffusion_pytorch_model.safetensors"
+    before, after = load_file(finished / "model" / name), load_file(tmp_path / "model" / name)
+    assert all(torch.equal(before[key], after[key]) for key in before)  # at a learning rate of 0
+    judged = load_judged(str(tmp_path / "model"), device="cpu")
+    assert judged.pipe.unet.config.sample_size == 12 and judged.scale == 1.5
+    patterns = gate.load_inputs(judged, None, None, 2, 7).latents
+    assert torch.equal(patterns, pattern_images(7, range(2), 12, 1.5))
+
+    assert complete("train", "--smoke", "--precision", "fp32", "--out", tmp_path) == 2
+    assert "was made with another started_from" in capsys.readouterr().err
+    monkeypatch.setitem(PRESETS, "smoke", replace(larger, channels=(16, 16)))
+    assert complete(*arguments[:-1], tmp_path / "other") == 2
+    assert "other layers or channels" in capsys.readouterr().err
+    assert complete("train", "--smoke", "--start-from", tmp_path / "none", "--out", tmp_path / "third") == 2
+    assert "give the folder of a probe" in capsys.readouterr().err
+    (tmp_path / "model" / "patterns.json").write_text('{"scale": "large"}')
+    with pytest.raises(BenchError, match="scale 'large' must be a number from 1"):
+        load_judged(str(tmp_path / "model"), device="cpu")
+
+
+def test_the_best_matching_is_sharp_without_noise_and_uniform_in_it():
+    images = pattern_images(0, range(3), 24)
+    sharp, blurred, lost = (matched_share(images, signal, 7, SMOOTHING) for signal in (0.9, 0.1, 1e-5))
+    assert 1 / 18**2 <= sharp < 0.05 < blurred < lost and lost > 0.99
+    assert matched_share(images, 0.1, 11, SMOOTHING) < blurred  # a larger window knows more
+
+
 def test_an_untrained_network_fails_the_gate(finished, monkeypatch, capsys):
     monkeypatch.setattr(gate, "TIMESTEPS", (100, 900))
     assert complete("gate", "--samples", 4, "--out", finished) == 0
@@ -79,10 +116,12 @@ def test_bad_input_is_told(finished, tmp_path, capsys):
     assert "--samples 1: must be at least 2" in told("gate", "--samples", 1, "--out", finished)
 
 
-def test_the_shipped_probe_needs_its_attention_and_is_small():
-    assert sum(file.stat().st_size for file in PROBE.rglob("*") if file.is_file()) <= 4 << 20
-    judged = load_judged("probe", device="cpu")
-    inputs = gate.load_inputs(judged, None, None, 16, 5)
-    row = gate._row(judged, inputs, 390)
+@pytest.mark.parametrize(
+    ("name", "folder", "tokens", "samples"), [("probe", PROBE, 576, 16), ("probe-64", PROBE_64, 4096, 3)]
+)
+def test_the_shipped_probes_need_their_attention_and_are_small(name, folder, tokens, samples):
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 4 << 20
+    judged = load_judged(name, device="cpu")
+    row = gate._row(judged, gate.load_inputs(judged, None, None, samples, 5), 390)
     assert row["mean-value"][0] > 0.25 and row["no-attention"][0] > 0.5
-    assert min(row["keys"].values()) < row["tokens"] / 4
+    assert min(row["keys"].values()) < tokens / 4 and row["tokens"] == tokens

@@ -86,6 +86,7 @@ def train(
     loss_of: Callable[[int, torch.Generator], Tensor],
     sample_grid: Callable[[], Image.Image],
     prepare: Callable[[int, int], None] = lambda phase, local: None,
+    decay_steps: Sequence[int] | None = None,
 ) -> None:
     """Train modules in place, from the stage's checkpoint if there is one.
 
@@ -101,6 +102,7 @@ def train(
         loss_of: (phase, generator) to a scalar loss; the generator is the step's own.
         sample_grid: an image of the present state, written to the stage's grids folder now and then.
         prepare: called before each step with the phase and the step's number within it.
+        decay_steps: steps that each phase's cosine is stretched over; None: as many as the phase has.
     """
     preset, folder = run.preset, run.out / stage
     grids, checkpoint = folder / "grids", folder / "checkpoint.safetensors"
@@ -128,7 +130,8 @@ def train(
                 optimizer = fresh_optimizer()
             prepare(phase, local)
 
-            lr = peak_lrs[phase] * learning_rate(local, phase_steps[phase], preset.warmup_steps)
+            decay = (decay_steps or phase_steps)[phase]
+            lr = peak_lrs[phase] * learning_rate(local, decay, preset.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss = loss_of(phase, run.generator(stage, "step", step))
@@ -137,11 +140,11 @@ def train(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             # A young average forgets its start quickly: random weights would linger for 1 / (1 - decay) steps.
-            decay = min(preset.ema_decay, (1 + step) / (10 + step))
+            kept = min(preset.ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
                 for name, average in averages.items():
                     for slow, fast in zip(average.parameters(), trained[name].parameters(), strict=True):
-                        slow.lerp_(fast, 1 - decay)
+                        slow.lerp_(fast, 1 - kept)
 
             losses.append(loss.detach())
             bar.update()

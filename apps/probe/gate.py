@@ -91,7 +91,7 @@ def effective_keys_at(judged: Judged, inputs: Inputs, timestep: int) -> tuple[di
     try:
         for name, layer in layers.items():
             layer.processor = recorders[name]
-        judged.predict_noise(judged.add_noise(inputs.latents, noise, timestep), timestep, inputs.text)
+        judged.predict_noise(judged.add_noise(inputs.latents, noise, timestep), timestep, inputs)
     finally:
         for name, layer in layers.items():
             layer.processor = recorders[name].original

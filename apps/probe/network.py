@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
 from agentsd.files import write_atomically
+from eval.denoising.judged import PATTERNS
 from eval.denoising.patterns import CHANNELS, SIDE
 
 TEXT_SIZE = 8
@@ -41,8 +43,8 @@ def make_scheduler() -> DDPMScheduler:
     return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
 
 
-def export(unet: nn.Module, folder: Path) -> None:
-    """Write unet/ and scheduler/ as a diffusers pipeline, each file atomically."""
+def export(unet: nn.Module, folder: Path, scale: float = 1.0) -> None:
+    """Write unet/ and scheduler/ as a diffusers pipeline, and the scale of the patterns, each file atomically."""
     with tempfile.TemporaryDirectory() as name:
         DDPMPipeline(unet, make_scheduler()).save_pretrained(name)
         for file in sorted(Path(name).rglob("*")):
@@ -50,3 +52,4 @@ def export(unet: nn.Module, folder: Path) -> None:
                 target = folder / file.relative_to(name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(target, file.read_bytes())
+    write_atomically(folder / PATTERNS, json.dumps({"scale": scale}) + "\n")

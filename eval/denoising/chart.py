@@ -31,8 +31,8 @@ def cost_chart(rows: Sequence[dict[str, Any]], path: Path, title: str, footer: s
 
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     kinds: dict[str, str] = {}
-    for row in sorted(rows, key=lambda row: -(row["ratio"] or 0)):
-        # Of several ratios the largest alone: lines of one colour could not be told apart.
+    for row in sorted(rows, key=lambda row: abs((row["ratio"] or 0) - AgentConfig.ratio)):
+        # Of several ratios the one nearest to the default: lines of one colour could not be told apart.
         if (label := _label(row)) is not None and kinds.setdefault(*label) == label[1]:
             lines.setdefault(label, []).append(row)
     if not lines:
@@ -42,7 +42,7 @@ def cost_chart(rows: Sequence[dict[str, Any]], path: Path, title: str, footer: s
         own = sorted(own, key=lambda row: row["timestep"])
         heights = [max(_LEAST, 100 * row["rise"]) for row in own]
         errors = [196 * row["standard_error"] for row in own]
-        errors_below = [min(error, 0.9 * height) for error, height in zip(errors, heights)]
+        errors_below = [min(error, height - 0.99 * _LEAST) for error, height in zip(errors, heights)]
         style = "--" if kind in ("mean-value", "no-attention") else "-"
         axes.errorbar(
             [row["timestep"] for row in own], heights, (errors_below, errors), fmt=f"o{style}", markersize=3,
@@ -53,7 +53,8 @@ def cost_chart(rows: Sequence[dict[str, Any]], path: Path, title: str, footer: s
     axes.text(
         first + 8, 0.97, "agents by default (early = 0.4)", transform=axes.get_xaxis_transform(), va="top", size=8
     )
-    axes.set(yscale="log", xlim=(0, 1000), xlabel="timestep (0: no noise, 1000: noise alone)")
+    axes.set(yscale="log", xlim=(0, 1000), xlabel="timestep (0: no noise; 1000: noise alone, where a run begins)")
+    axes.set_ylim(bottom=_LEAST)
     axes.set_ylabel("rise of the loss over full attention")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"+{value:g} %"))
     axes.set_title(title, fontsize=10)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,36 +18,13 @@ from eval.images import _is_image, read_image
 from eval.models import native_size
 from eval.protocol import PROMPT, BenchError, imagenet_classes
 
-from .judged import Judged
+from .judged import Inputs, Judged
 from .patterns import pattern_images
 
 FEWEST = 2
 """A standard error needs two images."""
 
 _BATCH = 8
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Images as the network sees them.
-
-    Attributes:
-        keys: one for each image; its noise depends on the key, not on its place among the images.
-        latents: [N, C, H, W], float32, on the CPU.
-        text: [N, L, D], on the CPU.
-    """
-
-    keys: tuple[str, ...]
-    latents: Tensor
-    text: Tensor
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def take(self, numbers: Sequence[int]) -> Inputs:
-        """Some of the images, in this order."""
-        index = list(numbers)
-        return Inputs(tuple(self.keys[i] for i in index), self.latents[index], self.text[index])
 
 
 def load_inputs(judged: Judged, images: Path | None, captions: Path | None, samples: int, seed: int) -> Inputs:
@@ -68,7 +44,7 @@ def load_inputs(judged: Judged, images: Path | None, captions: Path | None, samp
         if images is not None:
             raise BenchError("--images: the probe takes patterns that it generates, leave --images out")
         config = judged.pipe.unet.config
-        patterns = pattern_images(seed, range(samples), config.sample_size)
+        patterns = pattern_images(seed, range(samples), config.sample_size, judged.scale)
         text = torch.zeros(samples, 1, config.cross_attention_dim)
         return Inputs(tuple(f"pattern {number}" for number in range(samples)), patterns, text)
     if images is None:
@@ -76,12 +52,19 @@ def load_inputs(judged: Judged, images: Path | None, captions: Path | None, samp
     captioned = captioned_files(images, captions)[:samples]
     if len(captioned) < FEWEST:
         raise BenchError(f"--images {images}: has {len(captioned)} images, a standard error needs at least {FEWEST}")
-    latents, text = [], []
+    batches = []
     for start in range(0, len(captioned), _BATCH):
-        batch = captioned[start : start + _BATCH]
-        latents.append(_encode(judged, [images / name for name, _ in batch]))
-        text.append(_embed(judged, [caption for _, caption in batch]))
-    return Inputs(tuple(name for name, _ in captioned), torch.cat(latents), torch.cat(text))
+        names, words = zip(*captioned[start : start + _BATCH])
+        pixels = _read_squares([images / name for name in names], native_size(judged.pipe))
+        text, added = _embed(judged, words)
+        batches.append(Inputs(names, _encode(judged, pixels), text, added, _masked(judged, pixels)))
+    return Inputs(
+        tuple(key for batch in batches for key in batch.keys),
+        torch.cat([batch.latents for batch in batches]),
+        torch.cat([batch.text for batch in batches]),
+        {name: torch.cat([batch.added[name] for batch in batches]) for name in batches[0].added},
+        None if batches[0].beside is None else torch.cat([batch.beside for batch in batches]),
+    )
 
 
 def captioned_files(folder: Path, captions: Path | None) -> list[tuple[str, str]]:
@@ -150,20 +133,50 @@ def _read_captions(path: Path) -> dict[str, str]:
     raise BenchError(f"--captions {path}: must be a JSON object or a CSV of file and caption ({why})")
 
 
-@torch.no_grad()
-def _encode(judged: Judged, files: Sequence[Path]) -> Tensor:
-    """Images cropped to squares of the model's own size -> the mean of their latents, scaled as in training."""
-    size, vae = native_size(judged.pipe), judged.pipe.vae
+def _read_squares(files: Sequence[Path], size: int) -> Tensor:
+    """Images cropped to centred squares: [B, 3, size, size], float32, −1 … 1."""
     crops = [ImageOps.fit(read_image(file), (size, size), Image.Resampling.LANCZOS) for file in files]
     pixels = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2)
-    encoded = vae.encode((pixels.float() / 127.5 - 1).to(vae.device, vae.dtype))
+    return pixels.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def _encode(judged: Judged, pixels: Tensor) -> Tensor:
+    """The mean of the latents, scaled as in training: [B, C, H, W], float32, on the CPU."""
+    vae = judged.pipe.vae
+    before = vae.dtype
+    if before == torch.float16 and getattr(vae.config, "force_upcast", False):
+        vae.to(torch.float32)  # SDXL's overflows in float16
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
     # AutoencoderTiny, the demo model's, has no spread.
     mean = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    vae.to(before)
     return (mean * vae.config.scaling_factor).float().cpu()
 
 
+def _masked(judged: Judged, pixels: Tensor) -> Tensor | None:
+    """What an inpainting UNet takes beside the latents: [B, 1 + C, H, W], the mask and the latents of the masked image.
+
+    The mask is a centred square of half the side, the masked pixels are grey, as diffusers' pipelines have them.
+    """
+    if judged.pipe.unet.config.in_channels == judged.pipe.vae.config.latent_channels:
+        return None
+    size = pixels.shape[-1]
+    mask = torch.zeros(len(pixels), 1, size, size)
+    mask[..., size // 4 : size - size // 4, size // 4 : size - size // 4] = 1
+    latents = _encode(judged, pixels * (1 - mask))
+    return torch.cat([torch.nn.functional.interpolate(mask, latents.shape[-2:]), latents], dim=1)
+
+
 @torch.no_grad()
-def _embed(judged: Judged, captions: Sequence[str]) -> Tensor:
-    """[B, L, D] text embeddings, on the CPU."""
-    embedded = judged.pipe.encode_prompt(list(captions), judged.device, 1, False)[0]
-    return embedded.float().cpu()
+def _embed(judged: Judged, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Text embeddings [B, L, D], and for SDXL pooled ones and the sizes of an image that is not cropped; on the CPU."""
+    encoded = judged.pipe.encode_prompt(
+        list(captions), device=judged.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    text = encoded[0].float().cpu()
+    if judged.pipe.unet.config.addition_embed_type != "text_time":
+        return text, {}
+    size = native_size(judged.pipe)
+    sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32).expand(len(text), -1)
+    return text, {"text_embeds": encoded[2].float().cpu(), "time_ids": sizes}

@@ -11,8 +11,7 @@ from torch import Tensor
 from eval.protocol import BenchError, Scenario
 from eval.scenarios import use_scenario
 
-from .inputs import Inputs
-from .judged import Judged
+from .judged import Inputs, Judged
 from .settings import name_of
 
 
@@ -38,7 +37,7 @@ def losses_at(
         noisy = judged.add_noise(batch.latents, noise, timestep)
         # Anew for each call, so that ToMeSD's random choices are the same in every batch.
         with use_scenario(judged.pipe, scenario):
-            predicted = judged.predict_noise(noisy, timestep, batch.text)
+            predicted = judged.predict_noise(noisy, timestep, batch)
         found.append((predicted - noise)[:count].double().square().mean(dim=(1, 2, 3)))
     losses = torch.cat(found).numpy()
     if not np.isfinite(losses).all():

@@ -7,8 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from agentsd import Phase
 from agentsd.files import write_atomically
 from eval.environment import environment_line
@@ -16,34 +14,41 @@ from eval.protocol import Scenario
 from eval.report import as_csv, write_json
 
 from .chart import cost_chart
-from .settings import name_of, partner_of
-from .statistics import mean_rise, rise_of, sampler_weights
+from .costs import SIZE, Cost
+from .pairs import make_pairs, unbeaten
+from .settings import EARLY, name_of, partner_of
+from .statistics import Cells, mean_rise, rise_of, sampler_weights
 
-Cells = dict[tuple[str, int], np.ndarray]
-"""(name of the scenario, timestep) -> losses of all images, [N]."""
-
-EARLY = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _TIMESTEPS_A_TABLE = 9
 _FIELDS = ("ratio", "early", "late", "alpha", "broadcast_exponent", "agent_ratio", "agent_stride", "max_agents")
 
 
 def write_report(
-    out: Path, about: dict[str, Any], scenarios: Sequence[Scenario], timesteps: Sequence[int], cells: Cells
+    out: Path,
+    about: dict[str, Any],
+    scenarios: Sequence[Scenario],
+    timesteps: Sequence[int],
+    cells: Cells,
+    costs: dict[str, Cost],
 ) -> str:
     """Write all files of the report; returns results.md's text.
 
     Args:
         about: command, model, images, seed, sampled (the timesteps of a sampler),
             num_train_timesteps and environment.
+        costs: of each scenario, by name.
     """
     rows = make_rows(scenarios, timesteps, cells)
-    runs = make_runs(scenarios, timesteps, cells, about["sampled"], about["num_train_timesteps"])
-    write_json(out / "results.json", {"about": about, "rows": rows, "runs": runs})
+    sampled = (about["sampled"], about["num_train_timesteps"])
+    runs = make_runs(scenarios, timesteps, cells, *sampled)
+    pairs = make_pairs(scenarios, timesteps, cells, *sampled, costs)
+    found = {"costs": {name: asdict(cost) for name, cost in costs.items()}, "unbeaten": unbeaten(pairs, 0)}
+    write_json(out / "results.json", {"about": about, "rows": rows, "runs": runs, **found})
     write_atomically(out / "results.csv", as_csv(rows, about["environment"]))
     footer = environment_line(about["environment"])
     title = f"What agent attention costs, by noise level: {about['model']}, {about['images']} images"
     charted = cost_chart(rows, out / "cost.png", title, footer)
-    text = as_markdown(about, rows, runs, timesteps) + ("\n![cost](cost.png)\n" if charted else "")
+    text = as_markdown(about, rows, runs, timesteps, costs, pairs) + ("\n![cost](cost.png)\n" if charted else "")
     write_atomically(out / "results.md", text)
     return text
 
@@ -115,7 +120,12 @@ def make_runs(
 
 
 def as_markdown(
-    about: dict[str, Any], rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], timesteps: Sequence[int]
+    about: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    runs: Sequence[dict[str, Any]],
+    timesteps: Sequence[int],
+    costs: dict[str, Cost],
+    pairs: Sequence[dict[str, Any]],
 ) -> str:
     """The report as text; no table has more than ten columns."""
     parts = [
@@ -146,7 +156,36 @@ def as_markdown(
         for name, own in by_name.items()
     ]
     parts.append(_table(["early", "any", *(f"{early:g}" for early in EARLY)], body))
+    parts.append(
+        "What a UNet call costs: its time over the unpatched call, on this machine and this network (median of the "
+        "rounds ± half the distance of their quartiles), and the multiply-adds of Stable Diffusion 1.5 at "
+        f"{SIZE} px, of the patched self-attention (one image) and of the whole UNet over the unpatched one:"
+    )
+    body = [
+        [name, _timed(cost), _number(cost.multiply_adds and cost.multiply_adds / 1e9, 1), _number(cost.unet, 3)]
+        for name, cost in costs.items()
+    ]
+    parts.append(_table(["a call", "time", "attention, 10⁹", "UNet"], body))
+    if len(front := unbeaten(pairs)) > 1:
+        parts.append(
+            "Each of these runs has the least rise of all that need as few multiply-adds of Stable Diffusion 1.5's "
+            f"UNet, out of {len(pairs)}: every setting of the agent phase with every later one and early fraction. Of "
+            "runs whose rises differ by less than a tenth the cheapest is shown."
+        )
+        body = [
+            [f"{row['early']:g}", row["agents"] or "", row["later"] or "", _percent(row), _number(row["unet"], 3)]
+            for row in front
+        ]
+        parts.append(_table(["early", "agent phase", "later phase", "rise", "UNet"], body))
     return "\n\n".join(parts) + "\n"
+
+
+def _timed(cost: Cost) -> str:
+    return "" if cost.time is None else f"{cost.time:.2f} ± {cost.spread:.2f}"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _percent(row: dict[str, Any]) -> str:

@@ -22,11 +22,14 @@ from eval.fingerprint import code_fingerprint, effective_code, package_versions,
 from eval.generation import lock_folder
 from eval.protocol import BenchError, Scenario, parse_numbers
 
+from .costs import costs_of, measure_times
+from .files import read_json
 from .inputs import FEWEST, Inputs, load_inputs
 from .judged import Judged, load_judged
 from .losses import losses_at
-from .report import Cells, write_report
+from .report import write_report
 from .settings import make_scenarios, name_of
+from .statistics import Cells
 
 _OWN_CODE = ("judged.py", "losses.py")  # what the other files make is in the folder's settings
 
@@ -37,7 +40,11 @@ def run(options: argparse.Namespace, command: str) -> int:
     Raises:
         BenchError: wrong arguments, or a folder that was made with others.
     """
-    for name, value, low in (("samples", options.samples, FEWEST), ("batch-size", options.batch_size, 1)):
+    for name, value, low in (
+        ("samples", options.samples, FEWEST),
+        ("batch-size", options.batch_size, 1),
+        ("rounds", options.rounds, 0),
+    ):
         if value < low:
             raise BenchError(f"--{name} {value}: must be at least {low}")
     if not 0 <= options.seed < 1 << 32:
@@ -71,7 +78,8 @@ def run(options: argparse.Namespace, command: str) -> int:
             "num_train_timesteps": len(judged.signal),
             "environment": environment(judged.device, judged.dtype),
         }
-        print(write_report(out, about, scenarios, timesteps, cells))
+        times = measure_times(judged, inputs, scenarios, timesteps[-1], options.rounds, out, _code)
+        print(write_report(out, about, scenarios, timesteps, cells, costs_of(scenarios, times)))
     return 0
 
 
@@ -103,7 +111,7 @@ def measure(
         name = name_of(scenario)
         path = out / "losses" / name / f"t{timestep:04d}.json"
         code = _code(scenario)
-        kept = _read(path)
+        kept = read_json(path)
         if kept is None or kept["code"] != code:
             start = time.perf_counter()
             losses = losses_at(judged, inputs, scenario, timestep, seed, batch_size)
@@ -135,7 +143,7 @@ def settings_of(judged: Judged, inputs: Inputs, seed: int) -> dict[str, Any]:
 def claim(out: Path, settings: dict[str, Any]) -> None:
     """Note what a folder's losses depend on. Raises BenchError where it has losses that depend on something else."""
     path = out / "settings.json"
-    found = _read(path)
+    found = read_json(path)
     if found is not None:
         for key, value in settings.items():
             if found.get(key) != value:
@@ -158,15 +166,6 @@ def _code(scenario: Scenario) -> str:
     for name in _OWN_CODE:
         digest.update(effective_code(Path(__file__).with_name(name).read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:16]
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise BenchError(f"{path} cannot be read ({error}): remove it") from error
 
 
 def _processes(device: str | None) -> tuple[int, int, Any]:

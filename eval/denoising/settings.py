@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,9 +18,14 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "ratio": tuple({"ratio": value} for value in (0.0, 0.2, 0.4, 0.6)),
     "agent-ratio": tuple({"agent_ratio": value} for value in (0.8, 0.9, 0.95)),
     "agent-stride": tuple({"agent_stride": value} for value in (2, 3, 4, 6)),
+    "merge-ratio": tuple({"ratio": value} for value in (0.2, 0.4, 0.6)),
 }
-"""Name on the command line: the fields of AgentConfig that each of its scenarios sets. "late" is measured in the later
-phase (early=0), all others in the agent phase (early=1)."""
+"""Name on the command line: the fields of AgentConfig that each of its scenarios sets. `late` and `merge-ratio` are
+measured in the later phase (early=0), all others in the agent phase (early=1)."""
+
+LATER = ("late", "merge-ratio")
+EARLY = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Fractions of early steps with agents that runs are put together for."""
 
 
 def make_scenarios(methods: Iterable[str], ratios: Sequence[float], ablate: Sequence[str] = ()) -> list[Scenario]:
@@ -31,7 +37,7 @@ def make_scenarios(methods: Iterable[str], ratios: Sequence[float], ablate: Sequ
     Args:
         methods: from METHODS; the controls are always included.
         ratios: of tomesd and agentsd; the ablations are made at the last one.
-        ablate: keys of ABLATIONS.
+        ablate: keys of ABLATIONS, or two of the agent phase with × between them for all their combinations.
 
     Raises:
         BenchError: an unknown name, or settings that are not possible.
@@ -46,12 +52,29 @@ def make_scenarios(methods: Iterable[str], ratios: Sequence[float], ablate: Sequ
             elif method == "tomesd":
                 scenarios.append(Scenario(method, _config({"ratio": ratio, "early": 0.0})))
     for name in ablate:
-        if name not in ABLATIONS:
-            raise BenchError(f"--ablate {name!r}: is unknown, use {', '.join(ABLATIONS)}")
-        base = {"ratio": ratios[-1], "early": 0.0 if name == "late" else 1.0}
-        scenarios += [Scenario("agentsd", _config({**base, **fields})) for fields in ABLATIONS[name]]
+        base = {"ratio": ratios[-1], "early": 0.0 if name in LATER else 1.0}
+        scenarios += [Scenario("agentsd", _config({**base, **fields})) for fields in _combinations(name)]
     scenarios += [Scenario(control, _config({"early": 1.0})) for control in CONTROLS]
     return list(dict.fromkeys(scenario for scenario in scenarios if scenario == SD or _acts(scenario)))
+
+
+def _combinations(name: str) -> list[dict[str, Any]]:
+    """The fields of each scenario of an ablation, or of several crossed by ×."""
+    parts = [part.strip() for part in name.replace("*", "×").split("×")]
+    for part in parts:
+        if part not in ABLATIONS:
+            raise BenchError(
+                f"--ablate {name!r}: {part!r} is unknown, use {', '.join(ABLATIONS)}, or two with × between"
+            )
+        if part in LATER and len(parts) > 1:
+            raise BenchError(
+                f"--ablate {name!r}: {part} is of the later phase; give both with a comma between, as every agent "
+                "setting is combined with every later one in the report"
+            )
+    return [
+        {field: value for fields in combined for field, value in fields.items()}
+        for combined in itertools.product(*(ABLATIONS[part] for part in parts))
+    ]
 
 
 def name_of(scenario: Scenario) -> str:

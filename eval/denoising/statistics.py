@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Cells = dict[tuple[str, int], np.ndarray]
+"""(name of the scenario, timestep) -> losses of all images, [N]."""
+
 
 @dataclass(frozen=True)
 class Rise:
