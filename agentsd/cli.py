@@ -143,6 +143,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 _FIELD_HELP = {
     "ratio": "fraction of the tokens merged away",
+    "early_ratio": "the same for the early steps alone; none: as --ratio",
     "early": "noisiest fraction of the run that uses agent attention",
     "late": "later steps: merge (as ToMeSD), downsample (keys and values, as ToDo) or full (unpatched)",
     "alpha": "weight of the mixing term",

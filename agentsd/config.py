@@ -32,8 +32,10 @@ class AgentConfig:
     """Settings of `agentsd.apply_patch`, checked when made.
 
     Attributes:
-        ratio: fraction of the tokens merged away before self-attention, in both phases.
+        ratio: fraction of the tokens merged away before self-attention, in both phases unless early_ratio is given.
             0 … 1 − 1/(rows · columns) of the smallest stride in use.
+        early_ratio: the same for the agent phase alone. None takes `ratio`, as the paper does; 0 is nearer to the
+            unpatched model there, at little more time.
         early: the noisiest fraction of the diffusion run that uses agent attention; the rest does what `late` says.
         late: "merge" is token merging alone, as in ToMeSD and the paper; "downsample" takes keys and values from one
             token of each merge_stride cell and keeps every query (ToDo), whatever the ratio; "full" leaves these steps
@@ -69,6 +71,7 @@ class AgentConfig:
     ratio: float = 0.4
     early: float = 0.4
     late: str = "merge"
+    early_ratio: float | None = None
     alpha: float = 0.075
     broadcast_exponent: float = -0.15
     agent_ratio: float = 0.95
@@ -96,6 +99,8 @@ class AgentConfig:
             ("agent_ratio", 0, 1),
         ):
             self._set(name, _number(name, getattr(self, name), low, high))
+        if self.early_ratio is not None:
+            self._set("early_ratio", _number("early_ratio", self.early_ratio, 0, 1))
         for name in ("agent_stride", "merge_stride"):
             self._set(name, _stride(name, getattr(self, name)))
         if not isinstance(self.late, str) or self.late not in LATE:
@@ -160,12 +165,18 @@ class AgentConfig:
         for name, phase in used:
             rows, columns = self.stride(phase)
             possible = 1 - 1 / (rows * columns)
-            if self.ratio > possible:
+            if self.ratio_in(phase) > possible:
+                own = phase is Phase.AGENT and self.early_ratio is not None
+                field = "early_ratio" if own else "ratio"
                 raise ValueError(
-                    f"ratio={self.ratio}: at most {possible:g} of the tokens can be merged with {name}="
-                    f"{getattr(self, name)!r} (one token of each {rows}×{columns} cell stays); lower ratio or "
+                    f"{field}={self.ratio_in(phase)}: at most {possible:g} of the tokens can be merged with {name}="
+                    f"{getattr(self, name)!r} (one token of each {rows}×{columns} cell stays); lower {field} or "
                     f"raise {name}"
                 )
+
+    def ratio_in(self, phase: Phase) -> float:
+        """The fraction of the tokens merged away in a phase."""
+        return self.early_ratio if phase is Phase.AGENT and self.early_ratio is not None else self.ratio
 
     def stride(self, phase: Phase, grid: tuple[int, int] | None = None) -> tuple[int, int]:
         """(rows, columns) of one cell of the destination grid.
@@ -202,9 +213,9 @@ class AgentConfig:
         """Whether patched layers do anything else in that phase than unpatched ones."""
         return phase is Phase.AGENT or self.late == "downsample" or (self.late == "merge" and self.ratio > 0)
 
-    def num_merged(self, num_tokens: int) -> int:
-        """r = int(N · ratio), the number of tokens merged away before attention."""
-        return int(num_tokens * self.ratio)
+    def num_merged(self, num_tokens: int, phase: Phase) -> int:
+        """r = int(N · ratio), the number of tokens merged away before attention in a phase."""
+        return int(num_tokens * self.ratio_in(phase))
 
     def num_merged_for_agents(self, num_tokens: int, num_src: int) -> int:
         """r_agent = min(num_src, int(N · agent_ratio)): N − r_agent tokens are left and become the agents.
@@ -256,6 +267,7 @@ def _optional_int(name: str, value: object, low: int, meaning: str) -> int | Non
 
 _HINTS = {
     "ratio": "it is a fraction of the tokens, 0.4 merges 40 % of them",
+    "early_ratio": "it is a fraction of the tokens; None takes ratio",
     "early": "it is a fraction of the diffusion run, 0.4 is the noisiest 40 %",
     "alpha": "the paper uses 0.075 without training",
     "broadcast_exponent": "-0.5 is the standard softmax scale, the paper uses -0.15",

@@ -83,7 +83,7 @@ def plan_layer(config: AgentConfig, phase: Phase, grid: tuple[int, int]) -> Laye
     num_tokens = grid[0] * grid[1]
     num_src = num_tokens - num_dst
     tile = None if config.match_tile is None else tile_size(*grid, stride, config.match_tile)
-    num_merged = min(num_src, config.num_merged(num_tokens))
+    num_merged = min(num_src, config.num_merged(num_tokens, phase))
 
     def plan(action: Action, num_merged: int = 0, num_merged_for_agents: int = 0, reason: str = "") -> LayerPlan:
         return LayerPlan(action, reason, grid, stride, tile, num_dst, num_merged, num_merged_for_agents)

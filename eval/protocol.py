@@ -43,7 +43,8 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "scale": tuple({"broadcast_exponent": value} for value in (-0.5, -0.25, -0.15, -0.05)),
     "early": tuple({"early": value} for value in (0.2, 0.4, 0.6, 0.8)),
     "alpha-early": tuple({"alpha": a, "early": e} for a in (0.0, 0.075, 0.15) for e in (0.2, 0.4, 0.8)),
-    # Not the paper's: trade-offs for larger images.
+    # Not the paper's: less merging in the agent phase, and trade-offs for larger images.
+    "early-ratio": tuple({"early_ratio": value} for value in (None, 0.2, 0.0)),
     "late": (
         {"late": "merge"},
         {"late": "downsample"},
@@ -58,13 +59,14 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"cache_interval": 3, "cache_order": 0},
         {"cache_interval": 3, "ratio": 0.0, "early": 0.0},
     ),
-    "cache-alone": ({"cache_interval": 3, "ratio": 0.0, "early": 0.0},),
+    "cache-alone": ({}, {"cache_interval": 3, "ratio": 0.0, "early": 0.0},),
     "presets": tuple(PRESETS.values()),
 }
 """Name on the command line: the fields of AgentConfig that each of its scenarios sets."""
 
 
 _LABELS = {
+    "early_ratio": "er{:g}",
     "alpha": "alpha{:g}",
     "broadcast_exponent": "scale{:g}",
     "late": "{}",

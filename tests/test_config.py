@@ -18,6 +18,9 @@ from agentsd import AgentConfig, Phase
         ("ratio", True, TypeError),
         ("ratio", float("nan"), ValueError),
         ("ratio", 0.76, ValueError),  # above 1 − 1/2²
+        ("early_ratio", -0.1, ValueError),
+        ("early_ratio", "abc", TypeError),
+        ("early_ratio", False, TypeError),
         ("early", -1, ValueError),
         ("early", "abc", TypeError),
         ("alpha", None, TypeError),
@@ -62,6 +65,11 @@ def test_ratio_limit_follows_the_stride_in_use():
     with pytest.raises(ValueError, match="0.5 of the tokens.*merge_stride=\\(1, 2\\)"):
         AgentConfig(ratio=0.6, merge_stride=(1, 2))
 
+    assert AgentConfig(ratio=0.7, early_ratio=0.9).early_ratio == 0.9
+    with pytest.raises(ValueError, match="^early_ratio=0.95: at most 0.9375.*lower early_ratio or raise agent_stride"):
+        AgentConfig(early_ratio=0.95)
+    with pytest.raises(ValueError, match="^ratio=0.9: at most 0.75.*merge_stride=2"):
+        AgentConfig(ratio=0.9, early_ratio=0.0)
     for late in ("downsample", "full"):
         assert AgentConfig(ratio=0.9, late=late).ratio == 0.9  # the later steps merge nothing
 

@@ -87,6 +87,20 @@ def test_full_attention_in_the_later_steps():
     assert torch.equal(call_unet(unet, timestep=900), full) and not torch.equal(full, early)
 
 
+@pytest.mark.parametrize("merge", [{}, {"merge_crossattn": True, "merge_mlp": True}])
+@pytest.mark.parametrize("early_ratio", [0.0, 0.2, 0.9])
+def test_a_ratio_of_its_own_for_the_agent_phase(early_ratio, merge):
+    """Each phase is what it is with that ratio in both."""
+    unet = make_unet()
+    agentsd.apply_patch(unet, ratio=0.5, early_ratio=early_ratio, **merge)
+    early, later = call_unet(unet, timestep=900), call_unet(unet, timestep=100)
+    agentsd.apply_patch(unet, ratio=early_ratio, early=1.0, **merge)
+    assert torch.equal(call_unet(unet, timestep=900), early)
+    agentsd.apply_patch(unet, ratio=0.5, **merge)
+    assert torch.equal(call_unet(unet, timestep=100), later)
+    assert not torch.equal(call_unet(unet, timestep=900), early)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"early": 1.0, "merge_crossattn": True, "merge_mlp": True}])
 def test_removal_is_bit_identical_and_leaves_no_trace(kind, settings):
