@@ -1,0 +1,1 @@
+"""DreamBooth with agent attention: the parts of apps/dreambooth.py."""

@@ -1,0 +1,169 @@
+"""load_model, make_trainable: the pipeline to be tuned, checked for what can be trained here, and its LoRA matrices."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.training_utils import cast_training_params
+from torch import nn
+
+from agentsd.images.pipelines import ModelError, load_pipeline
+
+from .draws import number
+from .settings import DreamBoothSettings, UsageError
+
+LORA_TARGETS = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
+"""The layers that get LoRA matrices: those of diffusers' DreamBooth script."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline in float32 on the CPU, and the noise schedule that it is trained with."""
+
+    pipe: DiffusionPipeline
+    noise_scheduler: DDPMScheduler
+
+    @property
+    def is_xl(self) -> bool:
+        """SDXL: two text encoders, and sizes as conditions."""
+        return isinstance(self.pipe, StableDiffusionXLPipeline)
+
+
+def load_model(settings: DreamBoothSettings) -> Model:
+    """Load the pipeline and check that it can be trained here with these settings.
+
+    Raises:
+        UsageError: it cannot be loaded, is of another kind, or predicts neither the noise nor the velocity.
+    """
+    try:
+        pipe = load_pipeline(settings.model, device="cpu", dtype="float32")
+    except (ModelError, ValueError) as error:
+        raise UsageError(f"--model {settings.model}: {error}") from None
+    if type(pipe) not in (StableDiffusionPipeline, StableDiffusionXLPipeline):
+        raise UsageError(
+            f"--model {settings.model}: is a {type(pipe).__name__}; only text-to-image models of the classes "
+            "StableDiffusionPipeline and StableDiffusionXLPipeline can be trained"
+        )
+    model = Model(pipe, DDPMScheduler.from_config(pipe.scheduler.config))
+    kind = model.noise_scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise UsageError(
+            f"--model {settings.model}: its scheduler says prediction_type={kind!r}; only 'epsilon' and 'v_prediction' "
+            "can be trained"
+        )
+    if model.is_xl and settings.train_text_encoder:
+        raise UsageError(
+            "--train-text-encoder: is for models with one text encoder; leave it out for Stable Diffusion XL"
+        )
+    multiple = pipe.vae_scale_factor
+    if settings.resolution % multiple:
+        below = max(multiple, settings.resolution // multiple * multiple)
+        raise UsageError(
+            f"--resolution {settings.resolution}: must be a multiple of {multiple} for this model; use {below}"
+        )
+    for module in (pipe.vae, pipe.unet, *text_encoders(pipe)):
+        module.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return model
+
+
+def text_encoders(pipe: DiffusionPipeline) -> list[nn.Module]:
+    """The text encoders of a pipeline: one, or SDXL's two."""
+    return [part for name in ("text_encoder", "text_encoder_2") if (part := getattr(pipe, name, None)) is not None]
+
+
+def trained_parts(pipe: DiffusionPipeline, settings: DreamBoothSettings) -> dict[str, nn.Module]:
+    """The modules that are trained, by their name in the pipeline."""
+    return {name: getattr(pipe, name) for name in ("unet", "text_encoder")[: 1 + settings.train_text_encoder]}
+
+
+def make_trainable(pipe: DiffusionPipeline, settings: DreamBoothSettings, frozen_dtype: torch.dtype) -> None:
+    """Turn gradients on for what is trained: all weights, or new LoRA matrices beside the frozen weights.
+
+    Args:
+        frozen_dtype: of the weights that LoRA leaves as they are. What is trained is float32.
+    """
+    for name, module in trained_parts(pipe, settings).items():
+        if settings.lora_rank is None:
+            module.requires_grad_(True)
+        else:
+            from peft import LoraConfig, inject_adapter_in_model
+
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(frozen_dtype)
+            config = LoraConfig(
+                r=settings.lora_rank,
+                lora_alpha=settings.lora_rank,
+                init_lora_weights="gaussian",
+                target_modules=LORA_TARGETS[name],
+            )
+            with torch.random.fork_rng(devices=[]):  # peft takes its first weights from the global generator
+                torch.manual_seed(number(settings.seed, "lora", name))
+                inject_adapter_in_model(config, module)
+            cast_training_params(module, dtype=torch.float32)
+        module.train()
+        if settings.gradient_checkpointing:
+            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+            enable()
+
+
+def trained_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of a module that are trained, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def check_optimizer(settings: DreamBoothSettings, device: torch.device) -> None:
+    """Make sure that the optimizer and LoRA's package can be had, before anything is loaded. Raises UsageError."""
+    if settings.use_8bit_adam:
+        if device.type != "cuda":
+            raise UsageError(
+                f"--use-8bit-adam: needs a CUDA GPU, and this training runs on {device.type}; leave it out to use "
+                "torch's AdamW"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UsageError("--use-8bit-adam: needs bitsandbytes; pip install bitsandbytes, or leave it out")
+    if settings.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        raise UsageError(f"--lora-rank {settings.lora_rank}: needs peft; pip install peft, or leave it out")
+
+
+def make_optimizer(settings: DreamBoothSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' in 8 bits."""
+    kind: Any = torch.optim.AdamW
+    if settings.use_8bit_adam:
+        import bitsandbytes
+
+        kind = bitsandbytes.optim.AdamW8bit
+    return kind(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+    )
+
+
+def written_bytes(pipe: DiffusionPipeline, settings: DreamBoothSettings) -> int:
+    """The most bytes that a training has on the disk at once: the model, its checkpoints, and one being written."""
+    parts = trained_parts(pipe, settings)
+    if settings.lora_rank is None:
+        trained = sum(parameter.numel() for module in parts.values() for parameter in module.parameters())
+        modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        model = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    else:
+        model = trained = sum(
+            settings.lora_rank * (layer.in_features + layer.out_features)
+            for part, module in parts.items()
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.Linear) and any(name.endswith(f".{target}") for target in LORA_TARGETS[part])
+        )
+    count = settings.max_train_steps // settings.checkpointing_steps
+    kept = min(count, settings.checkpoints_total_limit or count) + 1 if count else 0
+    moments = 2 if settings.use_8bit_adam else 8  # bytes per weight of AdamW's two
+    return 4 * model + kept * (4 + moments) * trained
