@@ -159,7 +159,7 @@ def test_a_stopped_run_resumes_and_another_one_is_refused(finished, monkeypatch,
     assert np.array_equal(np.asarray(Image.open(file)), before)
     assert (folder / "out" / "images" / "sampling" / "00-0000.png").read_bytes() == kept
     assert dreambooth_bench.main([*arguments, "--guidance", "3"]) == 2
-    assert "was made with plan" in capsys.readouterr().err
+    assert "was made with guidance 5.0, not 3.0: give the same settings or another --out" in capsys.readouterr().err
 
 
 # --- input ------------------------------------------------------------------------------------------------------------

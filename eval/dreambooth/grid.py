@@ -40,7 +40,7 @@ def grid_image(plan: Plan, out: Path, path: Path, captions: dict[str, str], foot
     for part in parts:
         canvas.paste(part, (0, top))
         top += part.height
-    canvas.save(path)
+    canvas.save(path, optimize=True)
 
 
 def _subject_strip(plan: Plan, width: int) -> Image.Image:

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     plan, out = make_plan(options), Path(options.out).absolute()
     device = check(plan, options)
     with lock_folder(out):
-        claim(out, {"plan": plan.as_json(), "versions": package_versions()})
+        claim(out, {**plan.as_json(), "versions": package_versions()})
         plan_file = out / _PLAN
         write_atomically(plan_file, json.dumps({"plan": plan.as_json()}) + "\n")
         records = train_all(plan, out)
