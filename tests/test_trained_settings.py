@@ -193,6 +193,8 @@ def test_a_lora_is_loaded_on_its_base_model(lora, folder):
     with pytest.warns(UserWarning, match=SAID):
         agentsd.apply_patch(pipe)
     assert get_patch(pipe).config == TRAINED
+    half = load_pipeline(path, device="cpu", dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.unet.parameters()} == {torch.bfloat16}
 
 
 def test_a_lora_that_cannot_be_loaded(lora, tmp_path, folder):
