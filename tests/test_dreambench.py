@@ -31,7 +31,7 @@ from eval.dreambooth import run as bench_run  # noqa: E402
 from eval.dreambooth import trainings  # noqa: E402
 from eval.dreambooth.networks import cosines, load_judges, sharpness  # noqa: E402
 from eval.dreambooth.plan import SUBJECT, plan_from  # noqa: E402
-from eval.dreambooth.report import make_verdict  # noqa: E402
+from eval.dreambooth.report import make_costs, make_verdict  # noqa: E402
 from eval.dreambooth.statistics import paired_difference, paired_ratio  # noqa: E402
 from eval.dreambooth.step_times import measure_steps, training_settings  # noqa: E402
 from eval.dreambooth.subprocesses import run_python  # noqa: E402
@@ -143,6 +143,34 @@ def test_the_report_has_every_figure(finished):
         assert [row["row"] for row in csv.DictReader(file)] == ROWS + PRIOR
     grid = Image.open(out / "grid.png")
     assert grid.width > 1000 and grid.height > 1200
+
+
+def test_without_interleaved_steps_the_seconds_are_those_of_the_trainings(finished):
+    out = finished[0] / "out"
+    plan = plan_from(json.loads((out / "plan.json").read_text())["plan"])
+    records = trainings.read_records(plan, out)
+    rows = {row["row"]: row for row in make_costs(plan, out, records, None, {"both": 2_000_000_000, "before": None})}
+    assert rows["both"]["step_seconds"] == np.median(records["both"]["seconds_per_step"])
+    assert rows["both"]["step_ratio"] == pytest.approx(rows["both"]["step_seconds"] / rows["untrained"]["step_seconds"])
+    assert "step_ratio_ci" not in rows["both"] and "step_seconds" not in rows["before"]
+    assert rows["both"]["sample_gb"] == 2 and rows["before"]["sample_gb"] is None
+
+
+def test_trainings_that_were_stopped_go_on_and_finished_ones_are_left(finished, tmp_path, monkeypatch):
+    plan = plan_from(json.loads((finished[0] / "out" / "plan.json").read_text())["plan"])
+    for name, ended in (("none", True), ("both", False)):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "training.json").write_text(json.dumps({"finished": ended}))
+    given = []
+    monkeypatch.setattr(trainings, "run_python", lambda arguments, what: given.append(arguments))
+    with pytest.raises(BenchError, match="the training with agents in every step is not finished"):
+        trainings.train_all(plan, tmp_path)
+    assert len(given) == 2
+    assert given[0][-2:] == ["--resume-from-checkpoint", "latest"] and "both" in given[0]
+    assert "--resume-from-checkpoint" not in given[1] and "--with-prior-preservation" not in given[1]
+    (tmp_path / "models" / "both" / "training.json").write_text("{")
+    with pytest.raises(BenchError, match="training.json cannot be read"):
+        trainings.train_all(plan, tmp_path)
 
 
 def test_a_stopped_run_resumes_and_another_one_is_refused(finished, monkeypatch, capsys):

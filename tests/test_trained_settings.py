@@ -11,6 +11,7 @@ import pytest
 import torch
 from app_support import tiny_models
 from conftest import draw, make_pipeline
+from PIL import Image
 from playground.form import Form
 from playground.jobs import Finished, Note, Run, Studio, methods_to_compare
 from playground.script import script
@@ -211,6 +212,29 @@ def test_a_lora_that_cannot_be_loaded(lora, tmp_path, folder):
     write(tmp_path, base_model=str(path), lora="pytorch_lora_weights.safetensors")
     with pytest.raises(ModelError, match="is a LoRA too: give one with whole weights"):
         load_pipeline(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["whole-weights", "lora"])
+def test_what_the_training_writes_is_what_is_read(tmp_path, folder, rank):
+    from dreambooth.run import run
+    from dreambooth.settings import DreamBoothSettings, default_config
+
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "subject.png")
+    settings = DreamBoothSettings(
+        tmp_path, "a sks", tmp_path / "out", model=folder, resolution=64, max_train_steps=1, learning_rate=1e-2,
+        lora_rank=rank, agents="both", config=default_config("both", ratio=0.3, agent_stride=(2, 4)), device="cpu",
+    )  # fmt: skip
+    run(settings)
+    trained = read_trained(tmp_path / "out")
+    assert (trained.agents, trained.config, trained.instance_prompt) == ("both", TRAINED, "a sks")
+    pipe, base = (load_pipeline(path, device="cpu", scheduler="ddim") for path in (tmp_path / "out", folder))
+    with pytest.warns(UserWarning, match=SAID):
+        agentsd.apply_patch(pipe)
+    assert get_patch(pipe).config == TRAINED
+    agentsd.remove_patch(pipe)
+    for one in (pipe, base):
+        one.set_progress_bar_config(disable=True)
+    assert (draw(pipe, steps=2) - draw(base, steps=2)).abs().max() > 0.01  # the trained weights are in it
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
