@@ -15,7 +15,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "model": "demo", "instance_prompt": "a sks bird", "class_prompt": "a bird", "images": 12, "prior_images": 8,
         "steps": 25, "guidance": 5.0, "train_steps": 300, "learning_rate": 1e-4, "prior_preservation": True,
-        "num_class_images": 8, "class_inference_steps": 20, "timed_steps": 16, "features": "efficientnet-lite0",
+        "num_class_images": 8, "class_inference_steps": 20, "class_guidance": 2.0, "timed_steps": 16,
+        "features": "efficientnet-lite0",
     },
     "paper": {
         "model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "instance_prompt": "a photo of sks dog",
@@ -24,8 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "{}", "{} on the beach", "{} in the snow", "{} wearing a red hat", "{} on a wooden floor", "{} in a garden",
         ],
         "images": 8, "prior_images": 16, "steps": 100, "guidance": 7.5, "train_steps": 800, "learning_rate": 1e-6,
-        "prior_preservation": True, "num_class_images": 100, "class_inference_steps": 50, "timed_steps": 30,
-        "use_8bit_adam": True, "mixed_precision": "fp16", "features": "efficientnet-lite0",
+        "prior_preservation": True, "num_class_images": 100, "class_inference_steps": 50, "class_guidance": 7.5,
+        "timed_steps": 30, "use_8bit_adam": True, "mixed_precision": "fp16", "features": "efficientnet-lite0",
     },
 }  # fmt: skip
 """What --preset sets; single arguments override. "paper" is appendix B.4; it needs --subject."""
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--prior-preservation", action=argparse.BooleanOptionalAction)
     training.add_argument("--num-class-images", type=int, metavar="N")
     training.add_argument("--class-inference-steps", type=int, metavar="N")
+    training.add_argument("--class-guidance", type=float, metavar="G", help="guidance of the class images")
     training.add_argument("--timed-steps", type=int, metavar="N", help="rounds of the interleaved timing")
 
     sampling = parser.add_argument_group("sampling")

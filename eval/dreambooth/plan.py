@@ -63,7 +63,7 @@ class Plan:
         steps, guidance, scheduler, size: of the sampling; size None is the model's own.
         ratio, alpha, early: of the patch; `early` of the row that uses agents in sampling alone.
         train_steps, learning_rate, …: of the training, as apps/dreambooth.py has them.
-        prior_preservation: train on images of the class too.
+        prior_preservation: train on images of the class too, which the model generates at class_guidance.
         timed_steps: rounds of the interleaved timing of training steps.
         seed: of the training and, counted upward, of the images.
         device, dtype: dtype is that of the sampling.
@@ -95,6 +95,7 @@ class Plan:
     prior_preservation: bool
     num_class_images: int
     class_inference_steps: int
+    class_guidance: float
     timed_steps: int
     seed: int
     device: str | None
@@ -178,6 +179,7 @@ class Plan:
                 "class_prompt": self.class_prompt,
                 "num_class_images": self.num_class_images,
                 "class_inference_steps": self.class_inference_steps,
+                "guidance_scale": self.class_guidance,
             }
         return {key: value for key, value in options.items() if value not in (None, False)}
 

@@ -37,8 +37,8 @@ QUALITY = (
     Column("dino_difference", "DINO − DreamBooth [95 %]", "{:+.3f}", interval=True),
     Column("clip_i", "CLIP-I", "{:.3f}"),
     Column("clip_t", "CLIP-T", "{:.3f}"),
-    Column("sharpness", "sharpness", "{:.2f}"),
-    Column("sharpness_difference", "− DreamBooth [95 %]", "{:+.2f}", interval=True),
+    Column("sharpness", "sharpness", "{:.1f}"),
+    Column("sharpness_difference", "− DreamBooth [95 %]", "{:+.1f}", interval=True),
     Column("psnr", "PSNR to DreamBooth, dB", "{:.1f}"),
 )
 PRIOR = (
@@ -147,15 +147,15 @@ def make_verdict(rows: Sequence[dict[str, Any]], prior: Sequence[dict[str, Any]]
         said.append(
             f"{what}: similarity to the subject {_signed(row, f'features_{name}')} against DreamBooth without agents: "
             f"{_direction(row, f'features_{name}', 'nearer to the subject', 'less like the subject')}; sharpness "
-            f"{_signed(row, f'sharpness_{name}', '{:+.2f}')}: "
-            f"{_direction(row, f'sharpness_{name}', 'sharper', 'more blurred')}."
+            f"{_signed(row, f'sharpness_{name}', '{:+.1f}')}: "
+            f"{_direction(row, f'sharpness_{name}', 'sharper edges', 'softer edges')}."
         )
     said.append(
         f"Does training with agents mend what agents in all steps cost? Trained so against not trained so: similarity "
         f"{_signed(both, f'features_{UNTRAINED}')}: "
         f"{_direction(both, f'features_{UNTRAINED}', 'nearer to the subject', 'less like the subject')}; sharpness "
-        f"{_signed(both, f'sharpness_{UNTRAINED}', '{:+.2f}')}: "
-        f"{_direction(both, f'sharpness_{UNTRAINED}', 'sharper', 'more blurred')}."
+        f"{_signed(both, f'sharpness_{UNTRAINED}', '{:+.1f}')}: "
+        f"{_direction(both, f'sharpness_{UNTRAINED}', 'sharper edges', 'softer edges')}."
     )
     said.append(
         f"What the similarity is worth ({label}): the model before training has {by_name['before']['features']:.3f}, "
@@ -203,7 +203,8 @@ def as_markdown(
         table(rows, COST),
         "## Quality",
         f"Similarity to the subject is the mean cosine of {label} features to the subject's images. Sharpness is the "
-        "mean brightness gradient, in levels of 255 per pixel.",
+        "99th percentile of the brightness gradient, in levels of 255 per pixel; the subject's images, at the size of "
+        f"the generated ones, have {about['subject_sharpness']:.1f}.",
         table(rows, QUALITY, label),
     ]
     if prior:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from eval.models import pick_device
 from eval.protocol import BenchError
 
 from . import sample_memory, step_times
-from .networks import load_judges
+from .networks import load_judges, sharpness
 from .plan import SUBJECT, Plan
 from .report import make_costs, write_report
-from .sampling import sample_all
+from .sampling import sample_all, shots_of
 from .scoring import score, subject_files
 from .subprocesses import run_python
 from .trainings import train_all
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     """
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.disable_progress_bar()  # of the loading of weights, which would cut through ours
+        logging.set_verbosity_error()
     plan, out = make_plan(options), Path(options.out).absolute()
     device = check(plan, options)
     with lock_folder(out):
@@ -61,6 +63,7 @@ def run(options: argparse.Namespace, command: str) -> int:
             "environment": environment(device, choose_dtype(plan.dtype, device)),
             "label": options.features,
             "notes": [note] if note else [],
+            "subject_sharpness": _subject_sharpness(plan, out),
         }
         costs = make_costs(plan, out, records, steps, memory)
         print(write_report(plan, out, about, score(plan, out, judges), costs))
@@ -97,6 +100,11 @@ def check(plan: Plan, options: argparse.Namespace) -> Any:
     for file in subject_files(plan):
         read_image(file)
     return device
+
+
+def _subject_sharpness(plan: Plan, out: Path) -> float:
+    side = read_image(shots_of(plan, plan.rows[0], out)[0].path).width
+    return statistics.fmean(sharpness(file, side) for file in subject_files(plan))
 
 
 def _step_times(plan_file: Path, out: Path) -> tuple[dict[str, list[float]] | None, str]:
