@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _value(text: str) -> Any:
-    """The value of a field of AgentConfig, which checks it: none, a number, ROWSxCOLUMNS or a word."""
+    """The value of a field that checks it itself: none, a number, ROWSxCOLUMNS or a word."""
     if text.lower() == "none":
         return None
     for convert in (int, float, lambda text: tuple(int(part) for part in text.lower().split("x"))):
@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(AgentConfig):
         option = _AGENT_OPTIONS.get(field.name, "--" + field.name.replace("_", "-"))
         kind: dict[str, Any] = {"type": _value, "metavar": "VALUE"}
-        if field.type == "bool":
+        if str(field.type).removesuffix(" | None") == "bool":
             kind = {"action": argparse.BooleanOptionalAction}
         default = "1 where agents train, else 0.4" if field.name == "early" else field.default
         agents.add_argument(
@@ -121,7 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     keeping = parser.add_argument_group("checkpoints and validation")
     add(keeping, "--checkpointing-steps", "a checkpoint after every N steps", type=int, metavar="N")
-    add(keeping, "--checkpoints-total-limit", "keep only the newest N", type=int, metavar="N")
+    add(keeping, "--checkpoints-total-limit", "keep only the newest N, or none for no limit", type=_value, metavar="N")
     add(keeping, "--resume-from-checkpoint", "latest, or step-N", metavar="NAME")
     add(keeping, "--validation-prompt", "generate images with it while training", metavar="TEXT")
     add(keeping, "--num-validation-images", "how many", type=int, metavar="N")
@@ -150,7 +150,7 @@ def _with_hyphens(argument: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    """Train; returns the exit status: 0, 1 out of memory, 2 for wrong input, 130 when interrupted."""
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
         from dreambooth.run import run  # heavy imports, so that --help and wrong options answer at once
@@ -162,6 +162,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume-from-checkpoint latest goes on from here", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            "dreambooth: error: out of memory; --gradient-checkpointing, --lora-rank, --mixed-precision, "
+            "--use-8bit-adam and a smaller --resolution or --train-batch-size need less",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT / "apps"))
 
 from dreambooth import checkpoints, latents, validation  # noqa: E402
 from dreambooth import run as running  # noqa: E402
+from dreambooth.data import read_image  # noqa: E402
 from dreambooth.draws import element_of, generator  # noqa: E402
 from dreambooth.export import export  # noqa: E402
 from dreambooth.run import run  # noqa: E402
@@ -187,26 +189,29 @@ def test_the_command_killed_for_real(settings, base, undisturbed):
 
 def test_more_steps_later_are_the_same_steps(settings):
     whole, parts = settings().output_dir, settings().output_dir.with_name("parts")
-    run(settings(max_train_steps=4))
-    run(settings(output_dir=parts, max_train_steps=2, checkpointing_steps=2))
-    run(settings(output_dir=parts, max_train_steps=4, resume_from_checkpoint="latest"))
+    agents = dict(agents="both", config=agentsd.AgentConfig(early=0.9, agent_stride=(4, 2)))  # a pair, in JSON a list
+    run(settings(max_train_steps=4, **agents))
+    run(settings(output_dir=parts, max_train_steps=2, checkpointing_steps=2, **agents))
+    run(settings(output_dir=parts, max_train_steps=4, resume_from_checkpoint="latest", **agents))
     assert weights(whole) == weights(parts)
+    assert json.loads((parts / "training.json").read_text())["steps"] == 4
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def test_latents_are_those_of_the_autoencoder(settings):
+def test_latents_are_those_of_the_autoencoder(settings, base):
     trainer = Trainer(settings())
     trainer.prepare()
     vae = trainer.model.pipe.vae
-    for i, image in enumerate(trainer.images["instance"]):
+    for i, path in enumerate(sorted((base / "subject").iterdir())):
+        image = read_image(path, SIDE, "instance_data_dir")
         with torch.no_grad():
             posterior = vae.encode(image.pixels[None]).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator(0, "posterior", "instance", i))
         expected = vae.config.scaling_factor * (posterior.mean + posterior.std * noise)
-        assert torch.equal(trainer.latents["instance"][i], expected[0])
-    assert trainer.latents["instance"].shape == (3, 4, SIDE // 8, SIDE // 8)
+        assert torch.equal(trainer.images["instance"].latents[i], expected[0])
+    assert trainer.images["instance"].latents.shape == (3, 4, SIDE // 8, SIDE // 8)
 
 
 def test_latents_of_an_autoencoder_without_a_distribution():
@@ -235,7 +240,7 @@ def test_loss_with_prior_preservation_is_the_naive_one(settings, base, model, en
     total = 0.0
     for name, prompt, weight in (("instance", "a zebra", 1.0), ("class", "a dog", 0.7)):
         text = pipe.encode_prompt(prompt, "cpu", 1, False)[0].detach()
-        kept = trainer.latents[name]
+        kept = trainer.images[name].latents
         for sample in range(4):
             latent = kept[element_of(5, name, sample, len(kept))][None]
             draw = generator(5, "noise", name, sample)
@@ -302,7 +307,7 @@ rank = "0" if child else "1"
 os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
 os.environ.update(ACCELERATE_USE_CPU="true")
 run({chosen!r})
-torch.distributed.destroy_process_group()
+assert not torch.distributed.is_initialized()
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -320,6 +325,25 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
     theirs = load_file(single.output_dir / UNET)
     for name, tensor in load_file(out / UNET).items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["weights", "lora"])
+def test_gradient_checkpointing_changes_no_weight(settings, rank):
+    def trained(checkpointing):
+        trainer = Trainer(
+            settings(agents="both", train_text_encoder=True, lora_rank=rank, gradient_checkpointing=checkpointing)
+        )
+        trainer.prepare()
+        before = [parameter.detach().clone() for parameter in trainer.parameters]
+        for _ in range(2):
+            trainer.step()
+        return before, trainer.parameters
+
+    before, plain = trained(False)
+    _, checkpointed = trained(True)
+    assert all(torch.equal(one, other) for one, other in zip(plain, checkpointed))
+    # No weight of the text encoder is left out; LoRA's first factor moves once the second is no longer 0.
+    assert not any(torch.equal(one, other) for one, other in zip(before, plain))
 
 
 def test_trainers_take_turns(settings):
@@ -429,15 +453,18 @@ def test_the_pipeline_in_memory_bears_no_trace(settings):
 def test_lora_file_gives_the_trained_model(settings, base, precision):
     chosen = settings(
         agents="both", lora_rank=2, train_text_encoder=True, gradient_checkpointing=True, mixed_precision=precision,
-        learning_rate=1e-2,
+        learning_rate=1e-2, validation_prompt="a zebra", validation_inference_steps=1, num_validation_images=1,
     )  # fmt: skip
     trainer = Trainer(chosen)
     trainer.prepare()
     before = call_unet(make_unet())
     for _ in range(4):
         trainer.step()
+    validation.write_validation(
+        trainer.model.pipe, chosen, trainer.accelerator.device, chosen.output_dir / "v" / "row.png"
+    )
+    shutil.rmtree(chosen.output_dir / "v")
     trainer.finish()
-    chosen.output_dir.mkdir()
     export(trainer.model.pipe, trainer.parts, chosen)
     assert sorted(path.name for path in chosen.output_dir.iterdir()) == [
         "agentsd.json",
@@ -446,6 +473,10 @@ def test_lora_file_gives_the_trained_model(settings, base, precision):
     assert json.loads((chosen.output_dir / "agentsd.json").read_text())["lora"] == "pytorch_lora_weights.safetensors"
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(base / "model", safety_checker=None)
+    names = load_file(chosen.output_dir / "pytorch_lora_weights.safetensors").keys()
+    assert {name.split(".layers")[0] for name in names if name.startswith("text")} == {
+        "text_encoder.text_model.encoder"
+    }
     plain_text = pipe.encode_prompt("a zebra", "cpu", 1, False)[0]
     pipe.load_lora_weights(chosen.output_dir)
     trained, tolerance = (
@@ -475,7 +506,7 @@ def test_class_images_are_completed_and_kept(settings, base, tmp_path, monkeypat
     whole = class_files()
     assert sorted(whole) == ["0.png", "1.png", "class-00000.png", "class-00001.png"]
     assert all(path.read_bytes() == content for path, content in kept.items())
-    assert len(trainer.latents["class"]) == 4
+    assert len(trainer.images["class"].latents) == 4
     (own / "class-00001.png").unlink()  # as a killed run leaves the folder
     Trainer(settings(**prior)).prepare()
     assert class_files() == whole
@@ -501,7 +532,7 @@ def test_stable_diffusion_xl(settings, tmp_path):
     # 73 × 64 pixels, cropped to the middle 64 rows.
     assert told[0][3]["time_ids"].tolist() == [[SIDE + 9, SIDE, 4, 0, SIDE, SIDE]]
     with pytest.raises(UsageError, match="leave it out for Stable Diffusion XL"):
-        Trainer(settings(model=tmp_path / "xl", train_text_encoder=True)).load()
+        Trainer(settings(model=tmp_path / "xl", train_text_encoder=True)).prepare()
     run(chosen)
     pipe.load_lora_weights(chosen.output_dir)
     assert pipe.get_list_adapters()["unet"]
@@ -521,3 +552,39 @@ def test_a_full_disk_in_mid_training_keeps_the_last_checkpoint(settings, monkeyp
     out = settings().output_dir
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"]
     assert not (out / "model_index.json").exists()
+
+
+def test_killed_while_it_exports(settings, monkeypatch):
+    """The folder is no model until all parts are in it; going on completes it."""
+    out, replace = settings().output_dir, os.replace
+
+    def die_at_the_unet(source, target):
+        if Path(target).name == "unet":
+            raise MemoryError("killed")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(os, "replace", die_at_the_unet)
+        run(settings(checkpointing_steps=2))
+    assert (out / "text_encoder").exists() and not (out / "model_index.json").exists()
+    assert not json.loads((out / "training.json").read_text())["finished"]
+    run(settings(checkpointing_steps=2, resume_from_checkpoint="latest"))
+    run(settings(output_dir=out.with_name("whole")))
+    assert weights(out) == weights(out.with_name("whole")) and (out / "agentsd.json").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_on_a_gpu(gpu, settings, precision):
+    """The same samples as on a CPU; autoencoder and text encoder make room for the UNet."""
+    losses = {}
+    for device in ("cpu", None):
+        chosen = settings(agents="both", device=device, mixed_precision=precision if device is None else "no")
+        trainer = Trainer(chosen)
+        trainer.prepare()
+        losses[device] = [trainer.step() for _ in range(3)]
+    pipe = trainer.model.pipe
+    assert pipe.unet.device.type == "cuda" and pipe.vae.device.type == pipe.text_encoder.device.type == "cpu"
+    assert losses[None] == pytest.approx(losses["cpu"], rel=1e-3 if precision == "no" else 0.05)
+    run(settings(agents="both", device=None, mixed_precision=precision, validation_prompt="a zebra"))
+    assert json.loads((settings().output_dir / "training.json").read_text())["peak_bytes"] > 0

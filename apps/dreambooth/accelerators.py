@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState, is_initialized
-from accelerate.utils import parse_choice_from_env
+from accelerate.utils import parse_choice_from_env, parse_flag_from_env
 
 from .settings import DreamBoothSettings, UsageError, option
 
@@ -20,7 +21,8 @@ def make_accelerator(settings: DreamBoothSettings) -> Accelerator:
             among processes.
     """
     precision = settings.mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
-    cpu = settings.device == "cpu"
+    # Said outright, as accelerate connects processes without a GPU only when it is told to use CPUs.
+    cpu = settings.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if is_initialized():  # accelerate keeps one state per process, and refuses a second precision or device
         other_device = PartialState().num_processes == 1 and (PartialState().device.type == "cpu") != cpu
         AcceleratorState._reset_state(reset_partial_state=other_device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -115,7 +116,7 @@ def load_checkpoint(
                     tensor.copy_(weights[name][key])
         for name, state in states.items():
             state.load_state_dict(kept[name])
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UsageError(
             f"--resume-from-checkpoint: {checkpoint} cannot be read ({reason}); remove that folder and resume from an "

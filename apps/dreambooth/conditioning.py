@@ -1,4 +1,4 @@
-"""Text as the UNet reads it: prompts checked for their length, token ids, embeddings, and SDXL's added conditions."""
+"""Text as the UNet reads it: prompts checked for their length, token ids and embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from .data import TrainingImage
 from .settings import DreamBoothSettings, UsageError, option
 
 
@@ -62,8 +61,3 @@ def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str], device: torc
             list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
     return {"text": text.float(), "pooled": pooled.float()}
-
-
-def size_conditions(images: Sequence[TrainingImage], resolution: int) -> Tensor:
-    """SDXL's time ids [N, 6]: original height and width, top and left of the crop, height and width trained at."""
-    return torch.tensor([[*image.size, *image.corner, resolution, resolution] for image in images], dtype=torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import warnings
@@ -96,20 +95,6 @@ def read_image(path: Path, resolution: int, field: str) -> TrainingImage:
     square = image.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
     return TrainingImage(pixels.contiguous(), (height, width), (top, left))
-
-
-def read_images(paths: list[Path], resolution: int, field: str) -> list[TrainingImage]:
-    """`read_image` for each path. Raises UsageError."""
-    return [read_image(path, resolution, field) for path in paths]
-
-
-def digest(images: list[TrainingImage]) -> str:
-    """SHA-256 of what is trained on, in hexadecimal."""
-    found = hashlib.sha256()
-    for image in images:
-        found.update(repr((image.size, image.corner)).encode())
-        found.update(image.pixels.numpy().tobytes())
-    return found.hexdigest()
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -71,10 +71,12 @@ def _trained_for(settings: DreamBoothSettings) -> dict[str, Any]:
 def _save_lora(pipe: DiffusionPipeline, parts: dict[str, nn.Module], folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
-    layers = {
-        f"{name}_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(module))
-        for name, module in parts.items()
-    }
+    layers = {}
+    for name, module in parts.items():
+        tensors = convert_state_dict_to_diffusers(get_peft_model_state_dict(module))
+        if name == "text_encoder":  # as transformers 4 names them; with 5 both names can be loaded
+            tensors = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in tensors.items()}
+        layers[f"{name}_lora_layers"] = tensors
     pipe.save_lora_weights(folder, weight_name=LORA_FILE, safe_serialization=True, **layers)
 
 

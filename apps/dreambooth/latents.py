@@ -1,15 +1,33 @@
-"""encode_images: latents of the training images, encoded once per run."""
+"""encode_files: latents of the training images, encoded once per run."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import TrainingImage
+from .data import TrainingImage, read_image
 from .draws import generator
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is kept of a folder of images.
+
+    Attributes:
+        latents: [N, C, h, w] float32 on the autoencoder's device.
+        sizes: [N, 6] SDXL's time ids: height and width of the original, top and left of the crop, height and width.
+        digest: SHA-256 of all that was read, in hexadecimal.
+    """
+
+    latents: Tensor
+    sizes: Tensor
+    digest: str
 
 
 def encode_image(vae: nn.Module, pixels: Tensor, noise: torch.Generator) -> Tensor:
@@ -42,17 +60,28 @@ def encode_image(vae: nn.Module, pixels: Tensor, noise: torch.Generator) -> Tens
     return (latents * factor)[0].float()
 
 
-def encode_images(vae: nn.Module, images: Sequence[TrainingImage], seed: int, name: str, quiet: bool) -> Tensor:
-    """`encode_image` for each image, one at a time, so that none depends on its companions.
+def encode_files(
+    vae: nn.Module, paths: Sequence[Path], resolution: int, seed: int, name: str, quiet: bool = True
+) -> Encoded:
+    """Read and encode images one at a time, so that none depends on its companions and few are in memory.
 
     Args:
-        name: "instance" or "class", part of the key of the random numbers.
+        name: "instance" or "class": the option that an error names, and part of the key of the random numbers.
         quiet: no progress bar.
 
-    Returns:
-        [N, C, h, w] float32 on the autoencoder's device.
+    Raises:
+        UsageError: a file cannot be read.
     """
-    bar = tqdm(images, desc=f"{name} latents", unit="image", disable=quiet)
-    return torch.stack(
-        [encode_image(vae, image.pixels, generator(seed, "posterior", name, i)) for i, image in enumerate(bar)]
-    )
+    latents, sizes, digest = [], [], hashlib.sha256()
+    for i, path in enumerate(tqdm(paths, desc=f"{name} latents", unit="image", disable=quiet)):
+        image = read_image(path, resolution, f"{name}_data_dir")
+        latents.append(encode_image(vae, image.pixels, generator(seed, "posterior", name, i)))
+        sizes.append(_time_ids(image))
+        digest.update(repr(sizes[-1]).encode())
+        digest.update(image.pixels.numpy().tobytes())
+    device = latents[0].device
+    return Encoded(torch.stack(latents), torch.tensor(sizes, dtype=torch.float32, device=device), digest.hexdigest())
+
+
+def _time_ids(image: TrainingImage) -> list[int]:
+    return [*image.size, *image.corner, *image.pixels.shape[1:]]

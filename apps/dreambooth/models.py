@@ -51,6 +51,16 @@ def load_model(settings: DreamBoothSettings) -> Model:
             f"--model {settings.model}: is a {type(pipe).__name__}; only text-to-image models of the classes "
             "StableDiffusionPipeline and StableDiffusionXLPipeline can be trained"
         )
+    if getattr(pipe.unet, "peft_config", None):
+        raise UsageError(
+            f"--model {settings.model}: has LoRA matrices on it; call pipe.fuse_lora() and pipe.unload_lora_weights(), "
+            "and give the folder that pipe.save_pretrained(…) writes then"
+        )
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise UsageError(
+            f"--model {settings.model}: its UNet takes {pipe.unet.config.in_channels} channels, as for inpainting; "
+            f"give a text-to-image model, whose UNet takes the {pipe.vae.config.latent_channels} of a latent"
+        )
     model = Model(pipe, DDPMScheduler.from_config(pipe.scheduler.config))
     kind = model.noise_scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
@@ -88,7 +98,7 @@ def make_trainable(pipe: DiffusionPipeline, settings: DreamBoothSettings, frozen
     """Turn gradients on for what is trained: all weights, or new LoRA matrices beside the frozen weights.
 
     Args:
-        frozen_dtype: of the weights that LoRA leaves as they are. What is trained is float32.
+        frozen_dtype: of the UNet's weights that LoRA leaves as they are. What is trained is float32.
     """
     for name, module in trained_parts(pipe, settings).items():
         if settings.lora_rank is None:
@@ -96,8 +106,9 @@ def make_trainable(pipe: DiffusionPipeline, settings: DreamBoothSettings, frozen
         else:
             from peft import LoraConfig, inject_adapter_in_model
 
-            for parameter in module.parameters():
-                parameter.data = parameter.data.to(frozen_dtype)
+            if name == "unet":  # the text encoder is small, and pipelines take the type of their latents from it
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.to(frozen_dtype)
             config = LoraConfig(
                 r=settings.lora_rank,
                 lora_alpha=settings.lora_rank,
@@ -110,8 +121,22 @@ def make_trainable(pipe: DiffusionPipeline, settings: DreamBoothSettings, frozen
             cast_training_params(module, dtype=torch.float32)
         module.train()
         if settings.gradient_checkpointing:
-            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
-            enable()
+            set_checkpointing(module, True)
+
+
+def set_checkpointing(module: nn.Module, on: bool) -> None:
+    """Turn gradient checkpointing of a diffusers or transformers model on or off, as its version calls it."""
+    if hasattr(module, "enable_gradient_checkpointing"):  # diffusers
+        module.enable_gradient_checkpointing() if on else module.disable_gradient_checkpointing()
+        return
+    name = (
+        "activation_checkpointing" if hasattr(module, "activation_checkpointing_enable") else "gradient_checkpointing"
+    )
+    if on:
+        # Older versions are reentrant by default, which gives no gradients to LoRA behind frozen embeddings.
+        getattr(module, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(module, f"{name}_disable")()
 
 
 def trained_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

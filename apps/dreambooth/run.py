@@ -31,10 +31,11 @@ def run(settings: DreamBoothSettings) -> None:
         KeyboardInterrupt: Ctrl+C or SIGTERM came; a checkpoint of the last finished step was written.
     """
     trainer = Trainer(settings)
-    trainer.load()
+    trainer.check()
     job = _Job(trainer)
     if job.is_finished():
         return job.say(f"{settings.output_dir} is finished already, after {job.record['steps']} steps")
+    trainer.load()
     check_room(job.folder, written_bytes(trainer.model.pipe, settings))
     trainer.accelerator.wait_for_everyone()  # all have checked before one writes
     job.claim()
@@ -49,6 +50,7 @@ def run(settings: DreamBoothSettings) -> None:
             f"--output-dir {settings.output_dir}: could not be written to after step {trainer.done} ({error}); the "
             "last checkpoint is as it was: make room, and go on with --resume-from-checkpoint latest"
         ) from error
+    trainer.accelerator.end_training()
 
 
 class _Job:
@@ -85,7 +87,7 @@ class _Job:
             if self.record is None:
                 claim_output(self.folder, self.recorded)
             remove_unfinished(self.folder)
-        self.say(f"{len(trainer.images['instance'])} images of the subject in {settings.instance_data_dir}")
+        self.say(f"{len(trainer.files['instance'])} images of the subject in {settings.instance_data_dir}")
         if trainer.other_files:
             names = ", ".join(path.name for path in trainer.other_files[:5])
             self.say(f"{len(trainer.other_files)} files there are not images and are left out: {names}")
@@ -135,14 +137,13 @@ class _Job:
                 bar.set_postfix(loss=f"{self.losses[-1]:.4f}", lr=f"{trainer.lr_scheduler.get_last_lr()[0]:.1e}")
                 bar.update()
                 stop = trainer.done < total and self._any(bool(interrupts))
+                look = trainer.done % settings.validation_steps == 0 or trainer.done == total
+                if settings.validation_prompt and look and not stop:
+                    self.validate()  # before the checkpoint, so that a run that goes on from it lacks no image
                 if stop or trainer.done % settings.checkpointing_steps == 0:
                     self.save()
                 if stop:
                     raise KeyboardInterrupt
-                if settings.validation_prompt and (
-                    trainer.done % settings.validation_steps == 0 or trainer.done == total
-                ):
-                    self.validate()
 
     def _any(self, mine: bool) -> bool:
         """Whether it is so in any process: all must stop after the same step."""

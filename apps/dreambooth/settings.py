@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -137,14 +138,10 @@ class DreamBoothSettings:
         return self.config or default_config(self.agents)
 
     def as_json(self) -> dict[str, Any]:
-        """All fields as values that JSON has."""
-        fields = {**dataclasses.asdict(self), "config": None}
-        if self.agent_config is not None:
-            fields["config"] = dataclasses.asdict(self.agent_config)
-        return {
-            name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            for name, value in fields.items()
-        }
+        """All fields as they are when read back from JSON."""
+        config = self.agent_config
+        fields = {**dataclasses.asdict(self), "config": None if config is None else dataclasses.asdict(config)}
+        return json.loads(json.dumps(fields, default=str))
 
     def _check_number(self, name: str, kind: type, described: str, low: float, high: float) -> None:
         value = getattr(self, name)

@@ -20,16 +20,17 @@ import agentsd
 
 from .accelerators import make_accelerator
 from .class_images import check_class_folder, complete_class_images
-from .conditioning import check_prompts, encode_ids, encode_prompts, size_conditions, token_ids
-from .data import TrainingImage, digest, find_instance_images, read_images
+from .conditioning import check_prompts, encode_ids, encode_prompts, token_ids
+from .data import find_instance_images, read_image
 from .draws import element_of, generator, number
-from .latents import encode_images
+from .latents import Encoded, encode_files
 from .models import (
     Model,
     check_optimizer,
     load_model,
     make_optimizer,
     make_trainable,
+    set_checkpointing,
     text_encoders,
     trained_parts,
     trained_tensors,
@@ -46,8 +47,10 @@ class Trainer:
 
     Attributes:
         done: optimizer steps done.
-        accelerator, model: set by `load`.
-        digest: of all images that are trained on, set by `encode`.
+        accelerator, files: set by `check`; the image files by "instance" and, with prior preservation, "class".
+        model: set by `load`.
+        images: what is kept of them, set by `encode`.
+        digest: of all images, set by `encode`.
     """
 
     def __init__(self, settings: DreamBoothSettings):
@@ -55,12 +58,13 @@ class Trainer:
         self.done = 0
 
     def prepare(self) -> None:
-        """`load`, then `encode`."""
+        """`check`, `load`, then `encode`."""
+        self.check()
         self.load()
         self.encode()
 
-    def load(self) -> None:
-        """Load and check images, prompts and model. Writes nothing.
+    def check(self) -> None:
+        """Check the device and read all images once. Writes nothing.
 
         Raises:
             UsageError: anything that the training could not be done with.
@@ -68,14 +72,22 @@ class Trainer:
         settings = self.settings
         self.accelerator = make_accelerator(settings)
         check_optimizer(settings, self.accelerator.device)
-        paths, self.other_files = find_instance_images(Path(settings.instance_data_dir))
-        self.images: dict[str, list[TrainingImage]] = {
-            "instance": read_images(paths, settings.resolution, "instance_data_dir")
-        }
+        self.files: dict[str, list[Path]] = {}
+        self.files["instance"], self.other_files = find_instance_images(Path(settings.instance_data_dir))
         if settings.with_prior_preservation:
-            read_images(check_class_folder(settings), settings.resolution, "class_data_dir")
-        self.model: Model = load_model(settings)
-        check_prompts(self.model.pipe, settings)
+            self.files["class"] = check_class_folder(settings)
+        for name, paths in self.files.items():
+            for path in paths:
+                read_image(path, settings.resolution, f"{name}_data_dir")
+
+    def load(self) -> None:
+        """Load the model, and check that it can be trained with these settings and prompts. Writes nothing.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        self.model: Model = load_model(self.settings)
+        check_prompts(self.model.pipe, self.settings)
 
     def encode(self) -> None:
         """Generate missing class images, encode images and prompts, and build what a step needs.
@@ -86,19 +98,15 @@ class Trainer:
         settings, pipe, device = self.settings, self.model.pipe, self.accelerator.device
         prompts = [settings.instance_prompt]
         if settings.with_prior_preservation:
-            paths = complete_class_images(pipe, settings, self.accelerator)
-            self.images["class"] = read_images(paths, settings.resolution, "class_data_dir")
+            self.files["class"] = complete_class_images(pipe, settings, self.accelerator)
             prompts.append(str(settings.class_prompt))
-        self.digest = " ".join(digest(images) for images in self.images.values())
-
         pipe.vae.to(device)
         quiet = not self.accelerator.is_main_process
-        self.latents = {
-            name: encode_images(pipe.vae, images, settings.seed, name, quiet) for name, images in self.images.items()
+        self.images: dict[str, Encoded] = {
+            name: encode_files(pipe.vae, paths, settings.resolution, settings.seed, name, quiet)
+            for name, paths in self.files.items()
         }
-        self.sizes = {
-            name: size_conditions(images, settings.resolution).to(device) for name, images in self.images.items()
-        }
+        self.digest = " ".join(images.digest for images in self.images.values())
         pipe.vae.to("cpu")
 
         self.ids = None if self.model.is_xl else token_ids(pipe, prompts)
@@ -183,8 +191,7 @@ class Trainer:
             part = self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
             vars(part).pop("forward", None)  # accelerate puts the class's own back as an attribute of the instance
             if self.settings.gradient_checkpointing:
-                disable = getattr(part, "disable_gradient_checkpointing", None) or part.gradient_checkpointing_disable
-                disable()
+                set_checkpointing(part, False)
             part.eval().requires_grad_(False).to("cpu")
             setattr(self.model.pipe, name, part)
 
@@ -201,10 +208,10 @@ class Trainer:
         """The loss of the samples with these numbers: the subject's, and the weighted one of as many of the class."""
         device, schedule = self.accelerator.device, self.model.noise_scheduler
         chosen = {
-            name: torch.tensor([element_of(self.settings.seed, name, n, len(kept)) for n in samples], device=device)
-            for name, kept in self.latents.items()
+            name: [element_of(self.settings.seed, name, n, len(images.latents)) for n in samples]
+            for name, images in self.images.items()
         }
-        latents = torch.cat([self.latents[name][index] for name, index in chosen.items()])
+        latents = torch.cat([self.images[name].latents[index] for name, index in chosen.items()])
         draws = [generator(self.settings.seed, "noise", name, n) for name in chosen for n in samples]
         noise = torch.stack([torch.randn(latents.shape[1:], generator=draw) for draw in draws]).to(device)
         length = schedule.config.num_train_timesteps
@@ -220,7 +227,7 @@ class Trainer:
         told = {name: value.repeat_interleave(len(samples), dim=0) for name, value in prompts.items()}
         added = None
         if self.model.is_xl:
-            sizes = torch.cat([self.sizes[name][index] for name, index in chosen.items()])
+            sizes = torch.cat([self.images[name].sizes[index] for name, index in chosen.items()])
             added = {"text_embeds": told["pooled"].to(self.input_dtype), "time_ids": sizes}
         predicted = self.wrapped["unet"](
             noisy.to(self.input_dtype), timesteps, told["text"].to(self.input_dtype), added_cond_kwargs=added
