@@ -13,7 +13,7 @@ from eval.command import run_command  # noqa: E402
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "model": "demo", "instance_prompt": "a sks bird", "class_prompt": "a bird", "images": 12, "prior_images": 8,
+        "model": "demo", "instance_prompt": "a sks bird", "class_prompt": "a bird", "images": 16, "prior_images": 8,
         "steps": 25, "guidance": 5.0, "train_steps": 300, "learning_rate": 1e-4, "prior_preservation": True,
         "num_class_images": 8, "class_inference_steps": 20, "class_guidance": 2.0, "timed_steps": 16,
         "features": "efficientnet-lite0",
