@@ -135,7 +135,7 @@ def test_the_report_has_every_figure(finished):
     assert both["features_difference"] == pytest.approx(difference) and "features_untrained_ci" in both
     assert rows["sampling"]["psnr"] > 0 and "psnr" not in both
     assert results["prior"][0]["features_kept"] == pytest.approx(1) and "features_kept_lost_ci" in results["prior"][2]
-    assert len(results["verdict"]) == 9
+    assert len(results["verdict"]) == 10
     text = (out / "results.md").read_text()
     for part in ("python eval/dreambooth_bench.py --model", "## Cost", "## Quality", "## Prior", "![grid](grid.png)"):
         assert part in text

@@ -15,6 +15,7 @@ from .grid import grid_image
 from .plan import BASE, BOTH, UNTRAINED, WITHOUT, Plan
 from .sampling import shots_of
 from .statistics import paired_ratio
+from .subprocesses import ROOT
 from .trainings import median_step
 
 _GB = 1e9
@@ -71,7 +72,7 @@ def write_report(
     verdict = make_verdict(rows, prior, about["label"])
     write_json(
         out / "results.json",
-        {"about": about, "plan": plan.as_json(), "rows": rows, "prior": prior, "verdict": verdict},
+        {"about": about, "plan": _told(plan), "rows": rows, "prior": prior, "verdict": verdict},
     )
     keyed = [{"set": name, **row} for name, found in (("subject", rows), ("prior", prior)) for row in found]
     keys = list(dict.fromkeys(key for row in keyed for key in row))
@@ -168,6 +169,12 @@ def make_verdict(rows: Sequence[dict[str, Any]], prior: Sequence[dict[str, Any]]
                 f"{_signed(row, 'features_kept_lost')} against the training without prior preservation: "
                 f"{_direction(row, 'features_kept_lost', 'the prior is kept better', 'the prior is kept worse')}."
             )
+    if len(prior) > 1 and prior[-1]["row"] == "prior-lost":
+        said.append(
+            f"Prior without prior preservation: images of the class are {prior[-1]['features_kept']:.3f} like those "
+            f"before, and their similarity to the subject differs by {_signed(prior[-1], 'features_difference')}: what "
+            "prior preservation has to mend."
+        )
     return said
 
 
@@ -216,10 +223,17 @@ def as_markdown(
         ]
     parts += [
         "## What this says of the paper's claims",
-        *[f"- {sentence}" for sentence in verdict],
+        "\n".join(f"- {sentence}" for sentence in verdict),
         "![grid](grid.png)",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON; the shipped subject by its place in this repository, not in this machine."""
+    subject = Path(plan.subject)
+    inside = subject.is_relative_to(ROOT)
+    return plan.as_json() | {"subject": subject.relative_to(ROOT).as_posix() if inside else plan.subject}
 
 
 def _gb(value: int | None) -> float | None:
