@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import os
 import sys
 from typing import Any, NoReturn
@@ -18,7 +19,9 @@ _METHODS = ("sd", "tomesd", "agentsd")
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 interrupted or failed, 2 wrong input."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options.parser.refuse(unknown)
     try:
         trained = _trained(options)
         config = _config(options, trained)
@@ -48,6 +51,12 @@ class _Parser(argparse.ArgumentParser):
         """Print one sentence, as for all other wrong input, without the usage."""
         self.exit(2, f"agentsd: {message}; `{self.prog} --help` lists the options\n")
 
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        """End with an error for arguments that no command takes, naming the option that was perhaps meant."""
+        first = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(first, self._option_string_actions, n=1)
+        self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
@@ -60,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = subparsers.add_parser(
         "generate", help="generate an image", description="Generate an image and save it as a PNG."
     )
-    generate.set_defaults(run=commands.generate)
+    generate.set_defaults(run=commands.generate, parser=generate)
     generate.add_argument("prompt", help="what the image shows")
     generate.add_argument("-o", "--output", required=True, metavar="FILE.png", help="where to save it")
     method = generate.add_mutually_exclusive_group()
@@ -80,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     info = subparsers.add_parser(
         "info", help="what would be patched, and what it saves", description="Patch a model and describe the patch."
     )
-    info.set_defaults(run=commands.info)
+    info.set_defaults(run=commands.info, parser=info)
     form = info.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as JSON")
     form.add_argument("--layers", action="store_true", help="every layer by name, with the number that visualize takes")
@@ -94,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show what a layer merges and what its agents attend to",
         description="Generate an image, and maps of what one layer did in one of its UNet calls.",
     )
-    visualize.set_defaults(run=commands.visualize)
+    visualize.set_defaults(run=commands.visualize, parser=visualize)
     visualize.add_argument("prompt", help="what the image shows")
     visualize.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="folder for the images; made if missing"
@@ -111,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         help="list what the built-in demo model knows",
         description="List what the built-in demo model knows.",
     )
-    prompts.set_defaults(run=commands.prompts)
+    prompts.set_defaults(run=commands.prompts, parser=prompts)
     return parser
 
 

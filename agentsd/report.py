@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from torch.utils.flop_counter import FlopCounterMode
 
 from .config import AgentConfig, Phase
 from .layer_plan import plan_layer, token_grid
+from .multiply_adds import count_multiply_adds
 from .patch import find_unet, get_patch
 from .report_text import as_html, as_text
 from .unet.call import ACTIVE, is_ours
 from .unet.call import LastCall as UNetCall
 from .unet.installation import Installation, PatchedLayer
 from .unet.layers import class_name, own_latent_size
+from .unet.skipping import skipped_names
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class LayerReport:
         phases: cost in each phase of the patch, by phase name; empty where it is not patched.
         self_attention: False where it attends to the text only, whatever its name.
         last_call: "active" or a reason, as the last UNet call went; "" where there was none or it is not patched.
+        recomputed: a cached call computes it too; True everywhere without step caching.
     """
 
     name: str
@@ -63,6 +65,7 @@ class LayerReport:
     phases: dict[str, PhaseCost] = dataclasses.field(default_factory=dict)
     self_attention: bool = True
     last_call: str = ""
+    recomputed: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Report:
             a kind of UNet whose extra inputs are not known here.
         assumed_timesteps: length of the diffusion run where it is assumed, as a bare UNet has no scheduler; else None.
         last_call: the last UNet call since the patch, None where there was none.
+        cached_multiply_adds: of what a cached call computes, if it were unpatched; None without step caching, or where
+            unet_multiply_adds is.
     """
 
     model: str
@@ -124,31 +129,41 @@ class Report:
     unet_multiply_adds: int | None
     assumed_timesteps: int | None = None
     last_call: LastCall | None = None
+    cached_multiply_adds: int | None = None
 
     @property
     def active(self) -> tuple[LayerReport, ...]:
         """The layers on which the patch works."""
         return tuple(layer for layer in self.layers if layer.status == "active")
 
-    def self_attention_multiply_adds(self, phase: Phase | None = None) -> int:
-        """Multiply–adds of the active layers' self-attention in a phase, or unpatched (None)."""
-        if phase is None:
-            return sum(layer.multiply_adds for layer in self.active)
-        return sum(layer.phases[phase.value].multiply_adds for layer in self.active)
+    def self_attention_multiply_adds(self, phase: Phase | None = None, cached: bool = False) -> int:
+        """Multiply–adds of the active layers' self-attention in a phase, or unpatched (None).
 
-    def unet_fraction(self, phase: Phase) -> float | None:
-        """Multiply–adds of the whole UNet in a phase, as a fraction of the unpatched one; None if that is unknown."""
-        if self.unet_multiply_adds is None:
+        Those that a cached call computes too with `cached`, else all.
+        """
+        layers = [layer for layer in self.active if layer.recomputed or not cached]
+        if phase is None:
+            return sum(layer.multiply_adds for layer in layers)
+        return sum(layer.phases[phase.value].multiply_adds for layer in layers)
+
+    def unet_fraction(self, phase: Phase, cached: bool = False) -> float | None:
+        """Multiply–adds of a call in a phase as a fraction of those of an unpatched call; None if that is unknown.
+
+        Of a cached call with `cached`, else of a whole one.
+        """
+        computed = self.cached_multiply_adds if cached else self.unet_multiply_adds
+        if self.unet_multiply_adds is None or computed is None:
             return None
-        saved = self.self_attention_multiply_adds() - self.self_attention_multiply_adds(phase)
-        return 1 - saved / self.unet_multiply_adds
+        attention = self.self_attention_multiply_adds
+        return (computed - attention(None, cached) + attention(phase, cached)) / self.unet_multiply_adds
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain numbers, strings, lists and dicts, ready for JSON."""
         data = dataclasses.asdict(self)
         if self.last_call is not None:
             data["last_call"]["phase"] = self.last_call.phase.value
-        data["unet_fraction"] = {phase.value: self.unet_fraction(phase) for phase in Phase} if self.active else {}
+        for name, cached in (("unet_fraction", False), ("cached_unet_fraction", True)):
+            data[name] = {phase.value: self.unet_fraction(phase, cached) for phase in Phase} if self.active else {}
         return data
 
     def __str__(self) -> str:
@@ -194,6 +209,9 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
         order = {name: i for i, (name, _) in enumerate(unet.named_modules())}
         layers.sort(key=lambda layer: order[layer.name])
     config = patch.config if patch else None
+    depth = patch.cache.depth if patch and patch.cache else None
+    skipped = () if depth is None else skipped_names(unet, depth)
+    whole, cached = count_multiply_adds(unet, latent_height, latent_width, depth)
     return Report(
         model=type(model).__name__,
         height=latent_height * scale,
@@ -201,9 +219,15 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
         config=config,
         early_timestep=_early_timestep(patch) if patch else None,
         layers=tuple(
-            dataclasses.replace(layer, self_attention=not _attends_to_text_only(unet, layer.name)) for layer in layers
+            dataclasses.replace(
+                layer,
+                self_attention=not _attends_to_text_only(unet, layer.name),
+                recomputed=not layer.name.startswith(skipped),
+            )
+            for layer in layers
         ),
-        unet_multiply_adds=_unet_multiply_adds(unet, latent_height, latent_width),
+        unet_multiply_adds=whole,
+        cached_multiply_adds=cached,
         assumed_timesteps=patch.num_train_timesteps if patch and patch.schedule.refresh().assumed else None,
         last_call=LastCall.of(patch, scale) if patch else None,
     )
@@ -275,30 +299,3 @@ def _phase_cost(
         return PhaseCost(left, keys, 0, matching + projections + 2 * left * keys * inner)
     attention = 4 * left * agents * inner + (left * inner if config.alpha else 0)
     return PhaseCost(left, keys, agents, matching + projections + agents * channels * inner + attention)
-
-
-def _unet_multiply_adds(unet: UNet2DConditionModel, latent_height: int, latent_width: int) -> int | None:
-    """Count one call of the UNet, batch 1, on a twin without weights (the meta device): exact, and takes no memory."""
-    config = {**unet.config, "encoder_hid_dim_type": None}  # an IP-Adapter's projection is not part of the UNet proper
-    with torch.device("meta"):
-        twin = type(unet).from_config(config)
-        size = (latent_height, latent_width)
-        frames = (1,) if isinstance(twin, UNetMotionModel) else ()
-        sample = torch.empty(1, twin.config.in_channels, *frames, *size)
-        text_dim = twin.config.cross_attention_dim
-        text = torch.empty(1, 77, max(text_dim) if isinstance(text_dim, (tuple, list)) else text_dim)
-        extra: dict[str, Any] = {}
-        if twin.config.addition_embed_type == "text_time":
-            # Only the width of text embedding and size numbers together counts, so the refiner's five sizes may be six.
-            pooled = twin.config.projection_class_embeddings_input_dim - 6 * twin.config.addition_time_embed_dim
-            extra["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
-        if getattr(twin, "class_embedding", None) is not None:
-            vector = twin.config.class_embed_type in ("projection", "simple_projection")
-            size = twin.config.projection_class_embeddings_input_dim
-            extra["class_labels"] = torch.empty(1, size) if vector else torch.zeros(1, dtype=torch.long)
-        try:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                twin(sample, torch.zeros(()), text, **extra)
-        except (RuntimeError, TypeError, ValueError):  # it wants an input of its own kind, as Kandinsky's
-            return None
-    return math.ceil(counter.get_total_flops() / 2)

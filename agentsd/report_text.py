@@ -74,7 +74,7 @@ def _introduction(report: Report) -> list[str]:
         if report.config.cache_interval > 1:
             lines.append(
                 f"step caching: up to {report.config.cache_interval} calls in a row share one whole call; the others "
-                "recompute the end of the UNet alone. The figures below are those of a whole call"
+                "recompute the end of the UNet alone. The tables below are those of a whole call"
             )
     if report.last_call is not None:
         lines.append(_last_call(report))
@@ -166,7 +166,9 @@ def _closing(report: Report) -> list[str]:
     ]
     for phase, part in after.items():
         whole = report.unet_fraction(phase)
-        lines.append(f"{phase.value} phase: {part:.1%} of that self-attention is left, {whole:.1%} of the whole UNet")
+        line = f"{phase.value} phase: {part:.1%} of that self-attention is left, {whole:.1%} of the whole UNet"
+        cached = report.unet_fraction(phase, cached=True)
+        lines.append(line + ("" if cached is None else f"; in a cached call {cached:.1%}"))
     return [*lines, _SHARES]
 
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -52,6 +53,7 @@ from .protocol import (
     rivals_of,
 )
 from .scenarios import check_packages
+from .similarity import similarity_of_pairs
 
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest process's share, or for the first one's scores
 _DRY_STEPS = 4
@@ -302,7 +304,7 @@ def score_two(options: argparse.Namespace) -> str:
         row["kid"], row["kid_deviation"] = scores.kernel_distance(a.features, b.features)
     if files[0] and files[1] and [path.name for path in files[0]] == [path.name for path in files[1]]:
         with contextlib.suppress(ValueError):  # images of different sizes have no PSNR
-            row["psnr"], row["ssim"] = scores.paired_similarity(files[0], files[1])
+            row["psnr"], row["ssim"] = map(float, np.median(similarity_of_pairs(files[0], files[1]), axis=0))
     return report.tables([row], network.label)["quality"].replace(" to sd", " of pairs")
 
 

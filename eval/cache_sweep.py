@@ -48,8 +48,28 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {**base, "method": "fewer steps", "interval": interval}
             for agents, order in product((False, True), (0, 1)):
                 yield {**base, "method": "agents + cache" if agents else "cache", "interval": interval, "order": order}
-            if options.depths:
+            if options.extras:
                 yield {**base, "method": "cache", "interval": interval, "order": 1, "depth": 2}
+                yield {**base, "method": "cache, dense early", "interval": interval, "order": 1}
+
+
+@contextmanager
+def dense_early(cache: Any, interval: int) -> Iterator[None]:
+    """More whole calls in the noisiest 30 % of the run and fewer later: intervals one below and one above `interval`.
+
+    The number of whole calls is about that of `interval` throughout.
+    """
+    begin = cache.begin
+
+    def with_interval(unet: Any, sample: Any, timestep: float, *rest: Any) -> bool:
+        cache.interval = interval - 1 if timestep >= 700 else interval + 1
+        return begin(unet, sample, timestep, *rest)
+
+    cache.begin = with_interval
+    try:
+        yield
+    finally:
+        del cache.begin
 
 
 @contextmanager
@@ -71,26 +91,47 @@ def generate(pipe: Any, steps: int, images: int) -> np.ndarray:
     return pipe(prompts, num_inference_steps=steps, generator=generators, output_type="np").images
 
 
+@contextmanager
+def whole_calls(pipe: Any) -> Iterator[list[None]]:
+    """A list that grows by one with each UNet call that runs the innermost layers."""
+    found: list[None] = []
+    layer = pipe.unet.down_blocks[-1].resnets[-1].conv1  # DeepCache skips a resnet's forward, and not its hooks
+    handle = layer.register_forward_hook(lambda *_: found.append(None))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 def run_row(pipe: Any, row: dict[str, Any], images: int) -> tuple[np.ndarray, int]:
     """The row's images and its number of whole UNet calls."""
     steps, method = row["steps"], row["method"]
-    fields = {"cache_interval": row.get("interval", 1), "cache_order": row.get("order", 1)}
-    fields["cache_depth"] = row.get("depth", "auto")
+    if method == "fewer steps":
+        with agentsd.patched(pipe, **NO_AGENTS, cache_interval=row["interval"]), whole_calls(pipe) as whole:
+            generate(pipe, steps, 1)
+        steps = len(whole) - (row["scheduler"] == "plms")  # PLMS makes one call more than it has steps
+    with method_of(pipe, row), whole_calls(pipe) as whole:
+        return generate(pipe, steps, images), len(whole)
+
+
+@contextmanager
+def method_of(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
+    """The row's method on an unpatched pipeline."""
+    method = row["method"]
     if method == "deepcache":
         with deepcache(pipe, row["interval"]):
-            return generate(pipe, steps, images), -(-steps // row["interval"])
-    if method == "fewer steps":
-        with agentsd.patched(pipe, **NO_AGENTS, cache_interval=row["interval"]):
-            generate(pipe, steps, 1)
-            whole = get_patch(pipe).cache.counts.whole
-        return generate(pipe, whole, images), whole
-    if method == "agents":
-        fields = {}
-    patch = agentsd.patched(pipe, **fields, **({} if "agents" in method else NO_AGENTS))
-    with patch if method != "sd" else nullcontext():
-        made = generate(pipe, steps, images)
-        cache = get_patch(pipe).cache
-        return made, steps if cache is None else cache.counts.whole
+            yield
+    elif method == "fewer steps":
+        yield
+    else:
+        fields = {} if "agents" in method else dict(NO_AGENTS)
+        if "cache" in method:
+            fields |= {"cache_interval": row["interval"], "cache_order": row["order"]}
+            fields["cache_depth"] = row.get("depth", "auto")
+        with agentsd.patched(pipe, **fields):
+            dense = "dense" in method
+            with dense_early(get_patch(pipe).cache, row["interval"]) if dense else nullcontext():
+                yield
 
 
 def distances(images: np.ndarray, originals: np.ndarray) -> dict[str, float]:
@@ -118,7 +159,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Generate what is missing and write rows.json, rows.csv and README.md."""
+    """Generate what is missing and write rows.json, rows.csv and rows.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/step-caching"))
     parser.add_argument("--model", default="demo", help="what agentsd.load_pipeline takes")
@@ -126,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[12, 20, 25, 50])
     parser.add_argument("--intervals", nargs="+", type=int, default=[2, 3, 5])
     parser.add_argument("--images", type=int, default=4, help="images a row")
-    parser.add_argument("--depths", action="store_true", help="also depth 2")
+    parser.add_argument("--extras", action="store_true", help="also depth 2, and more whole calls early")
     options = parser.parse_args(arguments)
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write(folder: Path, results: list[dict[str, Any]]) -> None:
-    """rows.json, rows.csv and README.md with the machine and versions."""
+    """rows.json, rows.csv and rows.md with the machine and versions."""
     versions = {name: version(name) for name in ("torch", "diffusers", "DeepCache")}
     setting = {"date": date.today().isoformat(), "machine": platform.processor() or platform.machine(), **versions}
     (folder / "rows.json").write_text(json.dumps({"setting": setting, "rows": results}, indent=1))
@@ -161,7 +202,7 @@ def write(folder: Path, results: list[dict[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(results)
     said = ", ".join(f"{name} {value}" for name, value in setting.items())
-    (folder / "README.md").write_text(
+    (folder / "rows.md").write_text(
         f"# Step caching by settings\n\n`python eval/cache_sweep.py`: {said}.\n\nDistance to the unpatched image of "
         f"the same seed, mean ± standard error over {results[0]['row']['images']} images of the built-in model at 512 "
         "px. `whole` is the number of whole UNet calls.\n\n" + table(results)

@@ -2,19 +2,23 @@
 
     python eval/call_bench.py --random-weights sd15 --size 512 --rounds 3
     python eval/call_bench.py --random-weights sdxl --size 1024 --rounds 1 --skip large
+    python eval/call_bench.py --random-weights sd15 --size 512 --rounds 3 --compile --skip large
 
 A run's time is arithmetic: how many calls of each kind 50 PLMS steps make (counted by the patch itself, on a tiny
-UNet), times their medians. Text encoder and autoencoder are not in it.
+UNet), times their medians. A whole run adds text encoder, scheduler and autoencoder, timed with a UNet that does
+nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +34,7 @@ from agentsd.config import PRESETS  # noqa: E402
 from agentsd.patch import get_patch  # noqa: E402
 from eval.environment import commit, device_name  # noqa: E402
 from eval.models import random_pipeline  # noqa: E402
+from eval.operations import count_operations  # noqa: E402
 
 STEP = 20  # timesteps between two calls of 50 steps
 STARTS = {"agent": 950, "merge": 400}
@@ -66,30 +71,78 @@ def timed(unet: Any, timestep: int, inputs: dict[str, Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(pipe: Any, size: int, rounds: int, methods: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
-    """Seconds of every kind of call by round, "sdpa" and "METHOD, whole|cached, PHASE"."""
-    inputs, unet = call_inputs(pipe, size), pipe.unet
-    seconds: dict[str, list[float]] = {}
-    timed(unet, 500, inputs)  # warm-up
-    for number in range(rounds):
-        order = ["sdpa", *methods]
-        order = order[number % len(order) :] + order[: number % len(order)]
+def kinds_of_calls(method: str) -> Iterator[tuple[str, int]]:
+    """Names and timesteps of the calls of a method, in the order in which to run them on a newly patched UNet."""
+    for phase, start in STARTS.items():
+        for index, kind in enumerate(("whole", "cached")):
+            yield f"{method}, {kind}, {phase}", start - index * STEP
+
+
+def measure(
+    pipe: Any, size: int, rounds: int, methods: dict[str, dict[str, Any]], compile: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of every kind of call by round: "sdpa", "METHOD, whole|cached, PHASE", and "outside" the UNet.
+
+    Args:
+        pipe: an unpatched pipeline.
+        size: pixels a side.
+        rounds: of timing, after one of warm-up.
+        methods: settings by name.
+        compile: compile a copy of the UNet for each method, as one graph for each kind of call.
+    """
+    inputs = call_inputs(pipe, size)
+    unets = {name: pipe.unet for name in ("sdpa", *methods)}
+    if compile:
+        torch._dynamo.config.recompile_limit = 64  # the copies share their code
+        unets = {name: copy.deepcopy(pipe.unet) for name in unets}
+        for unet in unets.values():
+            unet.compile(fullgraph=True)
+    # Apart from the rounds, as the call after the autoencoder's work is a slow one.
+    seconds = {"outside": [outside_the_unet(pipe, size) for _ in range(rounds + 1)][1:]}
+    for number in range(-2 if compile else -1, rounds):  # before them the warm-up
+        order = list(unets)[number % len(unets) :] + list(unets)[: number % len(unets)]
+        taken: dict[str, float] = {}
         for method in order:
+            unet = unets[method]
             if method == "sdpa":
-                seconds.setdefault("sdpa", []).append(timed(unet, 500, inputs))
+                taken["sdpa"] = timed(unet, 500, inputs)
                 continue
             agentsd.apply_patch(unet, **methods[method])
-            for phase, start in STARTS.items():
-                for index, kind in enumerate(("whole", "cached")):
-                    taken = timed(unet, start - index * STEP, inputs)
-                    assert get_patch(unet).cached == (kind == "cached")
-                    seconds.setdefault(f"{method}, {kind}, {phase}", []).append(taken)
-            agentsd.remove_patch(unet)
-        print(
-            f"round {number + 1}: " + json.dumps({key: round(values[-1], 2) for key, values in seconds.items()}),
-            flush=True,
-        )
+            for name, timestep in kinds_of_calls(method):
+                taken[name] = timed(unet, timestep, inputs)
+                assert get_patch(unet).cached == ("cached" in name)
+            if not compile:  # a compiled UNet keeps its patch, or the next one may compile again
+                agentsd.remove_patch(unet)
+        said = json.dumps({name: round(value, 2) for name, value in taken.items()})
+        print(f"round {number + 1}: {said}" if number >= 0 else f"warm-up: {said}", flush=True)
+        for name, value in taken.items() if number >= 0 else ():
+            seconds.setdefault(name, []).append(value)
     return seconds
+
+
+@torch.no_grad()
+def outside_the_unet(pipe: Any, size: int) -> float:
+    """Seconds of a whole run of 50 steps at guidance 7.5 in which the UNet does nothing."""
+    unet = pipe.unet
+    forward = lambda sample, *_, **__: (torch.zeros_like(sample),)  # noqa: E731
+    unet.forward = forward
+    try:
+        start = time.perf_counter()
+        pipe("a castle", height=size, width=size, num_inference_steps=50, guidance_scale=7.5)
+        return time.perf_counter() - start
+    finally:
+        del unet.forward
+
+
+def operations(pipe: Any, size: int, methods: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Number of tensor operations of each kind of call, without torch.compile; keys as those of `measure`."""
+    inputs, unet = call_inputs(pipe, size), pipe.unet
+    found = {"sdpa": count_operations(lambda: timed(unet, 500, inputs))}
+    for method, fields in methods.items():
+        with agentsd.patched(unet, **fields):
+            for name, timestep in kinds_of_calls(method):
+                found[name] = count_operations(lambda timestep=timestep: timed(unet, timestep, inputs))  # type: ignore[misc]
+    return found
 
 
 def calls_of_a_run(settings: dict[str, Any], interval: int, steps: int = 50) -> Counter:
@@ -120,9 +173,9 @@ def _tiny_unet() -> Any:
 
 
 def table(seconds: dict[str, list[float]], methods: dict[str, dict[str, Any]], intervals: list[int]) -> list[str]:
-    """Two Markdown tables: the calls, and runs of 50 steps."""
+    """Markdown tables: the calls, the UNet calls of 50 steps, and whole runs of 50 steps."""
     median = {key: statistics.median(values) for key, values in seconds.items()}
-    base = median["sdpa"]
+    base, outside = median["sdpa"], median["outside"]
     lines = [
         "| method | whole, agent phase | whole, later | cached, agent phase | cached, later |",
         "|---|---|---|---|---|",
@@ -131,16 +184,32 @@ def table(seconds: dict[str, list[float]], methods: dict[str, dict[str, Any]], i
     for method in methods:
         cells = [median[f"{method}, {kind}, {phase}"] for kind in ("whole", "cached") for phase in STARTS]
         lines.append(f"| {method} | " + " | ".join(f"{s:.2f} s ({base / s:.2f}×)" for s in cells) + " |")
-    lines += ["", "| 50 PLMS steps, 51 calls | " + " | ".join(f"interval {i}" for i in intervals) + " |"]
-    lines.append("|---" * (len(intervals) + 1) + "|")
+    calls_lines = ["", "| UNet calls of 50 PLMS steps | " + " | ".join(f"interval {i}" for i in intervals) + " |"]
+    calls_lines.append("|---" * (len(intervals) + 1) + "|")
+    run_lines = ["", f"Outside the UNet a run takes {outside:.2f} s.", "", *calls_lines[1:]]
+    run_lines[3] = run_lines[3].replace("UNet calls of 50", "whole run of 50")
     for method, settings in methods.items():
-        cells = []
+        of_calls, of_runs = [], []
         for interval in intervals:
             calls = calls_of_a_run(settings, interval)
             total = sum(n * median[f"{method}, {kind}, {phase}"] for (kind, phase), n in calls.items())
             whole = sum(n for (kind, _), n in calls.items() if kind == "whole")
-            cells.append(f"{calls.total() * base / total:.2f}× ({whole} whole)")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            unpatched = calls.total() * base
+            of_calls.append(f"{unpatched / total:.2f}× ({whole} of {calls.total()} whole)")
+            of_runs.append(f"{(unpatched + outside) / (total + outside):.2f}×")
+        calls_lines.append(f"| {method} | {' | '.join(of_calls)} |")
+        run_lines.append(f"| {method} | {' | '.join(of_runs)} |")
+    return lines + calls_lines + run_lines
+
+
+def operations_table(found: dict[str, int], methods: dict[str, dict[str, Any]]) -> list[str]:
+    """A Markdown table of the numbers of operations."""
+    lines = ["", "Tensor operations of a call without torch.compile, about the kernels it would launch on a GPU:", ""]
+    lines += ["| method | whole, agent phase | whole, later | cached, agent phase | cached, later |", "|---" * 5 + "|"]
+    lines.append(f"| SDPA | {found['sdpa']} | {found['sdpa']} | | |")
+    for method in methods:
+        cells = [found[f"{method}, {kind}, {phase}"] for kind in ("whole", "cached") for phase in STARTS]
+        lines.append(f"| {method} | {' | '.join(map(str, cells))} |")
     return lines
 
 
@@ -152,6 +221,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--intervals", type=int, nargs="+", default=[1, 2, 3, 5])
     parser.add_argument("--skip", nargs="*", default=[], choices=list(METHODS))
+    parser.add_argument("--compile", action="store_true", help="torch.compile every method, the unpatched UNet too")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default=None)
     parser.add_argument("--threads", type=int, default=None)
@@ -161,19 +231,22 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     methods = {name: fields for name, fields in METHODS.items() if name not in options.skip}
     pipe = random_pipeline(options.random_weights, options.device, options.dtype)
-    seconds = measure(pipe, options.size, options.rounds, methods)
+    pipe.set_progress_bar_config(disable=True)
+    counts = operations(pipe, options.size, methods)
+    seconds = measure(pipe, options.size, options.rounds, methods, options.compile)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     device = f"{device_name(pipe.unet.device)}, commit {commit()}"
     said = (
         f"`python eval/call_bench.py {' '.join(sys.argv[1:])}`, {date.today()}, {device}, {torch.get_num_threads()} "
         f"threads, {versions}. UNet of {options.random_weights} with random weights, {options.size} px, guidance, "
-        f"{options.dtype}; medians of {options.rounds} interleaved rounds."
+        f"{options.dtype}{', compiled' if options.compile else ''}; medians of {options.rounds} interleaved rounds."
     )
-    text = "\n".join([said, "", *table(seconds, methods, options.intervals)]) + "\n"
+    lines = [*table(seconds, methods, options.intervals), *operations_table(counts, methods)]
+    text = "\n".join([said, "", *lines]) + "\n"
     print(text)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        name = f"{options.random_weights}-{options.size}"
+        name = f"{options.random_weights}-{options.size}{'-compiled' if options.compile else ''}"
         (options.out / f"{name}.md").write_text(f"# UNet calls, {options.random_weights}, {options.size} px\n\n{text}")
         (options.out / f"{name}.json").write_text(json.dumps(seconds, indent=1))
 

@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument(
         "--ablate", default="",
         help=f"several of {', '.join(ABLATIONS)}, with commas; alpha, scale and early are the paper's Tables 11-13, "
-        "alpha-early crosses two of them, cache and presets add step caching, the others save more at larger sizes",
+        "alpha-early crosses two of them, cache, cache-alone (no agents) and presets add step caching, the others save "
+        "more at larger sizes",
     )  # fmt: skip
     grid.add_argument(
         "--cache-intervals", metavar="N,N",

@@ -60,6 +60,10 @@ COLUMNS = (
     Column("kid", "KID", "{:.5f}", "quality"),
     Column("kid_deviation"),
     Column("psnr", "PSNR to sd, dB", "{:.1f}", "quality"),
+    Column("psnr_difference_tomesd", interval=True),
+    Column("psnr_difference_deepcache", interval=True),
+    Column("nearer_than_tomesd"),
+    Column("nearer_than_deepcache"),
     Column("ssim", "SSIM to sd", "{:.4f}", "quality"),
     Column("clip_score", "CLIP score", "{:.2f}", "quality"),
     Column("seconds"),
@@ -174,6 +178,12 @@ def verdict(rows: Sequence[dict[str, Any]], scored: dict[str, Any]) -> list[str]
         for method, other in rivals:
             if row.get(f"{key}_{method}") is not None:
                 sentences.append(_compared(row, f"{key}_{method}", label, other))
+            if row.get(f"psnr_difference_{method}") is not None:
+                difference = _figure(row[f"psnr_difference_{method}"], row[f"psnr_difference_{method}_ci"], "{:+.2f}")
+                sentences.append(
+                    f"{row['scenario']}: PSNR to sd {difference} dB over {other}'s on average, nearer to sd in "
+                    f"{row[f'nearer_than_{method}']} of {row['images']} images."
+                )
     least = min((row[key] for row in compared if row["method"] == "agentsd"), default=0.0)
     for row in compared:
         if row["method"] not in CONTROLS:

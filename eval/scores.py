@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from torch import nn
 from .features import FeatureNetwork
 from .images import FEWEST_IMAGES, first_line, read_image
 from .protocol import BenchError
+from .similarity import similarity_of_pairs
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's defaults
 _KEPT_FEATURES = 10_000
-_HIGHEST_PSNR = 100.0  # dB; equal images have an infinite one, which JSON lacks
 _BATCH = 32
 
 
@@ -301,38 +300,20 @@ def _interval(value: float, samples: np.ndarray) -> Interval:
     return Interval(value, float(low), float(high))
 
 
+def _mean(values: np.ndarray, members: Sequence[np.ndarray]) -> Interval:
+    """The mean over all rows, with the interval that the spread of the groups' means gives (normal approximation)."""
+    means = np.array([values[own].mean() for own in members])
+    half = 1.96 * means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else float("nan")
+    value = float(values.mean())
+    return Interval(value, value - half, value + half)
+
+
 def _float64_device(device: Any) -> torch.device:
     device = torch.device(device)
     return torch.device("cpu") if device.type == "mps" else device  # which has no float64
 
 
-# --- pairs of images, and prompts -------------------------------------------------------------------------------------
-
-
-def paired_similarity(files: Sequence[Path], baseline_files: Sequence[Path]) -> tuple[float, float]:
-    """Similarity of images to the baseline's of the same prompt and seed, computed by torchmetrics.
-
-    Returns:
-        Medians of PSNR (in dB; 100 for equal images) and of SSIM (Wang et al. 2004: Gaussian window, σ = 1.5).
-
-    Raises:
-        ValueError: images of a pair differ in size.
-    """
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
-    def compare(pair: tuple[Path, Path]) -> tuple[float, float]:
-        a, b = (np.array(read_image(path)) for path in pair)
-        if a.shape != b.shape:
-            raise ValueError(f"{pair[0]} and {pair[1]} differ in size")
-        ours, theirs = (torch.from_numpy(x).permute(2, 0, 1)[None].float() for x in (a, b))
-        ssim = structural_similarity_index_measure(ours, theirs, data_range=255.0)
-        psnr = float(peak_signal_noise_ratio(ours, theirs, data_range=255.0))
-        return min(psnr, _HIGHEST_PSNR), float(ssim)
-
-    with ThreadPoolExecutor(4) as pool:
-        scores = np.array(list(pool.map(compare, zip(files, baseline_files))))
-    psnr, ssim = np.median(scores, axis=0)
-    return float(psnr), float(ssim)
+# --- sets of images, and prompts --------------------------------------------------------------------------------------
 
 
 def score_sets(
@@ -358,7 +339,8 @@ def score_sets(
 
     Returns:
         Set to its row of a report: images, fid or fd, differences with their intervals (to sd: fd_difference, to a
-        rival: fd_difference_ and its method), psnr, ssim, kid.
+        rival: fd_difference_ and its method), medians of psnr and ssim, kid, and the mean difference of PSNR to a
+        rival's (psnr_difference_ and its method).
 
     Raises:
         ValueError: there are not as many labels as rows.
@@ -372,13 +354,20 @@ def score_sets(
     )  # fmt: skip
     key = "fid" if network.name == "inception" else "fd"
     rows = {}
-    for name in progress(list(features), desc="pairs", unit="scenario"):
-        row = {"images": len(features[name]), key: distance.of(features[name])}
+    similar = {
+        name: similarity_of_pairs(files[name], files["sd"])
+        for name in progress([name for name in features if name != "sd"], desc="pairs", unit="scenario")
+    }
+    for name in features:
+        row: dict[str, Any] = {"images": len(features[name]), key: distance.of(features[name])}
         if name != "sd":
             row |= differences[name, "sd"].as_row(f"{key}_difference")
-            row["psnr"], row["ssim"] = paired_similarity(files[name], files["sd"])
+            row["psnr"], row["ssim"] = map(float, np.median(similar[name], axis=0))
         for (_, method), other in ((pair, other) for pair, other in rivals.items() if pair[0] == name):
             row |= differences[name, other].as_row(f"{key}_difference_{method}")
+            nearer = similar[name][:, 0] - similar[other][:, 0]
+            row |= _mean(nearer, _members(groups, len(nearer))).as_row(f"psnr_difference_{method}")
+            row[f"nearer_than_{method}"] = int((nearer > 0).sum())
         if reference.features is not None:
             row["kid"], row["kid_deviation"] = kernel_distance(features[name], reference.features)
         rows[name] = row

@@ -21,7 +21,7 @@ LAYERS = (
     ("layer_plan",),
     ("unet",),
     ("patch",),
-    ("report", "report_text", "visualize", "maps", "images", "vision"),
+    ("report", "report_text", "multiply_adds", "visualize", "maps", "images", "vision"),
     ("cli", "commands", "__main__"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

@@ -60,7 +60,7 @@ def test_generate_compare(capsys, tmp_path):
     assert re.match(r"Stable Diffusion, round 1 of 1: [\d.]+ s$", told[6]) and told[7].endswith(" s in all")
     lines = out.splitlines()
     assert [line.split("  ")[0] for line in lines[:3]] == ["Stable Diffusion", "ToMeSD", "AgentSD"]
-    assert "1.00x" in lines[0] and "unstable" in out and lines[-1] == str(path)
+    assert "x as fast" not in out and "one run each" in out and lines[-1] == str(path)
     assert [entry["method"] for entry in read_settings(path)["compare"]] == ["sd", "tomesd", "agentsd"]
     assert Image.open(path).width > 3 * 64
 
@@ -238,3 +238,10 @@ def test_ctrl_c_writes_nothing(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "stopped" in err and "Traceback" not in err
     assert os.listdir(tmp_path) == []
+
+
+def test_a_misspelt_option_is_answered_with_the_one_meant(capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["generate", "a zebra", "-o", "x.png", "--stpes", "3"])
+    told = capsys.readouterr().err
+    assert error.value.code == 2 and "--stpes 3 (did you mean --steps?)" in told and "agentsd generate --help" in told

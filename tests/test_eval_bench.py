@@ -134,7 +134,11 @@ def test_a_name_is_resampled_with_all_its_seeds(names, copies, tmp_path, monkeyp
         device="cpu",
         of_files=lambda paths: features[paths[0].parent.name],
     )
-    monkeypatch.setattr(scores, "paired_similarity", lambda *_: (30.0, 0.9))
+    psnr = {"agentsd-r0.4": [33.0, 30.0, 36.0], "tomesd-r0.4": [30.0, 31.0, 32.0]}
+    monkeypatch.setattr(
+        scores, "similarity_of_pairs",
+        lambda files, _: np.stack([np.resize(psnr[files[0].parent.name], len(files)), np.full(len(files), 0.9)], 1),
+    )  # fmt: skip
     scored, rows = scorer.score(job)
 
     pairs = [("agentsd-r0.4", "sd"), ("agentsd-r0.4", "tomesd-r0.4")]
@@ -149,6 +153,10 @@ def test_a_name_is_resampled_with_all_its_seeds(names, copies, tmp_path, monkeyp
         ]
     assert row["fd_difference_tomesd"] == row["fd"] - rows["tomesd-r0.4"]["fd"]
     assert not any("fd_difference_tomesd" in rows[name] for name in ("sd", "tomesd-r0.4"))
+    # Differences of 3, -1 and 4 dB in turns: over the three images of a name, 2 dB each.
+    assert row["psnr_difference_tomesd"] == pytest.approx(2) and row["nearer_than_tomesd"] == 8
+    half = 1.96 * np.std([3, -1, 4] * 4, ddof=1) / 12**0.5
+    assert row["psnr_difference_tomesd_ci"] == pytest.approx([2, 2] if names == 4 else [2 - half, 2 + half])
     assert scored["resampled"] == ("names" if (names, copies) == (4, 3) else "images")
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from eval import scores
 from eval.features import FeatureNetwork, load_features
 from eval.protocol import BenchError
+from eval.similarity import similarity_of_pairs
 
 pytest.importorskip("pytorch_fid", reason="pip install agentsd[eval]")
 
@@ -303,19 +304,19 @@ def naive_ssim(a, b):
 
 def test_pairs(tmp_path):
     files = make_images(tmp_path / "a", 5, 1)
-    value = scores.paired_similarity(files, files)
-    assert value == (100, pytest.approx(1.0, abs=1e-6))
+    value = similarity_of_pairs(files, files)
+    assert value.shape == (5, 2) and (value[:, 0] == 100).all() and value[:, 1] == pytest.approx(1.0, abs=1e-6)
     other = tmp_path / "b"
     other.mkdir()
     for path in files:
         pixels = np.asarray(Image.open(path)).astype(int)
         Image.fromarray((pixels + 2).clip(0, 255).astype(np.uint8)).save(other / path.name)
-    psnr, ssim = scores.paired_similarity(sorted(other.iterdir()), files)
-    assert psnr == pytest.approx(20 * math.log10(255 / 2), abs=0.2) and 0.98 < ssim < 1
+    psnr, ssim = similarity_of_pairs(sorted(other.iterdir()), files).T
+    assert psnr == pytest.approx(20 * math.log10(255 / 2), abs=0.2) and (0.98 < ssim).all() and (ssim < 1).all()
     a, b = (np.asarray(Image.open(path), dtype=float) for path in (files[0], files[1]))
-    assert scores.paired_similarity(files[:1], files[1:2])[1] == pytest.approx(naive_ssim(a, b), abs=1e-4)
+    assert similarity_of_pairs(files[:1], files[1:2])[0, 1] == pytest.approx(naive_ssim(a, b), abs=1e-4)
     with pytest.raises(ValueError, match="differ in size"):
-        scores.paired_similarity(files[:1], make_images(tmp_path / "c", 1, 1, size=32))
+        similarity_of_pairs(files[:1], make_images(tmp_path / "c", 1, 1, size=32))
 
 
 def test_clip_score(tmp_path):

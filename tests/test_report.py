@@ -55,6 +55,38 @@ def test_whole_unet_is_counted_as_pytorch_counts_it():
         assert agentsd.describe(unet, 128, 192).unet_multiply_adds == counter.get_total_flops() // 2
 
 
+@pytest.mark.parametrize(
+    "kind, depth, recomputed",
+    [
+        ("sd15", "auto", ["up_blocks.1.attentions.1"]),
+        ("sd15", 2, ["down_blocks.0.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1"]),
+        ("sdxl", 1, []),
+    ],
+)
+def test_a_cached_call_is_counted_as_pytorch_counts_it(kind, depth, recomputed):
+    unet = make_unet(kind)
+    agentsd.apply_patch(unet, ratio=0, early=0, cache_interval=2, cache_depth=depth)
+    report = agentsd.describe(unet, 128, 192)
+    sample, text = torch.randn(1, 4, 16, 24), torch.randn(1, 77, unet.config.cross_attention_dim)
+    extra = {"text_embeds": torch.randn(1, 32), "time_ids": torch.randn(1, 6)} if kind == "sdxl" else None
+    counted = []
+    for timestep in (500, 480):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            unet(sample, timestep, text, added_cond_kwargs=extra)
+        counted.append(counter.get_total_flops() // 2)
+    assert get_patch(unet).cached and [report.unet_multiply_adds, report.cached_multiply_adds] == counted
+    # Agents save in the recomputed layers alone.
+    agentsd.apply_patch(unet, cache_interval=2, cache_depth=depth)
+    report = agentsd.describe(unet, 128, 192)
+    found = [layer for layer in report.active if layer.recomputed]
+    assert [layer.name.partition(".transformer_blocks")[0] for layer in found] == recomputed
+    saved = sum(layer.multiply_adds - layer.phases["agent"].multiply_adds for layer in found)
+    expected = (counted[1] - saved) / counted[0]
+    assert report.unet_fraction(Phase.AGENT, cached=True) == pytest.approx(expected)
+    assert f"in a cached call {expected:.1%}" in str(report)
+    assert agentsd.describe(make_unet(kind)).cached_multiply_adds is None
+
+
 def test_sd15_at_1024_with_what_keeps_the_cost_of_a_token_constant():
     config = agentsd.AgentConfig(max_agents=256, match_tile=16, late="downsample", merge_stride=4)
     report = agentsd.describe(agentsd.apply_patch(sd15_unet(), config), 1024, 1024)

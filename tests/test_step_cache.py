@@ -152,13 +152,23 @@ def test_share_of_whole_calls_under_any_scheduler(name, options, interval):
     assert torch.isfinite(first).all() and torch.equal(draw(pipe, steps=30), first)
 
 
-@pytest.mark.parametrize("name, steps", [("LCMScheduler", 4), ("EulerDiscreteScheduler", 4), ("DDIMScheduler", 1)])
-def test_runs_of_few_steps_cache_nothing(name, steps):
-    pipe = make_pipeline(scheduler=getattr(diffusers, name)(**SD_BETAS, timestep_spacing="trailing"))
+@pytest.mark.parametrize(
+    "name, options, steps, calls",
+    [
+        ("LCMScheduler", {}, 4, 4),
+        ("EulerDiscreteScheduler", {}, 4, 4),
+        ("DDIMScheduler", {}, 1, 1),
+        # These call the UNet twice at a timestep, with the latents of two steps.
+        ("PNDMScheduler", {"skip_prk_steps": True}, 6, 7),
+        ("HeunDiscreteScheduler", {}, 4, 7),
+    ],
+)
+def test_runs_of_few_steps_cache_nothing(name, options, steps, calls):
+    pipe = make_pipeline(scheduler=getattr(diffusers, name)(**SD_BETAS, **options, timestep_spacing="trailing"))
     agentsd.apply_patch(pipe)
     expected = draw(pipe, steps=steps)
     agentsd.apply_patch(pipe, cache_interval=3)
-    assert torch.equal(draw(pipe, steps=steps), expected) and counts(pipe) == (steps, 0)
+    assert torch.equal(draw(pipe, steps=steps), expected) and counts(pipe) == (calls, 0)
 
 
 @pytest.mark.parametrize("steps, interval, longest", [(12, 3, 1), (20, 5, 2), (25, 5, 3), (50, 5, 4)])

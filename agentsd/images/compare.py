@@ -76,7 +76,7 @@ class Comparison:
         return self.results[0].seconds / self[method].seconds
 
     def figure(self) -> Image.Image:
-        """The images side by side, each with its method, seconds and speed-up over the first."""
+        """The images side by side, each with its method, seconds and (if they are stable) speed-up over the first."""
         return comparison_image(self.results)
 
     def save(self, path: str | Path) -> None:
@@ -88,10 +88,10 @@ class Comparison:
         return {"compare": [{**result.settings, "seconds": list(result.all_seconds)} for result in self.results]}
 
     def __str__(self) -> str:
-        lines = [
-            f"{METHODS[result.method]:<17}{result.seconds:8.2f} s  {self.speed_up(result.method):5.2f}x"
-            for result in self.results
-        ]
+        lines = []
+        for result in self.results:
+            line = f"{METHODS[result.method]:<17}{seconds_text(result.seconds, self.stable):>10}"
+            lines.append(line + (f"  {self.speed_up(result.method):5.2f}x" if self.stable else ""))
         return "\n".join([*lines, self._how_timed()])
 
     __repr__ = __str__  # shown where a notebook or a prompt shows a value; the data stands in its attributes
@@ -108,9 +108,11 @@ class Comparison:
     def _how_timed(self) -> str:
         rounds = len(self.results[0].all_seconds)
         if rounds == 1:
-            return "one run each after a warm-up; unstable timings: take 3 rounds to see how much they differ"
+            return "one run each after a warm-up: 3 rounds give a speed-up in figures"
         text = f"median of {rounds} interleaved rounds after a warm-up"
-        return text if self.stable else f"{text}; unstable timings: rounds differ by more than {STABLE - 1:.0%}"
+        if self.stable:
+            return text
+        return f"{text}; unstable: rounds differ by more than {STABLE - 1:.0%}, so no speed-up is given"
 
 
 def compare(
@@ -201,19 +203,23 @@ def are_stable(results: Iterable[GeneratedImage]) -> bool:
 
 
 def comparison_image(results: Iterable[GeneratedImage]) -> Image.Image:
-    """The images side by side; under each its method, seconds, speed-up over the first, and "unstable" if they vary."""
+    """The images side by side; under each its method, seconds and speed-up over the first.
+
+    Where the timings are not stable, the reason stands in place of the speed-up.
+    """
     results = list(results)
+    stable, rounds = are_stable(results), len(results[0].all_seconds)
     width, height = results[0].image.size
     size = max(13, width // 18)
     margin, line = max(8, width // 32), int(size * 1.3)
-    lines = 2 if are_stable(results) else 3
+    lines = 2 if stable else 3
     canvas = Image.new("RGB", ((width + margin) * len(results) + margin, height + 2 * margin + line * lines), "white")
     pen = ImageDraw.Draw(canvas)
     for i, result in enumerate(results):
         left, top = margin + i * (width + margin), 2 * margin + height - size // 3
         canvas.paste(result.image, (left, margin))
-        caption = [(_title(result), 1.0, "black"), (_timing(result, results[0]), 0.85, "#555555")]
-        caption += [("unstable timing", 0.85, "#555555")] * (lines - 2)
+        caption = [(_title(result), 1.0, "black"), (_timing(result, results[0], stable), 0.85, "#555555")]
+        caption += [("one run" if rounds == 1 else "unstable timing", 0.85, "#555555")] * (lines - 2)
         for row, (text, scale, colour) in enumerate(caption):
             pen.text((left, top + row * line), text, font=_fitting_font(text, int(size * scale), width), fill=colour)
     return canvas
@@ -236,9 +242,16 @@ def _title(result: GeneratedImage) -> str:
     return f"{METHODS[result.method]}  ratio {patch['ratio']:g}" + (f", caching {interval}" if interval > 1 else "")
 
 
-def _timing(result: GeneratedImage, base: GeneratedImage) -> str:
-    text = f"{result.seconds:.2f} s"  # "x": Pillow's own font has no multiplication sign
-    return text if result is base else f"{text},  {base.seconds / result.seconds:.2f}x as fast"
+def seconds_text(seconds: float, stable: bool) -> str:
+    """Seconds in print: "2.53 s", or of unstable timings "about 3 s"."""
+    if stable:
+        return f"{seconds:.2f} s"
+    return f"about {seconds:.0f} s" if seconds >= 1 else "under 1 s"
+
+
+def _timing(result: GeneratedImage, base: GeneratedImage, stable: bool) -> str:
+    text = seconds_text(result.seconds, stable)  # "x": Pillow's own font has no multiplication sign
+    return text if result is base or not stable else f"{text},  {base.seconds / result.seconds:.2f}x as fast"
 
 
 def _check(pipe: Any, config: AgentConfig, methods: list[str], rounds: int | None) -> None:

@@ -123,6 +123,12 @@ def skipped_parts(unet: UNet, depth: int | str) -> tuple[list[nn.Module], nn.Mod
     return parts, parts[-1]
 
 
+def skipped_names(unet: UNet, depth: int | str) -> tuple[str, ...]:
+    """Prefixes of the names of all modules that a cached call skips. Raises as `install_skipping`."""
+    parts = skipped_parts(unet, depth)[0]
+    return tuple(f"{name}." for name, module in unet.named_modules() if any(module is part for part in parts))
+
+
 def _layers(block: nn.Module, which: slice, with_samplers: bool = False) -> list[nn.Module]:
     """Resnets, transformers and motion modules of a stage, in the order in which they run."""
     lists = [getattr(block, name, None) for name in ("resnets", "attentions", "motion_modules")]

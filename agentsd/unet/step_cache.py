@@ -59,6 +59,7 @@ class _Branch:
         signature: batch, size, dtype, device and the model's state.
         phase, timestep, sample: of the last call.
         first_timestep: of the run.
+        step: timesteps between the last two calls that had different ones.
         features: (timestep, feature) of the last whole calls, the newest first.
         cached_in_a_row: cached calls since the last whole one.
         last_calls: calls at the run's last timestep so far.
@@ -70,6 +71,7 @@ class _Branch:
     timestep: float
     first_timestep: float
     sample: Tensor
+    step: float = 0.0
     features: list[tuple[float, Tensor]] = dataclasses.field(default_factory=list)
     cached_in_a_row: int = 0
     last_calls: int = 0
@@ -180,10 +182,12 @@ class StepCache:
             assert self._conditioning is not None  # from `similarities`
             branch = _Branch(self._conditioning.copied(), signature, phase, timestep, timestep, sample)
             self._branches = [branch, *self._branches[: _MOST_BRANCHES - 1]]
+        # The second call at a timestep (PLMS, Heun) has the latent of another step as wide as the one before it.
+        branch.step = branch.timestep - timestep or branch.step
         self.skipping = (
             bool(branch.features)
             and branch.phase is phase
-            and branch.timestep - timestep <= _WIDEST_STEP * num_train_timesteps + 1e-6
+            and branch.step <= _WIDEST_STEP * num_train_timesteps + 1e-6
             and branch.features[0][0] - timestep <= _LONGEST_REUSE * num_train_timesteps
             and branch.cached_in_a_row < self.interval - 1
         )

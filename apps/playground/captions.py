@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .figures import Figures, calls_text, seconds_text, speed_word
+from agentsd.images.compare import seconds_text
+
+from .figures import Figures, calls_text, speed_word
 
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto; }

@@ -73,13 +73,6 @@ def calls_text(calls: tuple[int, int]) -> str:
     return f"{whole} of {whole + cached} UNet calls whole, {cached} cached"
 
 
-def seconds_text(seconds: float, stable: bool) -> str:
-    """Seconds in print: "2.53 s", or of unstable timings "about 3 s"."""
-    if stable:
-        return f"{seconds:.2f} s"
-    return f"about {seconds:.0f} s" if seconds >= 1 else "under 1 s"
-
-
 def speed_word(factor: float, stable: bool) -> str:
     """What a speed-up says: "faster", "slower" or "same"; unstable timings have to differ by more to say so."""
     clearly = CLEARLY if stable else STABLE

@@ -7,14 +7,13 @@ from typing import Any
 
 import gradio as gr
 
-from agentsd.images.compare import are_stable
+from agentsd.images.compare import are_stable, seconds_text
 from agentsd.images.generate import GeneratedImage
 from agentsd.images.methods import METHODS
 
 from . import captions
 from .charts import line_chart
 from .context import GENERATES, QUICK, Context, History, PastRun, failed, label, tell
-from .figures import seconds_text
 from .form import Form
 from .jobs import Finished, Note
 from .outputs import file_name

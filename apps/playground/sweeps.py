@@ -13,11 +13,11 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from agentsd import AgentConfig
-from agentsd.images.compare import are_stable
+from agentsd.images.compare import are_stable, seconds_text
 from agentsd.images.generate import GeneratedImage
 from agentsd.images.methods import METHODS
 
-from .figures import CLEARLY, seconds_text, unet_calls, why_unstable
+from .figures import CLEARLY, unet_calls, why_unstable
 from .images import distance, psnr
 from .jobs import Case
 from .settings import with_value
