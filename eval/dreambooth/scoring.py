@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.scores import paired_similarity
+from eval.similarity import similarity_of_pairs
 
 from .networks import Judges, cosines, sharpness
 from .plan import BASE, BOTH, UNTRAINED, Plan, Row
@@ -70,7 +70,7 @@ def score(plan: Plan, out: Path, judges: Judges) -> tuple[list[dict[str, Any]], 
             found |= own.compared(measured[UNTRAINED], UNTRAINED)
         if name != BASE and own.row.training == measured[BASE].row.training:
             pair = ([shot.path for shot in one.shots] for one in (own, measured[BASE]))
-            found["psnr"], found["ssim"] = paired_similarity(*pair)
+            found["psnr"], found["ssim"] = map(float, np.median(similarity_of_pairs(*pair), axis=0))
         rows.append(found)
     return rows, _score_prior([_measure(plan, out, row, judges, subject) for row in plan.prior_rows])
 
