@@ -10,7 +10,8 @@ import sys
 from typing import Any, NoReturn
 
 from . import commands
-from .config import PRESETS, AgentConfig, make_config
+from .config import PRESETS, AgentConfig
+from .trained import Trained, read_trained, start_from
 
 _METHODS = ("sd", "tomesd", "agentsd")
 
@@ -22,8 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         options.parser.refuse(unknown)
     try:
-        config = _config(options)
+        trained = _trained(options)
+        config = _config(options, trained)
         _refuse_unused(options)
+        if trained is not None and (said := trained.sentence(_given_fields(options))):
+            print(f"agentsd: {said}", file=sys.stderr)
         return options.run(options, config)
     except KeyboardInterrupt:
         return _fail("stopped; nothing was written", 1)
@@ -135,8 +139,10 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model")
     group.add_argument(
-        "--model", default="demo", help="demo (built in), a folder, or a Hugging Face id (default: %(default)s)"
-    )
+        "--model", default="demo",
+        help="demo (built in), a folder, or a Hugging Face id (default: %(default)s); a folder's agentsd.json sets the "
+        "defaults of the patch",
+    )  # fmt: skip
     group.add_argument("--device", help="cuda, mps or cpu; default: the first available of these")
     group.add_argument("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 elsewhere")
 
@@ -213,8 +219,17 @@ class _Converter:
         return int(text) if text.isdigit() else text  # a number or a word, as max_downsample is
 
 
-def _config(options: argparse.Namespace) -> AgentConfig:
-    return make_config(preset=getattr(options, "preset", None), **_given_fields(options))
+def _config(options: argparse.Namespace, trained: Trained | None = None) -> AgentConfig:
+    return start_from(trained, preset=getattr(options, "preset", None), **_given_fields(options))
+
+
+def _trained(options: argparse.Namespace) -> Trained | None:
+    """The settings that the model was trained for; None where the options take none from it."""
+    model, method = getattr(options, "model", "demo"), getattr(options, "method", "agentsd")
+    compares = getattr(options, "compare", False)
+    if model == "demo" or getattr(options, "preset", None) or (method != "agentsd" and not compares):
+        return None
+    return read_trained(model) if model.strip() and os.path.isdir(model) else None
 
 
 def _given_fields(options: argparse.Namespace) -> dict[str, Any]:

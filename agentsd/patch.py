@@ -10,7 +10,8 @@ from typing import Any, TypedDict, TypeVar
 from torch import nn
 from typing_extensions import Unpack
 
-from .config import AgentConfig, make_config
+from .config import AgentConfig
+from .trained import announcement, start_from, trained_of
 from .unet.call import NOISE_LEVELS
 from .unet.installation import PATCH_ATTRIBUTE, Installation
 from .unet.layers import NOT_SOFTMAX, RESET_ATTN1, UNet, find_layers, find_other_cache, unwrap_unet, why_none
@@ -58,6 +59,10 @@ def apply_patch(
         preset: "paper", "fast", "fastest" or "large": a set of fields from `agentsd.config.PRESETS`; or
         **settings: fields of AgentConfig by name, `ratio=0.4, early=0.4, …`. They override config or preset.
 
+    A model that was fine-tuned with agents (`load_pipeline` found an agentsd.json in its folder) starts from the
+    settings it was trained for in place of the defaults, and a warning says so once; a config or a preset replaces
+    them.
+
     Returns:
         `model`, patched. Applying again replaces the former patch.
 
@@ -67,8 +72,8 @@ def apply_patch(
         ValueError: a setting is out of its range, or the model has ToMeSD's patch or, with step caching, another cache.
         Nothing is changed where an error is raised.
     """
-    config = make_config(config, preset, **settings)
     unet, outer = unwrap_unet(model)
+    config = choose_config(unet, config, preset, **settings)
     _refuse_tomesd(unet)
     if config.cache_interval > 1:
         skipped_parts(unet, config.cache_depth)  # raises where the UNet has not so many
@@ -134,6 +139,21 @@ def patched(
         remove_patch(model)
         if before is not None:
             before.install()
+
+
+def choose_config(
+    model: Any, config: AgentConfig | None = None, preset: str | None = None, **settings: Any
+) -> AgentConfig:
+    """The settings that apply_patch uses for these arguments; a warning says once where they are those of the training.
+
+    Raises:
+        TypeError, ValueError: as apply_patch.
+    """
+    unet = find_unet(model)
+    chosen = start_from(trained_of(unet), config, preset, **settings)
+    if config is None and preset is None and (said := announcement(unet, settings)):
+        warnings.warn(f"agentsd: {said}", stacklevel=3)
+    return chosen
 
 
 def find_unet(model: Any) -> UNet:

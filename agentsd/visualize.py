@@ -16,7 +16,7 @@ from .images.request import Request
 from .layer_plan import plan_layer
 from .maps import agent_at, agent_map, agents_sheet, merge_map
 from .merging import merge_tokens, merged_position
-from .patch import find_unet, get_patch, patched
+from .patch import choose_config, find_unet, get_patch, patched
 from .unet.installation import Installation
 from .unet.processor import LayerState, project_key_value, project_queries
 
@@ -113,7 +113,7 @@ def look_inside(
     Args:
         pipe: a text-to-image pipeline, patched or not; afterwards as before.
         request: what to generate.
-        config: settings of the patch; None takes the defaults.
+        config: settings of the patch; None takes what the model was trained for, or the defaults.
         layer: number among the patched layers, or a module name.
         call: number of the UNet call; with the default settings the first ones are in the agent phase.
         budget: most bytes that the agents' attention may take; None for no limit.
@@ -128,7 +128,7 @@ def look_inside(
 
     Source: Agent Attention, appendix E, shows such agent maps for classifiers.
     """
-    config = config or AgentConfig()
+    config = choose_config(pipe, config)
     image, views, num_calls = _record(pipe, request, config, layer, lambda _: {call}, budget, **extra)
     if call >= num_calls or call < 0:
         raise ValueError(f"call={call}: this run had {num_calls} UNet calls; choose 0 … {num_calls - 1}")
@@ -159,7 +159,7 @@ def look_through(
     Raises:
         ValueError: no such layer, it merges nothing in any call, or the recording would exceed the budget.
     """
-    config = config or AgentConfig()
+    config = choose_config(pipe, config)
     image, views, num_calls = _record(pipe, request, config, layer, _evenly_spaced, budget, **extra)
     if not views:
         raise ValueError(f"layer {layer} merges nothing in any of the {num_calls} UNet calls; choose a ratio above 0")

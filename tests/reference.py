@@ -47,16 +47,16 @@ def attend(queries, keys, values, scale):
     """Softmax attention for one head, one query at a time: lists of vectors in, list of vectors out."""
     out = []
     for query in queries:
-        logits = [scale * float(query @ key) for key in keys]
-        top = max(logits)
-        weights = [math.exp(logit - top) for logit in logits]
-        total = sum(weights)
-        out.append(sum(weight / total * value for weight, value in zip(weights, values)))
+        logits = scale * torch.stack([query @ key for key in keys])
+        weights = (logits - logits.detach().max()).exp()
+        out.append(sum(weight * value for weight, value in zip(weights, values)) / weights.sum())
     return out
 
 
 def double(module, x):
-    """A linear layer in float64."""
+    """A linear layer in float64; of a model that is in float64, the module itself, with its LoRA."""
+    if next(module.parameters()).dtype is torch.float64:
+        return module(x)
     return torch.nn.functional.linear(x, module.weight.double(), None if module.bias is None else module.bias.double())
 
 
@@ -77,9 +77,14 @@ def downsampled_layer(attn, hidden_states, dsts):
 @torch.no_grad()
 def layer(attn, block_input, hidden_states, height, width, stride, offsets, r, r_agents, alpha, exponent, tile=None):
     """One patched self-attention layer, [B, N, C] -> [B, N, C]; r_agents None is the merge phase."""
+    matched = [match(x, height, width, stride, offsets, tile) for x in block_input.double()]
+    return attend_merged(attn, hidden_states, matched, r, r_agents, alpha, exponent)
+
+
+def attend_merged(attn, hidden_states, matched, r, r_agents, alpha, exponent):
+    """As `layer`, from what `match` found for each sample; gradients flow through it."""
     outputs = []
-    for x, y in zip(block_input.double(), hidden_states.double()):
-        ranked, best, dsts = match(x, height, width, stride, offsets, tile)
+    for (ranked, best, dsts), y in zip(matched, hidden_states.double()):
         merged = merge(y, ranked, best, dsts, r)
         heads = attn.heads
         tokens = torch.stack([mean for mean, _ in merged])
@@ -98,9 +103,6 @@ def layer(attn, block_input, hidden_states, height, width, stride, offsets, r, r
                 out = [o + alpha * value for o, value in zip(out, v[:, h])]
             per_head.append(torch.stack(out))
         projected = double(attn.to_out[0], torch.cat(per_head, dim=-1))
-        output = torch.empty_like(y)
-        for row, (_, group) in zip(projected, merged):
-            for token in group:
-                output[token] = row
-        outputs.append(output)
+        row_of = {token: row for row, (_, group) in zip(projected, merged) for token in group}
+        outputs.append(torch.stack([row_of[token] for token in range(len(y))]))
     return torch.stack(outputs)

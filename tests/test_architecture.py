@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import from its own layer and from the layers before it.
 LAYERS = (
-    ("agentsd", "files", "config"),
+    ("agentsd", "files", "config", "trained"),
     ("attention", "merging"),
     ("layer_plan",),
     ("unet",),

@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import AgentConfig, make_config
+from ..config import AgentConfig
+from ..patch import choose_config
 from .generate import GeneratedImage, Step, generate, settings_of
 from .methods import METHODS, check_method, refuse_patched
 from .png import save_image
@@ -139,7 +140,7 @@ def compare(
     Args:
         pipe: an unpatched text-to-image pipeline with a UNet; unpatched again afterwards.
         prompt: what the image shows.
-        config: settings of the patch; None takes the defaults.
+        config: settings of the patch; None takes what the model was trained for, or the defaults.
         preset: a name from `agentsd.config.PRESETS`, in place of a config.
         negative_prompt, steps, guidance, seed, height, width: as in `Request`; `seed` is that of the initial noise.
         methods: keys of METHODS: "sd" (the model as it is), "tomesd" (ToMeSD), "agentsd". Speed-ups are over the first.
@@ -160,7 +161,7 @@ def compare(
         >>> comparison.speed_up("agentsd"), comparison["agentsd"].image
     """
     request = Request(prompt, negative_prompt, steps, guidance, seed, height, width)
-    return compare_methods(pipe, request, make_config(config, preset, **settings), methods, rounds, on_round)
+    return compare_methods(pipe, request, choose_config(pipe, config, preset, **settings), methods, rounds, on_round)
 
 
 def compare_methods(
@@ -172,7 +173,7 @@ def compare_methods(
     on_round: Callable[[str, int], None] | None = None,
 ) -> Comparison:
     """As `compare`, with the request and all settings as objects."""
-    config = config or AgentConfig()
+    config = choose_config(pipe, config)
     methods = list(methods)
     _check(pipe, config, methods, rounds)
     for method in methods:

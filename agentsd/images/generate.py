@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import AgentConfig
 from ..patch import find_unet, get_patch
 from .measure import PeakMemory
-from .methods import use_method
+from .methods import config_for, use_method
 from .pipelines import DEMO_MODEL
 from .request import Request
 
@@ -85,7 +85,7 @@ def generate(
         pipe: an unpatched text-to-image pipeline (see `load_pipeline`).
         request: what to generate.
         method: a key of METHODS.
-        config: settings of the patch; None takes the defaults.
+        config: settings of the patch; None takes what the model was trained for, or the defaults.
         on_step: called after each step; its own time is not counted. An exception from it ends the run, passes through
             and leaves the model unpatched.
         **extra: further arguments of the pipeline call.
@@ -93,7 +93,7 @@ def generate(
     Raises:
         ValueError: as `use_method`, an already patched pipeline among others.
     """
-    config = config or AgentConfig()
+    config = config_for(pipe, method, config)
     with use_method(pipe, method, config):
         image, seconds, peak = run_pipeline(pipe, request, on_step, **extra)
         calls = cached_calls(pipe)

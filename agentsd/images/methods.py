@@ -10,7 +10,7 @@ import tomesd
 import torch
 
 from ..config import AgentConfig
-from ..patch import find_unet, get_patch, patched
+from ..patch import choose_config, find_unet, get_patch, patched
 from ..unet.layers import find_layers, why_none
 
 METHODS = {"sd": "Stable Diffusion", "tomesd": "ToMeSD", "agentsd": "AgentSD"}
@@ -49,6 +49,11 @@ def use_method(pipe: Any, method: str, config: AgentConfig) -> Iterator[None]:
             del unet._tome_info
     else:
         yield
+
+
+def config_for(pipe: Any, method: str, config: AgentConfig | None) -> AgentConfig:
+    """The settings of a method: those given, or what apply_patch uses where none are given."""
+    return choose_config(pipe, config) if method == "agentsd" else config or AgentConfig()
 
 
 def check_method(pipe: Any, method: str, config: AgentConfig) -> list[tuple[str, Any, int]]:

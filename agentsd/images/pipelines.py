@@ -14,6 +14,8 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
+from ..trained import Trained, attach_trained, read_trained
+
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 """Folder of the built-in demo model, in Stable Diffusion's format."""
 
@@ -59,7 +61,9 @@ def load_pipeline(
     Weights are read from safetensors files only. Code that comes with a model is not run.
 
     Args:
-        model: "demo" (the built-in model, no network), a folder saved by `save_pretrained`, or a Hugging Face id.
+        model: "demo" (the built-in model, no network), a folder saved by `save_pretrained`, or a Hugging Face id. If
+            the folder has an agentsd.json, as `apps/dreambooth.py` writes, `apply_patch` starts from the settings in
+            it; and where it names a LoRA, its base model is loaded with that LoRA.
         device: None takes the first available of "cuda", "mps" and "cpu".
         dtype: dtype of the weights, or its name; None takes float16 on CUDA and float32 elsewhere.
         scheduler: a name from SCHEDULERS; None keeps the model's own.
@@ -69,26 +73,68 @@ def load_pipeline(
         The pipeline on its device, unpatched.
 
     Raises:
-        ModelError: the model is missing, cannot be fetched, is damaged, or would run its own code.
+        ModelError: the model is missing, cannot be fetched, is damaged (its agentsd.json too), or would run its own
+            code.
         ValueError: unknown scheduler or dtype, or a device that this machine does not have.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     if scheduler is not None:
         _check_scheduler(scheduler)
+    trained = None if model == "demo" else _read_trained(model)
+    if trained is None or trained.lora is None:
+        pipe = _load(model, dtype, options)
+    else:
+        pipe = _load_with_lora(Path(model), trained, dtype, options)
+    if trained is not None and getattr(pipe, "unet", None) is not None:
+        attach_trained(pipe.unet, trained)
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    return pipe.to(device)
+
+
+def _load(model: str | Path, dtype: torch.dtype, options: dict[str, Any]) -> DiffusionPipeline:
     source = DEMO_MODEL if model == "demo" else model
     _refuse_code(Path(source))
     quiet = _quiet() if model == "demo" else contextlib.nullcontext()
     try:
         with quiet:
-            pipe = DiffusionPipeline.from_pretrained(
+            return DiffusionPipeline.from_pretrained(
                 str(source), use_safetensors=True, **{_dtype_argument(): dtype}, **options
             )
     except Exception as error:  # diffusers raises many kinds here; all of them mean that there is no pipeline
         raise ModelError(_why_not_loaded(model, error)) from error
-    if scheduler is not None:
-        set_scheduler(pipe, scheduler)
-    return pipe.to(device)
+
+
+def _read_trained(model: str | Path) -> Trained | None:
+    if not str(model).strip() or not Path(model).is_dir():
+        return None
+    try:
+        return read_trained(model)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _load_with_lora(folder: Path, trained: Trained, dtype: torch.dtype, options: dict[str, Any]) -> DiffusionPipeline:
+    """The base model with the LoRA of a folder. Raises ModelError where either is missing or does not fit."""
+    assert trained.lora is not None
+    base = trained.base_model
+    if not (folder / trained.lora).is_file():
+        raise ModelError(f"{trained.file}: names the LoRA {trained.lora}, which is not beside it: train again")
+    if base != "demo" and (below := _read_trained(base)) is not None and below.lora is not None:
+        raise ModelError(f"{trained.file}: its base_model {base!r} is a LoRA too: give one with whole weights")
+    try:
+        pipe = _load(base, dtype, options)
+    except ModelError as error:
+        raise ModelError(f"{trained.file}: its base_model cannot be loaded: {error}") from error
+    try:
+        pipe.load_lora_weights(str(folder), weight_name=trained.lora)
+    except Exception as error:  # diffusers, peft and safetensors raise many kinds here
+        raise ModelError(
+            f"{folder / trained.lora} cannot be put on {base} ({_first_line(error)}): pip install peft, or train again"
+        ) from error
+    pipe.register_to_config(_name_or_path=str(folder))  # what an image says it was generated with
+    return pipe
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:

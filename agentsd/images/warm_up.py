@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 
 from ..config import DEFAULT_NUM_TRAIN_TIMESTEPS, AgentConfig, Phase
 from .generate import Step, run_pipeline
-from .methods import use_method
+from .methods import config_for, use_method
 from .request import Request
 
 
@@ -30,7 +30,7 @@ def warm_up(
 
     Arguments and errors as `generate`.
     """
-    config = config or AgentConfig()
+    config = config_for(pipe, method, config)
     with use_method(pipe, method, config), one_step_per_phase(pipe, config if method == "agentsd" else None) as steps:
         run_pipeline(pipe, dataclasses.replace(request, steps=steps), on_step)
 

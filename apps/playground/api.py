@@ -24,9 +24,11 @@ from .settings import (
     Settings,
     check,
     check_index,
+    patch_values,
     preset_values,
     request_fields,
     sweep_values,
+    trained_config,
 )
 from .sweeps import sweep_cases, sweep_csv, sweep_rows, sweep_settings, sweep_sheet
 
@@ -144,16 +146,24 @@ class Api:
         }
 
     def _check(self, values: dict[str, Any]) -> Settings:
-        """Checked settings; fields of the patch left at their default take the preset's value."""
+        """Checked settings; fields of the patch left at their default take the value of the preset, or of the training.
+
+        A model that was trained with agents has its settings in its folder; preset="paper" gives the defaults.
+        """
         try:
-            if values.get("preset"):
-                defaults = {field.name: field.default for field in PATCH_FIELDS.values()}
-                for name, value in preset_values(values["preset"]).items():
-                    if values.get(name) in (None, defaults[name]):
-                        values[name] = value
+            start = preset_values(values["preset"]) if values.get("preset") else self._trained_values(values)
+            defaults = {field.name: field.default for field in PATCH_FIELDS.values()}
+            for name, value in start.items():
+                if values.get(name) in (None, defaults[name]):
+                    values[name] = value
             return check(values, self.studio.models.names, self.limits)
         except (ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
+
+    def _trained_values(self, values: dict[str, Any]) -> dict[str, Any]:
+        model = values.get("model") or self.studio.models.names[0]
+        config = trained_config(model) if model in self.studio.models.names else None
+        return patch_values(config) if config else {}
 
     def _generate(
         self, settings: Settings, cases: list[Case], done: dict[int, GeneratedImage], notes: list[str]

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from agentsd import AgentConfig
 from agentsd.config import FIELD_NAMES, LATE
 from agentsd.images.demo_prompts import DEMO_NAMES
 from agentsd.images.pipelines import SCHEDULERS
@@ -27,9 +28,11 @@ from .settings import (
     check,
     check_patch,
     patch_help,
+    patch_values,
     preset_of,
     preset_values,
     request_fields,
+    trained_config,
 )
 
 # The other settings of the patch are under "Advanced".
@@ -55,6 +58,7 @@ _EXAMPLES = ["castle", "zebra", "strawberry", "ferris wheel"]
 _PROMPT = "a high quality photograph of a {}."
 
 _NO_PRESET = "own settings"
+_AS_TRAINED = "as trained"
 
 _LINK = "Copy a link to these settings"
 
@@ -87,6 +91,8 @@ class Form:
         self.context = context
         self.models: Models = context.studio.models
         self.controls: dict[str, Any] = {}
+        self.trained = {name: config for name in self.models.names if (config := _trained(name)) is not None}
+        """The settings that models were trained for, by the model's name; most have none."""
         self._layout()
 
     @property
@@ -128,9 +134,12 @@ class Form:
             form["guidance"] = gr.Number(
                 label="Guidance", value=defaults["guidance"], step=0.5, min_width=120, elem_id="guidance"
             )
+        first = self.models.names[0]
         self.preset = gr.Dropdown(
-            [*PRESETS, _NO_PRESET], value="paper", label="Preset", elem_id="preset", info="sets fields of the patch"
-        )
+            [*PRESETS, *([_AS_TRAINED] if self.trained else []), _NO_PRESET],
+            value=_AS_TRAINED if first in self.trained else "paper", label="Preset", elem_id="preset",
+            info="sets fields of the patch",
+        )  # fmt: skip
         for name in _IN_SIGHT:
             self._patch_control(name)
         with gr.Accordion("More settings", open=False, elem_id="more"):
@@ -167,7 +176,7 @@ class Form:
         field = PATCH_FIELDS[name]
         common = {
             "label": "seed of the patch" if name == "seed" else name,
-            "value": field.default,
+            "value": patch_values(self.trained.get(self.models.names[0]) or AgentConfig())[field.name],
             "elem_id": field.name,
             "info": patch_help().get(name),
         }
@@ -191,7 +200,10 @@ class Form:
         outputs = [code, self.prompt_note, self.preset]
         gr.on([page.load, *changes], self._derived, self.inputs, outputs, preprocess=False, **event)
         patch = [self.controls[field.name] for field in PATCH_FIELDS.values()]
-        self.preset.input(self._choose_preset, self.preset, patch, **event)
+        model = self.controls["model"]
+        self.preset.input(self._choose_preset, [self.preset, model], patch, **event)
+        # Not `change`, which a restored image fires too: its own settings would be overwritten.
+        model.input(self._choose_model, self.inputs, patch, preprocess=False, **event)
         self.random_button.click(lambda: random.randrange(2**31), None, self.controls["seed"], **event)
 
     def _derived(self, *given: Any) -> tuple[str, Any, str]:
@@ -200,14 +212,34 @@ class Form:
         note = unknown_note(values["model"], str(values["prompt"] or ""))
         remark = gr.update(value=captions.unknown_html(note, DEMO_NAMES), visible=note is not None)
         try:
-            preset = preset_of(check_patch(values))
+            config = check_patch(values)
+            preset = _AS_TRAINED if config == self.trained.get(values["model"]) else preset_of(config)
         except (ValueError, TypeError):
             preset = None  # the script says what is wrong
         return self._script(values), remark, preset or _NO_PRESET
 
-    def _choose_preset(self, name: str) -> list[Any]:
+    def _choose_model(self, *given: Any) -> list[Any]:
+        """The values of the patch's controls for another model: those it was trained for.
+
+        For a model without any they are the defaults if they were those of another model's training, else as they are.
+        """
+        values = self.values(given)
+        config = self.trained.get(values["model"])
+        if config is None and not self._are_trained(values):
+            return [gr.skip() for _ in PATCH_FIELDS]
+        return list(patch_values(config or AgentConfig()).values())
+
+    def _are_trained(self, values: dict[str, Any]) -> bool:
+        try:
+            return check_patch(values) in self.trained.values()
+        except (ValueError, TypeError):
+            return False
+
+    def _choose_preset(self, name: str, model: str = "") -> list[Any]:
         """The values of the patch's controls under a preset."""
-        if name == _NO_PRESET:
+        if name == _AS_TRAINED and model in self.trained:
+            return list(patch_values(self.trained[model]).values())
+        if name in (_NO_PRESET, _AS_TRAINED):
             return [gr.skip() for _ in PATCH_FIELDS]
         values = preset_values(name)
         return [values.get(field.name, field.default) for field in PATCH_FIELDS.values()]
@@ -255,3 +287,10 @@ class Form:
     def size_hints(self, name: str) -> list[Any]:
         """Updates of width and height for another model."""
         return [gr.update(info=self._size_hint(name, side)) for side in ("width", "height")]
+
+
+def _trained(model: str) -> AgentConfig | None:
+    try:
+        return trained_config(model)
+    except ValueError:
+        return None  # loading the model says what is wrong with its file

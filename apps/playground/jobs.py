@@ -20,7 +20,8 @@ from agentsd.images.generate import GeneratedImage, Step, generate, settings_of
 from agentsd.images.methods import METHODS, refuse_patched
 from agentsd.images.pipelines import ModelError, set_scheduler
 from agentsd.images.warm_up import warm_up, warm_up_timesteps
-from agentsd.patch import get_patch
+from agentsd.patch import find_unet, get_patch
+from agentsd.trained import FILE_NAME, trained_of
 from agentsd.visualize import LayerView, look_inside, look_through
 
 from .models import Model, Models, free_memory
@@ -314,6 +315,9 @@ class Studio:
                 set_scheduler(model.pipe, settings.scheduler)
             for text in prompt_notes(model.name, model.pipe, settings.request.prompt):
                 emit(Note(text))
+            trained = trained_of(find_unet(model.pipe))
+            if trained is not None and settings.config == trained.config:
+                emit(Note(f"The patch has the settings that {model.name} was trained for ({FILE_NAME})."))
             yield model
         finally:
             model.pipe.scheduler = own

@@ -7,7 +7,7 @@ import json
 
 from agentsd import AgentConfig
 
-from .settings import OWN_SCHEDULER, Settings, preset_of
+from .settings import OWN_SCHEDULER, Settings, preset_of, trained_config
 
 
 def script(settings: Settings) -> str:
@@ -17,10 +17,12 @@ def script(settings: Settings) -> str:
     if settings.scheduler != OWN_SCHEDULER:
         loading.append(f'scheduler="{settings.scheduler}"')
     preset = preset_of(config)
-    if preset and config != AgentConfig():
+    start = trained_config(settings.model) or AgentConfig()  # what apply_patch takes where nothing is named
+    if preset and config != start:
         patch = [f'preset="{preset}"']
     else:
-        changed = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
+        fields = [field.name for field in dataclasses.fields(config)]
+        changed = [name for name in fields if getattr(config, name) != getattr(start, name)]
         patch = [f"{name}={getattr(config, name)!r}" for name in dict.fromkeys(["ratio", *changed])]
     call = [json.dumps(request.prompt, ensure_ascii=False)]
     if request.negative_prompt:

@@ -14,6 +14,7 @@ from agentsd import AgentConfig
 from agentsd.config import PRESETS
 from agentsd.images.pipelines import SCHEDULERS
 from agentsd.images.request import Request
+from agentsd.trained import read_trained
 
 OWN_SCHEDULER = "model's own"
 """Name of the scheduler that came with the model."""
@@ -165,17 +166,19 @@ def check(values: Mapping[str, Any], models: Sequence[str], limits: Limits) -> S
     rounds = _whole(ROUNDS.default if values.get("rounds") is None else values["rounds"])
     _check_range("rounds", rounds, 1, limits.rounds)
     request = Request(**{field.name: given[field.name] for field in dataclasses.fields(Request)})
-    return Settings(given["model"], given["scheduler"], request, check_patch(values), rounds)
+    config = check_patch(values, trained_config(given["model"]))
+    return Settings(given["model"], given["scheduler"], request, config, rounds)
 
 
-def check_patch(values: Mapping[str, Any]) -> AgentConfig:
-    """The patch settings among the values of a form, checked. Raises as `check`."""
-    return AgentConfig(
+def check_patch(values: Mapping[str, Any], start: AgentConfig | None = None) -> AgentConfig:
+    """The patch settings among the values of a form, checked; missing ones are those of `start`. Raises as `check`."""
+    return dataclasses.replace(
+        start or AgentConfig(),
         **{
             name: _read(field, values[field.name])
             for name, field in PATCH_FIELDS.items()
             if values.get(field.name) is not None
-        }
+        },
     )
 
 
@@ -183,10 +186,29 @@ def preset_values(name: Any) -> dict[str, Any]:
     """The form values of a preset's fields, by field name. Raises ValueError for an unknown preset."""
     if name not in PRESETS:
         raise ValueError(f"preset={short(name)}: must be one of {', '.join(PRESETS)}")
+    return _form_values(PRESETS[name])
+
+
+def trained_config(model: str) -> AgentConfig | None:
+    """The settings that a model was trained for, where its folder has an agentsd.json with any.
+
+    Raises:
+        ValueError: that file is damaged.
+    """
+    trained = read_trained(model) if model.strip() and model != "demo" else None
+    return None if trained is None else trained.config
+
+
+def patch_values(config: AgentConfig) -> dict[str, Any]:
+    """The form values of all fields of a config, by field name."""
+    return _form_values(dataclasses.asdict(config))
+
+
+def _form_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        field.name: written(PRESETS[name][key]) if field.kind is str else PRESETS[name][key]
+        field.name: written(fields[key]) if field.kind is str else fields[key]
         for key, field in PATCH_FIELDS.items()
-        if key in PRESETS[name]
+        if key in fields
     }
 
 
