@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -95,8 +96,10 @@ def measure(
     if compile:
         torch._dynamo.config.recompile_limit = 64  # the copies share their code
         unets = {name: copy.deepcopy(pipe.unet) for name in unets}
-        for unet in unets.values():
+        for name, unet in unets.items():
             unet.compile(fullgraph=True)
+            if name != "sdpa":
+                agentsd.apply_patch(unet, **methods[name])
     # Apart from the rounds, as the call after the autoencoder's work is a slow one.
     seconds = {"outside": [outside_the_unet(pipe, size) for _ in range(rounds + 1)][1:]}
     for number in range(-2 if compile else -1, rounds):  # before them the warm-up
@@ -107,12 +110,11 @@ def measure(
             if method == "sdpa":
                 taken["sdpa"] = timed(unet, 500, inputs)
                 continue
-            agentsd.apply_patch(unet, **methods[method])
-            for name, timestep in kinds_of_calls(method):
-                taken[name] = timed(unet, timestep, inputs)
-                assert get_patch(unet).cached == ("cached" in name)
-            if not compile:  # a compiled UNet keeps its patch, or the next one may compile again
-                agentsd.remove_patch(unet)
+            # A compiled copy keeps its patch: PyTorch looks its graphs through again after a new one.
+            with nullcontext() if compile else agentsd.patched(unet, **methods[method]):
+                for name, timestep in kinds_of_calls(method):
+                    taken[name] = timed(unet, timestep, inputs)
+                    assert get_patch(unet).cached == ("cached" in name)
         said = json.dumps({name: round(value, 2) for name, value in taken.items()})
         print(f"round {number + 1}: {said}" if number >= 0 else f"warm-up: {said}", flush=True)
         for name, value in taken.items() if number >= 0 else ():

@@ -59,7 +59,10 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"cache_interval": 3, "cache_order": 0},
         {"cache_interval": 3, "ratio": 0.0, "early": 0.0},
     ),
-    "cache-alone": ({}, {"cache_interval": 3, "ratio": 0.0, "early": 0.0},),
+    "cache-alone": (
+        {},
+        {"cache_interval": 3, "ratio": 0.0, "early": 0.0},
+    ),
     "presets": tuple(PRESETS.values()),
 }
 """Name on the command line: the fields of AgentConfig that each of its scenarios sets."""

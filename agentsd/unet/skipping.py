@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +15,36 @@ if TYPE_CHECKING:
     from .step_cache import StepCache
 
 
+# Compiled graphs hold for one object in the place of a module's forward. So that the next patch needs no new graphs, it
+# takes those of the last one.
+_REMOVED: WeakKeyDictionary[nn.Module, SkippableForward] = WeakKeyDictionary()
+
+
 class SkippableForward:
     """Stands before a module's forward. In a cached call it returns stand-ins; the last skipped part the kept feature.
 
     Args:
         module: what can be skipped.
-        cache: says whether a call is cached, and takes the feature.
-        keeps: this is the last skipped part, whose output is the feature.
     """
 
-    def __init__(self, module: nn.Module, cache: StepCache, keeps: bool):
+    def __init__(self, module: nn.Module):
         # Weak, as it hangs on the module: a reference cycle would keep a dropped UNet alive until Python collects it.
         self.module = WeakLink(module, pickled=True)
-        self.cache: StepCache | None = cache
-        self.keeps = keeps
-        self.inner = vars(module).get("forward")  # what offloading put there
+        self.cache: StepCache | None = None
+        self.keeps = False
+        self.inner: Any = None  # what offloading put there
         self.like: Any = None  # tensors of the output's shapes that take no memory
+
+    def install(self, cache: StepCache, keeps: bool) -> None:
+        """Take the place of the module's forward.
+
+        Args:
+            cache: says whether a call is cached, and takes the feature.
+            keeps: this is the last skipped part, whose output is the feature.
+        """
+        module = self.module.target()
+        self.cache, self.keeps, self.inner = cache, keeps, vars(module).get("forward")
+        module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = self.cache
@@ -71,6 +86,8 @@ class SkippableForward:
                 del module.forward
             else:
                 module.forward = self.inner
+            self.inner = None  # it may refer to the module, which would then never be freed
+            _REMOVED[module] = self
         self.cache, self.like = None, None
 
 
@@ -99,7 +116,8 @@ def install_skipping(unet: UNet, cache: StepCache, depth: int | str) -> None:
     """
     parts, keeper = skipped_parts(unet, depth)
     for module in parts:
-        module.forward = SkippableForward(module, cache, module is keeper)
+        forward = _REMOVED.pop(module, None) or SkippableForward(module)
+        forward.install(cache, module is keeper)
 
 
 def skipped_parts(unet: UNet, depth: int | str) -> tuple[list[nn.Module], nn.Module]:
