@@ -55,7 +55,8 @@ class AgentConfig:
         cache_interval: at most this many UNet calls in a row share one whole call; the others reuse its features and
             recompute the end of the last up block only. 1 caches nothing.
         cache_order: 0 reuses the kept feature, 1 goes half of the way that a line through the last two
-            would, linear in the timestep.
+            would, linear in the timestep; "auto" is 1 with DDIM, PLMS and Euler, and 0 with other schedulers and where
+            none is known.
         cache_depth: how many pairs of resnet and transformer at the end of the last up block are recomputed; "auto" is
             one.
         use_rand: draw the destination inside each cell at random; False takes the upper left token.
@@ -82,7 +83,7 @@ class AgentConfig:
     match_tile: int | None = None
     max_downsample: int | str = "auto"
     cache_interval: int = 1
-    cache_order: int = 1
+    cache_order: int | str = "auto"
     cache_depth: int | str = "auto"
     use_rand: bool = True
     seed: int = 0
@@ -146,13 +147,13 @@ class AgentConfig:
     def _check_cache(self) -> None:
         for name, low, high, hint in (
             ("cache_interval", 1, 50, "1 caches nothing, 3 is three times as fast or more"),
-            ("cache_order", 0, 1, "0 reuses the kept feature, 1 extrapolates it"),
+            ("cache_order", 0, 1, '0 reuses the kept feature, 1 extrapolates it, "auto" goes by the scheduler'),
             ("cache_depth", 1, 10, '"auto" recomputes one pair of resnet and transformer'),
         ):
             value = getattr(self, name)
-            if name == "cache_depth" and value == "auto":
+            if name != "cache_interval" and isinstance(value, str) and value == "auto":
                 continue
-            allowed = f"must be an integer in {low} … {high}" + (' or "auto"' if name == "cache_depth" else "")
+            allowed = f"must be an integer in {low} … {high}" + ("" if name == "cache_interval" else ' or "auto"')
             if not _is_int(value):
                 raise TypeError(f"{name}={value!r}: {allowed}; {hint}")
             if not low <= value <= high:

@@ -27,6 +27,7 @@ class Settings(TypedDict, total=False):
     ratio: float
     early: float
     late: str
+    early_ratio: float | None
     alpha: float
     broadcast_exponent: float
     agent_ratio: float
@@ -37,7 +38,7 @@ class Settings(TypedDict, total=False):
     match_tile: int | None
     max_downsample: int | str
     cache_interval: int
-    cache_order: int
+    cache_order: int | str
     cache_depth: int | str
     use_rand: bool
     seed: int

@@ -116,6 +116,28 @@ def test_the_phase_boundary_is_a_whole_call():
     assert boundary == 8 and calls[boundary] == "whole" and calls[boundary - 1] == "cached"
 
 
+@pytest.mark.parametrize(
+    "name, order, last",
+    [
+        ("DDIMScheduler", 1, "cached"),
+        ("DPMSolverMultistepScheduler", 0, "whole"),
+        ("UniPCMultistepScheduler", 0, "whole"),
+    ],
+)
+def test_the_scheduler_decides_order_and_last_call(name, order, last):
+    """Solvers that extrapolate themselves get reused features, and a whole call at their end."""
+    pipe = make_pipeline(scheduler=getattr(diffusers, name)(**SD_BETAS))
+    agentsd.apply_patch(pipe, **ALONE, cache_interval=3)
+    calls = record_calls(pipe.unet)
+    chosen = draw(pipe, steps=20)
+    assert calls[-1] == last and calls[-3:-1] != ["whole", "whole"]
+    images = []
+    for fixed in (0, 1):
+        agentsd.apply_patch(pipe, **ALONE, cache_interval=3, cache_order=fixed)
+        images.append(draw(pipe, steps=20))
+    assert torch.equal(chosen, images[order]) and not torch.equal(*images)
+
+
 # --- which calls are whole, under any scheduler -----------------------------------------------------------------------
 
 SCHEDULERS = [

@@ -150,8 +150,8 @@ class UNetHook:
             if isinstance(by_sample, tuple) or not self._may_cache(unet):
                 cache.pass_by(patch.timestep)
             else:
-                length = patch.schedule.num_train_timesteps
-                patch.cached = cache.begin(unet, sample, patch.timestep, patch.phase, length, similarities)
+                state = (patch.timestep, patch.phase, patch.schedule)
+                patch.cached = cache.begin(unet, sample, *state, similarities)
         self._plan_layers(by_sample, phases, sample.device)
         self._warn_where_replaced()
         call.active = True

@@ -9,12 +9,18 @@ from torch import Tensor
 from ..config import DEFAULT_NUM_TRAIN_TIMESTEPS
 from .weak_link import WeakLink
 
+# With these, extrapolated features of step caching measured nearer to the unpatched image than reused ones, and the
+# last call may be cached. Solvers that extrapolate themselves, as DPM++ 2M, amplify what is wrong with a feature, most so
+# in their last step.
+_STEADY = ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler")
+
 
 class Schedule:
     """What the patch knows of the scheduler.
 
     Attributes:
         num_train_timesteps: length of the diffusion run as last read.
+        steady: step caching may extrapolate features and cache the last call; False where no scheduler is known.
         noise_levels: the scheduler counts noise levels and not timesteps, so that phases cannot be told.
         assumed: no scheduler is known (a UNet was patched without its pipeline); the length is an assumption.
     """
@@ -22,6 +28,7 @@ class Schedule:
     def __init__(self, model: Any):
         self.num_train_timesteps = DEFAULT_NUM_TRAIN_TIMESTEPS
         self.noise_levels = False
+        self.steady = False
         self.assumed = True
         self._read(getattr(model, "scheduler", None))
         self._pipeline = WeakLink(None if self.assumed else model)
@@ -53,4 +60,5 @@ class Schedule:
         self.num_train_timesteps = config.get("num_train_timesteps", DEFAULT_NUM_TRAIN_TIMESTEPS)
         # The EDM schedulers have no timestep_type; what they share is this method.
         self.noise_levels = config.get("timestep_type") == "continuous" or hasattr(scheduler, "precondition_noise")
+        self.steady = type(scheduler).__name__ in _STEADY
         self.assumed = False

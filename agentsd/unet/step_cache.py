@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import AgentConfig, Phase
 from .conditioning import Conditioning, find_adapter_layers, model_state
 from .layers import UNet
+from .schedule import Schedule
 from .skipping import install_skipping, skippable_forwards
 
 # Consecutive latents of one run are alike, those of two runs are not: independent noise has a cosine of 0, one step of
@@ -61,6 +62,7 @@ class _Branch:
         first_timestep: of the run.
         step: timesteps between the last two calls that had different ones.
         features: (timestep, feature) of the last whole calls, the newest first.
+        most_features: how many of them are kept.
         cached_in_a_row: cached calls since the last whole one.
         last_calls: calls at the run's last timestep so far.
     """
@@ -73,6 +75,7 @@ class _Branch:
     sample: Tensor
     step: float = 0.0
     features: list[tuple[float, Tensor]] = dataclasses.field(default_factory=list)
+    most_features: int = 1
     cached_in_a_row: int = 0
     last_calls: int = 0
 
@@ -89,7 +92,7 @@ class StepCache:
 
     def __init__(self, config: AgentConfig):
         self.interval = config.cache_interval
-        self.order = config.cache_order
+        self._order = config.cache_order
         self.depth = config.cache_depth
         self.skipping = False
         self.feature: Tensor | None = None
@@ -144,7 +147,7 @@ class StepCache:
         sample: Tensor,
         timestep: float,
         phase: Phase,
-        num_train_timesteps: int,
+        schedule: Schedule,
         similarities: list[float],
     ) -> bool:
         """Decide whether the call that `similarities` was asked for is cached; True if it is.
@@ -153,7 +156,7 @@ class StepCache:
             unet: the UNet.
             sample: the call's latent.
             timestep, phase: of the call.
-            num_train_timesteps: length of the diffusion run.
+            schedule: what is known of the scheduler.
             similarities: what `similarities` returned, read.
         """
         self.skipping, self.feature, self.kept = False, None, None
@@ -182,14 +185,18 @@ class StepCache:
             assert self._conditioning is not None  # from `similarities`
             branch = _Branch(self._conditioning.copied(), signature, phase, timestep, timestep, sample)
             self._branches = [branch, *self._branches[: _MOST_BRANCHES - 1]]
+        order = int(schedule.steady) if isinstance(self._order, str) else self._order  # "auto"
+        branch.features = branch.features[: order + 1]
+        branch.most_features = order + 1
         # The second call at a timestep (PLMS, Heun) has the latent of another step as wide as the one before it.
         branch.step = branch.timestep - timestep or branch.step
         self.skipping = (
             bool(branch.features)
             and branch.phase is phase
-            and branch.step <= _WIDEST_STEP * num_train_timesteps + 1e-6
-            and branch.features[0][0] - timestep <= _LONGEST_REUSE * num_train_timesteps
+            and branch.step <= _WIDEST_STEP * schedule.num_train_timesteps + 1e-6
+            and branch.features[0][0] - timestep <= _LONGEST_REUSE * schedule.num_train_timesteps
             and branch.cached_in_a_row < self.interval - 1
+            and (schedule.steady or (schedule.last_timestep() or (None,))[0] != timestep)
         )
         if self.skipping:
             branch.cached_in_a_row += 1
@@ -229,7 +236,7 @@ class StepCache:
         if not skipped and kept is not None:
             newest = (branch.timestep, kept.clone() if compiled else kept)
             older = [entry for entry in branch.features if entry[0] != branch.timestep]
-            branch.features = [newest, *older][: self.order + 1]
+            branch.features = [newest, *older][: branch.most_features]
             if compiled:
                 for forward in skippable_forwards(unet):
                     forward.leave_graph()

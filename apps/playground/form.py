@@ -46,11 +46,11 @@ _SLIDERS = {
     "broadcast_exponent": (-0.5, 0.0, 0.05),
     "agent_ratio": (0.0, 1.0, 0.05),
     "cache_interval": (1, 8, 1),
-    "cache_order": (0, 1, 1),
 }
 _CHOICES = {
     "late": list(LATE),
     "max_downsample": ["auto", "1", "2", "4", "8"],
+    "cache_order": ["auto", "0", "1"],
     "upcast": ["None", "True", "False"],
 }
 
