@@ -10,8 +10,8 @@ from ..config import DEFAULT_NUM_TRAIN_TIMESTEPS
 from .weak_link import WeakLink
 
 # With these, extrapolated features of step caching measured nearer to the unpatched image than reused ones, and the
-# last call may be cached. Solvers that extrapolate themselves, as DPM++ 2M, amplify what is wrong with a feature, most so
-# in their last step.
+# last call may be cached. Solvers that extrapolate themselves, as DPM++ 2M, amplify what is wrong with a feature,
+# most so in their last step.
 _STEADY = ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler")
 
 
