@@ -60,5 +60,5 @@ class Schedule:
         self.num_train_timesteps = config.get("num_train_timesteps", DEFAULT_NUM_TRAIN_TIMESTEPS)
         # The EDM schedulers have no timestep_type; what they share is this method.
         self.noise_levels = config.get("timestep_type") == "continuous" or hasattr(scheduler, "precondition_noise")
-        self.steady = type(scheduler).__name__ in _STEADY
+        self.steady = any(kind.__name__ in _STEADY for kind in type(scheduler).__mro__)
         self.assumed = False
