@@ -162,7 +162,7 @@ _FIELD_HELP = {
     "match_tile": "compare tokens only within tiles of this many tokens a side, or none",
     "max_downsample": "patch levels down to this downsampling: auto, 1, 2, 4 or 8",
     "cache_interval": "at most this many consecutive UNet calls share one whole call; 1 = no step caching",
-    "cache_order": "0 reuses the kept feature, 1 extrapolates it linearly, auto goes by the scheduler",
+    "cache_order": "0 reuses the kept feature, 1 goes half of the linear way, auto goes by the scheduler",
     "cache_depth": "how much of the last up block a cached call recomputes, or auto",
     "use_rand": "take a random destination in each cell; --no-rand takes the first",
     "seed": "seed for choosing destination tokens",

@@ -166,6 +166,15 @@ def test_stopped_by_a_signal_it_keeps_the_last_step(settings, base, undisturbed,
     assert "is finished already, after 12 steps" in capsys.readouterr().out
 
 
+def test_a_finished_model_is_not_trained_anew_from_zero(settings):
+    """More steps than it was finished with, and no checkpoint to go on from."""
+    run(settings(max_train_steps=2))
+    before = weights(settings().output_dir)
+    with pytest.raises(UsageError, match="finished after 2 steps and has no checkpoint.*another --output-dir"):
+        run(settings(max_train_steps=3, resume_from_checkpoint="latest"))
+    assert weights(settings().output_dir) == before
+
+
 def test_the_command_killed_for_real(settings, base, undisturbed):
     out = settings().output_dir
     command = [sys.executable, str(ROOT / "apps" / "dreambooth.py"), "--learning_rate=1e-3", "--agents", "both"]

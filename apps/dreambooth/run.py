@@ -66,6 +66,12 @@ class _Job:
         self.checkpoint: Path | None = None
         if settings.resume_from_checkpoint:
             self.checkpoint = find_checkpoint(self.folder, settings.resume_from_checkpoint)
+            if self.record and self.record.get("finished") and self.checkpoint is None and not self.is_finished():
+                raise UsageError(
+                    f"--resume-from-checkpoint {settings.resume_from_checkpoint}: the run in {self.folder} is finished "
+                    f"after {self.record['steps']} steps and has no checkpoint to go on from; give another "
+                    "--output-dir, with --checkpointing-steps to be able to go on later"
+                )
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.peak = 0
