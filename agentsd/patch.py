@@ -97,7 +97,7 @@ def apply_patch(
     elif foreign:
         what = f"{len(eligible)} layers were patched, others were left alone: {'; '.join(foreign)}"
         warnings.warn(f"agentsd: {what}{remedy}", stacklevel=2)
-    patch = Installation(unet, outer, config, schedule, eligible, skipped)
+    patch = Installation(unet, outer, config, schedule, eligible, skipped, model)
     if schedule.noise_levels:
         patch.mark_warned("noise levels")
     patch.install()

@@ -118,6 +118,8 @@ class Report:
         last_call: the last UNet call since the patch, None where there was none.
         cached_multiply_adds: of what a cached call computes, if it were unpatched; None without step caching, or where
             unet_multiply_adds is.
+        cache_order: of step caching with the scheduler that the pipeline has now; None without step caching.
+        skips_controlnet: cached calls skip the pipeline's ControlNet, too.
     """
 
     model: str
@@ -130,6 +132,8 @@ class Report:
     assumed_timesteps: int | None = None
     last_call: LastCall | None = None
     cached_multiply_adds: int | None = None
+    cache_order: int | None = None
+    skips_controlnet: bool = False
 
     @property
     def active(self) -> tuple[LayerReport, ...]:
@@ -230,6 +234,8 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
         cached_multiply_adds=cached,
         assumed_timesteps=patch.num_train_timesteps if patch and patch.schedule.refresh().assumed else None,
         last_call=LastCall.of(patch, scale) if patch else None,
+        cache_order=patch.cache.order_with(patch.schedule.refresh()) if patch and patch.cache else None,
+        skips_controlnet=patch is not None and patch.controlnet.skips(patch),
     )
 
 

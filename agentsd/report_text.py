@@ -72,10 +72,7 @@ def _introduction(report: Report) -> list[str]:
     if report.config is not None:
         lines.append("settings: " + _settings(report.config))
         if report.config.cache_interval > 1:
-            lines.append(
-                f"step caching: up to {report.config.cache_interval} calls in a row share one whole call; the others "
-                "recompute the end of the UNet alone. The tables below are those of a whole call"
-            )
+            lines.append(_step_caching(report))
     if report.last_call is not None:
         lines.append(_last_call(report))
         notes: dict[str, int] = {}
@@ -83,6 +80,18 @@ def _introduction(report: Report) -> list[str]:
             notes[note] = notes.get(note, 0) + 1
         lines += [f"  on {count} layers: {note}" for note, count in notes.items()]
     return lines
+
+
+def _step_caching(report: Report) -> str:
+    assert report.config is not None
+    kept = "on the line through the last two kept features" if report.cache_order else "on the last kept feature"
+    text = (
+        f"step caching: up to {report.config.cache_interval} calls in a row share one whole call; the others recompute "
+        f"the end of the UNet alone, {kept} (order {report.cache_order})"
+    )
+    if report.skips_controlnet:
+        text += ", and before them the ControlNet computes its first layers alone"
+    return text + ". The tables below are those of a whole call"
 
 
 def _headline(report: Report) -> str:

@@ -23,6 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import flip_evaluator
 import numpy as np
 import torch
 from DeepCache import DeepCacheSDHelper
@@ -51,6 +52,8 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if options.extras:
                 yield {**base, "method": "cache", "interval": interval, "order": 1, "depth": 2}
                 yield {**base, "method": "cache, dense early", "interval": interval, "order": 1}
+            for method in ("cache", "agents + cache") if options.last_cached else ():
+                yield {**base, "method": f"{method}, last call cached", "interval": interval, "order": 0}
 
 
 @contextmanager
@@ -70,6 +73,16 @@ def dense_early(cache: Any, interval: int) -> Iterator[None]:
         yield
     finally:
         del cache.begin
+
+
+@contextmanager
+def last_call_cached(patch: Any) -> Iterator[None]:
+    """Let the last call of a run be cached with every scheduler, where the patch makes it whole with DPM++ 2M."""
+    patch.schedule.last_timestep = lambda: None  # as where no scheduler is known
+    try:
+        yield
+    finally:
+        del patch.schedule.last_timestep
 
 
 @contextmanager
@@ -129,31 +142,44 @@ def method_of(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
             fields |= {"cache_interval": row["interval"], "cache_order": row["order"]}
             fields["cache_depth"] = row.get("depth", "auto")
         with agentsd.patched(pipe, **fields):
-            dense = "dense" in method
-            with dense_early(get_patch(pipe).cache, row["interval"]) if dense else nullcontext():
+            patch, change = get_patch(pipe), nullcontext()
+            if "dense early" in method:
+                change = dense_early(patch.cache, row["interval"])
+            elif "last call cached" in method:
+                change = last_call_cached(patch)
+            with change:
                 yield
 
 
-def distances(images: np.ndarray, originals: np.ndarray) -> dict[str, float]:
-    """Mean PSNR in dB with its standard error, and SSIM, to the unpatched images."""
+def distances(images: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
+    """Distances to the unpatched images.
+
+    Returns:
+        psnr, psnr_error, psnrs: mean in dB, its standard error, and each image's. ssim: mean. flip: mean of LDR-FLIP, 0
+        where two images look alike in alternation and 1 at most (Andersson et al., 2020), as on a screen with 67
+        pixels per degree.
+    """
     error = ((images - originals) ** 2).mean(axis=(1, 2, 3)).clip(1e-10)
     psnr = -10 * np.log10(error)
     batches = (torch.from_numpy(one).permute(0, 3, 1, 2) for one in (images, originals))
     ssim = structural_similarity_index_measure(*batches, data_range=1.0)
+    flip = [flip_evaluator.evaluate(one, other, "LDR", applyMagma=False)[1] for one, other in zip(originals, images)]
     return {
         "psnr": float(psnr.mean()),
         "psnr_error": float(psnr.std(ddof=1) / len(psnr) ** 0.5) if len(psnr) > 1 else float("nan"),
+        "psnrs": [round(float(value), 2) for value in psnr],
         "ssim": float(ssim),
+        "flip": float(np.mean(flip)),
     }
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, a row a result."""
     names = ("scheduler", "steps", "method", "interval", "order", "depth", "whole")
-    lines = [f"| {' | '.join(names)} | PSNR, dB | SSIM |", "|---" * (len(names) + 2) + "|"]
+    lines = [f"| {' | '.join(names)} | PSNR, dB | SSIM | FLIP |", "|---" * (len(names) + 3) + "|"]
     for row in results:
         cells = [str(row.get(name, "")) for name in names]
-        cells += [f"{row['psnr']:.1f} ± {row['psnr_error']:.1f}", f"{row['ssim']:.3f}"]
+        cells += [f"{row['psnr']:.1f} ± {row['psnr_error']:.1f}", f"{row['ssim']:.3f}", f"{row['flip']:.4f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -168,6 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--intervals", nargs="+", type=int, default=[2, 3, 5])
     parser.add_argument("--images", type=int, default=4, help="images a row")
     parser.add_argument("--extras", action="store_true", help="also depth 2, and more whole calls early")
+    parser.add_argument("--last-cached", action="store_true", help="also runs whose last call may be cached")
     options = parser.parse_args(arguments)
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -193,11 +220,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write(folder: Path, results: list[dict[str, Any]]) -> None:
     """rows.json, rows.csv and rows.md with the machine and versions."""
-    versions = {name: version(name) for name in ("torch", "diffusers", "DeepCache")}
+    versions = {name: version(name) for name in ("torch", "diffusers", "DeepCache", "flip-evaluator")}
     setting = {"date": date.today().isoformat(), "machine": platform.processor() or platform.machine(), **versions}
     (folder / "rows.json").write_text(json.dumps({"setting": setting, "rows": results}, indent=1))
     with (folder / "rows.csv").open("w", newline="") as file:
-        names = list(dict.fromkeys(name for row in results for name in row if name != "row"))
+        names = list(dict.fromkeys(name for row in results for name in row if name not in ("row", "psnrs")))
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(results)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import Phase
 from ..layer_plan import draw_splits, layer_call, plan_layer
 from .checkpointing import watch_checkpoints
+from .inputs import read_timesteps, sample_and_timestep
 from .layers import (
     RESET_ATTN1,
     UNet,
@@ -138,7 +139,7 @@ class UNetHook:
         call.height, call.width = sample.shape[-2:]
         call.batch = sample.shape[0]
         compared = None if cache is None else cache.similarities(unet, args, kwargs, sample)
-        by_sample, similarities = _read_timesteps(timestep, compared)
+        by_sample, similarities = read_timesteps(timestep, compared)
         timesteps = by_sample if isinstance(by_sample, tuple) else (by_sample,)
         patch.schedule.refresh()
         self._check_schedule(timesteps, timestep)
@@ -152,6 +153,8 @@ class UNetHook:
             else:
                 state = (patch.timestep, patch.phase, patch.schedule)
                 patch.cached = cache.begin(unet, sample, *state, similarities)
+            if (skip := patch.controlnet.skip(patch)) is not None:
+                skip.settle(args, kwargs, patch.cached)
         self._plan_layers(by_sample, phases, sample.device)
         self._warn_where_replaced()
         call.active = True
@@ -330,33 +333,6 @@ class BlockHook:
 def is_ours(layer: PatchedLayer) -> bool:
     """Whether the patch's processor is still on the layer."""
     return isinstance(layer.attn.processor, AgentAttnProcessor)
-
-
-def sample_and_timestep(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | float]:
-    """The first two arguments of a UNet call, by position or by name."""
-    sample = args[0] if args else kwargs["sample"]
-    timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-    return sample, timestep
-
-
-def _read_timesteps(timestep: Tensor | float, others: Tensor | None) -> tuple[float | tuple[float, ...], list[float]]:
-    """Read the timestep of a call, or one for each sample where they differ: the one synchronisation with the device.
-
-    Args:
-        timestep: a number, or a tensor of one or of several.
-        others: [n] more to read at once.
-    """
-    if not isinstance(timestep, Tensor):
-        return float(timestep), [] if others is None else others.tolist()
-    if others is None:
-        values = [timestep.item()] if timestep.numel() == 1 else timestep.flatten().tolist()
-        read = []
-    else:
-        precise = torch.float32 if others.device.type == "mps" else torch.float64
-        both = torch.cat([timestep.flatten().to(others.device, precise), others.to(precise)]).tolist()
-        values, read = both[: timestep.numel()], both[timestep.numel() :]
-    timesteps = tuple(float(value) for value in values)
-    return timesteps[0] if len(set(timesteps)) == 1 else timesteps, read
 
 
 def _outcome(layer: PatchedLayer) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .call import UNetHook, sample_and_timestep
+from .call import UNetHook
+from .inputs import sample_and_timestep
 from .layers import UNet
 from .weak_link import WeakLink
 

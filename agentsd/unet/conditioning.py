@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .inputs import by_name
 from .layers import UNet
 
 # Everything in a UNet call that conditions it. ControlNet's and T2I-Adapter's residuals are new ones in every step:
@@ -46,10 +45,9 @@ class Conditioning:
         self._places = [_place(tensor) for tensor in self.tensors]
 
     @classmethod
-    def of_call(cls, unet: UNet, args: tuple, kwargs: dict) -> Conditioning:
-        """The conditioning of a UNet call."""
-        names = _parameters(type(unet))  # type: ignore[arg-type]  # mypy asks for the hash of an instance
-        named = {**dict(zip(names, args)), **kwargs}
+    def of_call(cls, model: nn.Module, args: tuple, kwargs: dict) -> Conditioning:
+        """The conditioning of a call of a UNet or ControlNet."""
+        named = by_name(model, args, kwargs)
         present = {name: named.get(name) is not None for name in _RESIDUALS}
         return cls({**{name: named.get(name) for name in _CONDITIONS}, **present})
 
@@ -85,11 +83,6 @@ def _place(tensor: Tensor) -> tuple:
     """Where a tensor's contents lie, and how often they were written to; for an inference tensor nothing is known."""
     version = object() if tensor.is_inference() else tensor._version
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), version
-
-
-@lru_cache(maxsize=8)
-def _parameters(unet_class: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(unet_class.forward).parameters)[1:]
 
 
 def model_state(unet: UNet, adapter_layers: list[Any]) -> tuple:

@@ -18,6 +18,7 @@ from .call import BlockHook, LastCall, UNetHook, is_ours
 from .checkpointing import unwatch_checkpoints
 from .claim import Claim
 from .compiled import EagerEntry, EagerExit, unwatch_compilation, watch_compilation
+from .controlnet import ControlNetLink
 from .layers import UNet
 from .merge_around import MergeAround
 from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, CallInProgress, LayerState
@@ -48,6 +49,7 @@ class Installation:
         skipped: (layer name, reason) of every self-attention layer that was left alone.
         call: the UNet call in progress, shared with the layers.
         cache: the step cache, None with cache_interval=1.
+        controlnet: the pipeline's, which cached calls skip.
         claim: which thread is inside the UNet.
         prepared: a caller outside a compiled graph has prepared the call, so that the graph need not.
         compiled: calls run in a graph of the whole UNet.
@@ -62,6 +64,7 @@ class Installation:
         unet: the UNet; the reference is weak, as the patch hangs on it.
         outer: the module that callers call, another one where torch.compile wraps the UNet.
         eligible, skipped: from `find_layers`.
+        pipeline: the pipeline, or the UNet where there is none.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Installation:
         schedule: Schedule,
         eligible: list[tuple[str, BasicTransformerBlock, int]],
         skipped: list[tuple[str, str]],
+        pipeline: Any,
     ):
         self.config = config
         self.schedule = schedule
@@ -89,6 +93,7 @@ class Installation:
         self.replaced_by = ""
         self._warned: set[str] = set()
         self.cache = StepCache(config) if config.cache_interval > 1 else None
+        self.controlnet = ControlNetLink(pipeline)
         self._unet = WeakLink(unet, pickled=True)
         self._outer = WeakLink(outer, pickled=True)
         self._handles: list[Any] = []
@@ -152,6 +157,7 @@ class Installation:
             self._handles.append(unet.conv_out.register_state_dict_pre_hook(_warn_where_rebuilt))
         if self.cache is not None:
             self.cache.install(unet)
+            self.controlnet.install(self)
         setattr(unet, PATCH_ATTRIBUTE, self)
         watch_compilation(unet, hook)
 
@@ -164,6 +170,7 @@ class Installation:
         unwatch_checkpoints(unet)
         if self.cache is not None:
             self.cache.uninstall(unet)
+            self.controlnet.uninstall(self)
         for layer in self.layers:
             if is_ours(layer):
                 layer.attn.set_processor(layer.original)

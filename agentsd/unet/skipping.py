@@ -1,8 +1,8 @@
-"""Makes parts of a UNet skippable: in a cached call they return stand-ins of the right shapes."""
+"""Makes parts of a UNet or ControlNet skippable: in a cached call they return stand-ins of the right shapes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +13,18 @@ from .weak_link import WeakLink
 
 if TYPE_CHECKING:
     from .step_cache import StepCache
+
+
+class Skipping(Protocol):
+    """What decides whether a part is skipped.
+
+    Attributes:
+        skipping: the call in progress skips it.
+        filler: the value of its stand-ins.
+    """
+
+    skipping: bool
+    filler: float
 
 
 # Compiled graphs hold for one object in the place of a module's forward. So that the next patch needs no new graphs, it
@@ -30,17 +42,17 @@ class SkippableForward:
     def __init__(self, module: nn.Module):
         # Weak, as it hangs on the module: a reference cycle would keep a dropped UNet alive until Python collects it.
         self.module = WeakLink(module, pickled=True)
-        self.cache: StepCache | None = None
+        self.cache: Any = None  # a StepCache, or what skips a ControlNet
         self.keeps = False
         self.inner: Any = None  # what offloading put there
         self.like: Any = None  # tensors of the output's shapes that take no memory
 
-    def install(self, cache: StepCache, keeps: bool) -> None:
+    def install(self, cache: Skipping, keeps: bool) -> None:
         """Take the place of the module's forward.
 
         Args:
-            cache: says whether a call is cached, and takes the feature.
-            keeps: this is the last skipped part, whose output is the feature.
+            cache: says whether a call is cached.
+            keeps: this is the last skipped part, whose output is the feature; `cache`, a StepCache, takes it.
         """
         module = self.module.target()
         self.cache, self.keeps, self.inner = cache, keeps, vars(module).get("forward")
@@ -56,27 +68,27 @@ class SkippableForward:
             module = self.module.target()
             output = type(module).forward(module, *args, **kwargs)
         if cache is not None and not torch.is_grad_enabled():
-            self.like = _like(output)
+            self.like = _like(output, cache.filler)
             if self.keeps:
                 # A copy, as diffusers may write into the tensor that goes on.
                 cache.kept = (output[0] if isinstance(output, tuple) else output).clone()
         return output
 
-    def _stand_in(self, cache: StepCache) -> Any:
+    def _stand_in(self, cache: Any) -> Any:
         """The output's first tensor as one that can be written to, the residuals beside it as they are."""
         if isinstance(self.like, tuple):
             return (self._hidden_states(cache, self.like[0]), *self.like[1:])
         return self._hidden_states(cache, self.like)
 
-    def _hidden_states(self, cache: StepCache, like: Tensor) -> Tensor:
+    def _hidden_states(self, cache: Any, like: Tensor) -> Tensor:
         if not self.keeps:
-            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+            return torch.full_like(like, cache.filler, memory_format=torch.contiguous_format)
         assert cache.feature is not None  # a cached call has one
         return cache.feature
 
     def leave_graph(self) -> None:
         """Replace tensors that a compiled graph made, as its next run may overwrite them."""
-        self.like = _like(self.like)
+        self.like = _like(self.like, self.cache.filler)
 
     def remove(self) -> None:
         """Restore the forward that was there; where somebody has wrapped this one since, it stays and does nothing."""
@@ -91,10 +103,10 @@ class SkippableForward:
         self.cache, self.like = None, None
 
 
-def _like(output: Any) -> Any:
+def _like(output: Any, filler: float) -> Any:
     if isinstance(output, tuple):
-        return tuple(_like(one) for one in output)
-    return output.new_zeros(1).expand(output.shape)
+        return tuple(_like(one, filler) for one in output)
+    return output.new_full((1,), filler).expand(output.shape)
 
 
 def skippable_forwards(unet: nn.Module) -> list[SkippableForward]:
@@ -116,8 +128,13 @@ def install_skipping(unet: UNet, cache: StepCache, depth: int | str) -> None:
     """
     parts, keeper = skipped_parts(unet, depth)
     for module in parts:
-        forward = _REMOVED.pop(module, None) or SkippableForward(module)
-        forward.install(cache, module is keeper)
+        install_forward(module, cache, module is keeper)
+
+
+def install_forward(module: nn.Module, cache: Skipping, keeps: bool = False) -> None:
+    """Make one module skippable; arguments as those of `SkippableForward.install`."""
+    forward = _REMOVED.pop(module, None) or SkippableForward(module)
+    forward.install(cache, keeps)
 
 
 def skipped_parts(unet: UNet, depth: int | str) -> tuple[list[nn.Module], nn.Module]:
@@ -131,14 +148,18 @@ def skipped_parts(unet: UNet, depth: int | str) -> tuple[list[nn.Module], nn.Mod
             f'transformer; use "auto" or 1 … {pairs}'
         )
     # The recomputed pairs read the first residuals: those of conv_in and of the first pairs of the first down block.
-    first = unet.down_blocks[0]
-    parts: list[nn.Module] = [first] if depth == 1 else _layers(first, slice(depth - 1, None), with_samplers=True)
-    parts += unet.down_blocks[1:]
+    parts = [*first_layers_apart(unet, depth), *unet.down_blocks[1:]]
     if unet.mid_block is not None:
         parts.append(unet.mid_block)
     parts += unet.up_blocks[:-1]
     parts += _layers(last, slice(pairs - depth))
     return parts, parts[-1]
+
+
+def first_layers_apart(model: Any, depth: int) -> list[nn.Module]:
+    """What is skipped of the first down block of a UNet or ControlNet, of which `depth` - 1 pairs are computed."""
+    first = model.down_blocks[0]
+    return [first] if depth == 1 else _layers(first, slice(depth - 1, None), with_samplers=True)
 
 
 def skipped_names(unet: UNet, depth: int | str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from .skipping import install_skipping, skippable_forwards
 
 # Consecutive latents of one run are alike, those of two runs are not: independent noise has a cosine of 0, one step of
 # an ancestral sampler in 12 steps of about 0.7.
-_LEAST_SIMILARITY = 0.5
+LEAST_SIMILARITY = 0.5
 _OTHER = -2.0  # no cosine
 
 # Steps further apart than this part of the run are all whole: LCM, Turbo and Lightning take 8 steps or fewer.
@@ -79,6 +79,16 @@ class _Branch:
     cached_in_a_row: int = 0
     last_calls: int = 0
 
+    def goes_on_at(self, timestep: float) -> bool:
+        """Whether a call at a timestep can be the run's next one."""
+        # The second call at a run's first timestep begins another run: a walk through latents of one-step models.
+        return timestep < self.timestep or self.timestep < self.first_timestep and timestep == self.timestep
+
+    def step_to(self, timestep: float) -> float:
+        """Width of the step that leads to a call."""
+        # The second call at a timestep (PLMS, Heun) has the latent of another step as wide as the one before it.
+        return self.timestep - timestep or self.step
+
 
 class StepCache:
     """The kept features of a patched UNet, and the decision which call is whole.
@@ -88,7 +98,10 @@ class StepCache:
         feature: [B, C, H, W] what a cached call uses in place of what it skips.
         kept: what the whole call in progress computed there.
         counts: whole and cached calls of this run.
+        filler: what stands in for the outputs of skipped layers.
     """
+
+    filler = 0.0
 
     def __init__(self, config: AgentConfig):
         self.interval = config.cache_interval
@@ -114,6 +127,10 @@ class StepCache:
             forward.remove()
         self.clear()
 
+    def order_with(self, schedule: Schedule) -> int:
+        """0 where a feature is reused, 1 where it is extrapolated: as set, or by the scheduler with "auto"."""
+        return int(schedule.steady) if isinstance(self._order, str) else self._order
+
     def clear(self) -> None:
         """Free the kept features: the next call is whole."""
         self.skipping, self.feature, self.kept, self._current = False, None, None, None
@@ -129,17 +146,8 @@ class StepCache:
         self._conditioning = Conditioning.of_call(unet, args, kwargs)
         if not self._branches:
             return None
-        found = []
-        for branch in self._branches:
-            same = self._conditioning.same_as(branch.conditioning)
-            like = branch.sample.shape == sample.shape and branch.sample.device == sample.device
-            if same is False or not like:
-                found.append(torch.full((), _OTHER, device=sample.device))
-                continue
-            one, other = (x.detach().flatten(1).float() for x in (sample, branch.sample))
-            cosine = F.cosine_similarity(one, other).amin()
-            found.append(cosine if same is True else torch.where(same.to(sample.device), cosine, _OTHER))
-        return torch.stack(found)
+        earlier = ((branch.conditioning, branch.sample) for branch in self._branches)
+        return torch.stack([latent_similarity(self._conditioning, sample, *one) for one in earlier])
 
     def begin(
         self,
@@ -164,10 +172,7 @@ class StepCache:
         found = next((pair for pair in zip(self._branches, similarities) if pair[1] != _OTHER), None)
         branch, similarity = (None, _OTHER) if found is None else found
         if branch is not None and not (
-            branch.signature == signature
-            # The second call at a run's first timestep begins another run: a walk through latents of one-step models.
-            and (timestep < branch.timestep or branch.timestep < branch.first_timestep and timestep == branch.timestep)
-            and similarity >= _LEAST_SIMILARITY
+            branch.signature == signature and branch.goes_on_at(timestep) and similarity >= LEAST_SIMILARITY
         ):
             # Where only the latent is too unlike the last one, as after large steps of small images, the run goes on.
             known = timestep < branch.timestep and branch.signature == signature
@@ -185,19 +190,11 @@ class StepCache:
             assert self._conditioning is not None  # from `similarities`
             branch = _Branch(self._conditioning.copied(), signature, phase, timestep, timestep, sample)
             self._branches = [branch, *self._branches[: _MOST_BRANCHES - 1]]
-        order = int(schedule.steady) if isinstance(self._order, str) else self._order  # "auto"
+        order = self.order_with(schedule)
         branch.features = branch.features[: order + 1]
         branch.most_features = order + 1
-        # The second call at a timestep (PLMS, Heun) has the latent of another step as wide as the one before it.
-        branch.step = branch.timestep - timestep or branch.step
-        self.skipping = (
-            bool(branch.features)
-            and branch.phase is phase
-            and branch.step <= _WIDEST_STEP * schedule.num_train_timesteps + 1e-6
-            and branch.features[0][0] - timestep <= _LONGEST_REUSE * schedule.num_train_timesteps
-            and branch.cached_in_a_row < self.interval - 1
-            and (schedule.steady or (schedule.last_timestep() or (None,))[0] != timestep)
-        )
+        self.skipping = self._may_skip(branch, timestep, phase, schedule)
+        branch.step = branch.step_to(timestep)
         if self.skipping:
             branch.cached_in_a_row += 1
             self.feature = _forecast(branch.features, timestep)
@@ -209,6 +206,29 @@ class StepCache:
         branch.sample = sample.detach().clone()  # a copy, as callers may go on in the same tensor
         self._current, self._timestep = branch, timestep
         return self.skipping
+
+    def expects_cached(self, unet: UNet, timestep: float, phase: Phase, schedule: Schedule) -> bool:
+        """Whether the next call is cached if the run in progress goes on in it; arguments as those of `begin`."""
+        if torch.is_grad_enabled() or len(self._branches) != 1:
+            return False
+        branch = self._branches[0]
+        unchanged = branch.signature[3:] == model_state(unet, self._adapters_of(unet))
+        return unchanged and branch.goes_on_at(timestep) and self._may_skip(branch, timestep, phase, schedule)
+
+    def last_timestep(self) -> float | None:
+        """Of the run in progress, None without one of a single conditioning."""
+        return self._branches[0].timestep if len(self._branches) == 1 else None
+
+    def _may_skip(self, branch: _Branch, timestep: float, phase: Phase, schedule: Schedule) -> bool:
+        """Whether a call that goes on with a branch may be cached."""
+        return (
+            bool(branch.features)
+            and branch.phase is phase
+            and branch.step_to(timestep) <= _WIDEST_STEP * schedule.num_train_timesteps + 1e-6
+            and branch.features[0][0] - timestep <= _LONGEST_REUSE * schedule.num_train_timesteps
+            and branch.cached_in_a_row < self.interval - 1
+            and (schedule.steady or (schedule.last_timestep() or (None,))[0] != timestep)
+        )
 
     def pass_by(self, timestep: float) -> None:
         """Count a whole call that keeps nothing: one with gradients, or with a timestep per sample."""
@@ -256,6 +276,22 @@ class StepCache:
         # A copy has runs of its own.
         fresh: dict[str, Any] = {"_branches": [], "_current": None, "_conditioning": None, "_adapters": ((), [])}
         return {**self.__dict__, **fresh, "feature": None, "kept": None, "skipping": False}
+
+
+def latent_similarity(
+    conditioning: Conditioning, sample: Tensor, earlier: Conditioning, earlier_sample: Tensor
+) -> Tensor:
+    """The cosine of the latents of two calls, the least of the batch; _OTHER where conditioning or shape differ.
+
+    Returns:
+        [] on the device of `sample`.
+    """
+    same = conditioning.same_as(earlier)
+    if same is False or earlier_sample.shape != sample.shape or earlier_sample.device != sample.device:
+        return torch.full((), _OTHER, device=sample.device)
+    one, other = (x.detach().flatten(1).float() for x in (sample, earlier_sample))
+    cosine = F.cosine_similarity(one, other).amin()
+    return cosine if same is True else torch.where(same.to(sample.device), cosine, _OTHER)
 
 
 def _forecast(features: list[tuple[float, Tensor]], timestep: float) -> Tensor:
