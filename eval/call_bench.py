@@ -3,10 +3,11 @@
     python eval/call_bench.py --random-weights sd15 --size 512 --rounds 3
     python eval/call_bench.py --random-weights sdxl --size 1024 --rounds 1 --skip large
     python eval/call_bench.py --random-weights sd15 --size 512 --rounds 3 --compile --skip large
+    python eval/call_bench.py --random-weights sd15 --size 512 --rounds 3 --controlnet --skip large
 
 A run's time is arithmetic: how many calls of each kind 50 PLMS steps make (counted by the patch itself, on a tiny
 UNet), times their medians. A whole run adds text encoder, scheduler and autoencoder, timed with a UNet that does
-nothing.
+nothing. With `--controlnet` a call is that of a ControlNet and the UNet after it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import PNDMScheduler
+from diffusers import ControlNetModel, PNDMScheduler, StableDiffusionControlNetPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -44,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "agents": {"cache_interval": 2},
     "large": {**PRESETS["large"], "cache_interval": 2},
 }
+CONTROLNET_WHOLE = "agents, ControlNet whole"  # patched without the pipeline, so that cached calls do not skip it
 
 
 def call_inputs(pipe: Any, size: int) -> dict[str, Any]:
@@ -60,13 +62,26 @@ def call_inputs(pipe: Any, size: int) -> dict[str, Any]:
     return inputs
 
 
+def with_controlnet(pipe: Any) -> Any:
+    """The pipeline with a ControlNet of its UNet's shapes. Raises SystemExit for SDXL."""
+    if pipe.unet.config.addition_embed_type is not None:
+        raise SystemExit("error: --controlnet: with --random-weights sd15 or sd21 alone")
+    controlnet = ControlNetModel.from_unet(pipe.unet).to(pipe.unet.device, pipe.unet.dtype).eval()
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    return StableDiffusionControlNetPipeline(**parts, controlnet=controlnet, requires_safety_checker=False)
+
+
 @torch.no_grad()
-def timed(unet: Any, timestep: int, inputs: dict[str, Any]) -> float:
-    """Seconds of one call."""
+def timed(unet: Any, timestep: int, inputs: dict[str, Any], controlnet: Any = None, image: Any = None) -> float:
+    """Seconds of one call, and of the ControlNet's before it."""
     if unet.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    unet(timestep=torch.tensor(timestep, device=unet.device), **inputs)
+    step = torch.tensor(timestep, device=unet.device)
+    if controlnet is not None:
+        down, mid = controlnet(timestep=step, controlnet_cond=image, **inputs, return_dict=False)
+        inputs = {**inputs, "down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    unet(timestep=step, **inputs)
     if unet.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -80,7 +95,12 @@ def kinds_of_calls(method: str) -> Iterator[tuple[str, int]]:
 
 
 def measure(
-    pipe: Any, size: int, rounds: int, methods: dict[str, dict[str, Any]], compile: bool = False
+    pipe: Any,
+    size: int,
+    rounds: int,
+    methods: dict[str, dict[str, Any]],
+    compile: bool = False,
+    controlled: Any = None,
 ) -> dict[str, list[float]]:
     """Seconds of every kind of call by round: "sdpa", "METHOD, whole|cached, PHASE", and "outside" the UNet.
 
@@ -90,8 +110,12 @@ def measure(
         rounds: of timing, after one of warm-up.
         methods: settings by name.
         compile: compile a copy of the UNet for each method, as one graph for each kind of call.
+        controlled: the same pipeline with a ControlNet, to time its call before each of the UNet.
     """
     inputs = call_inputs(pipe, size)
+    control = ()
+    if controlled is not None:
+        control = (controlled.controlnet, torch.rand(2, 3, size, size).to(pipe.unet.device, pipe.unet.dtype))
     unets = {name: pipe.unet for name in ("sdpa", *methods)}
     if compile:
         torch._dynamo.config.recompile_limit = 64  # the copies share their code
@@ -108,12 +132,13 @@ def measure(
         for method in order:
             unet = unets[method]
             if method == "sdpa":
-                taken["sdpa"] = timed(unet, 500, inputs)
+                taken["sdpa"] = timed(unet, 500, inputs, *control)
                 continue
+            target = unet if controlled is None or method == CONTROLNET_WHOLE else controlled
             # A compiled copy keeps its patch: PyTorch looks its graphs through again after a new one.
-            with nullcontext() if compile else agentsd.patched(unet, **methods[method]):
+            with nullcontext() if compile else agentsd.patched(target, **methods[method]):
                 for name, timestep in kinds_of_calls(method):
-                    taken[name] = timed(unet, timestep, inputs)
+                    taken[name] = timed(unet, timestep, inputs, *control)
                     assert get_patch(unet).cached == ("cached" in name)
         said = json.dumps({name: round(value, 2) for name, value in taken.items()})
         print(f"round {number + 1}: {said}" if number >= 0 else f"warm-up: {said}", flush=True)
@@ -224,6 +249,7 @@ def main() -> None:
     parser.add_argument("--intervals", type=int, nargs="+", default=[1, 2, 3, 5])
     parser.add_argument("--skip", nargs="*", default=[], choices=list(METHODS))
     parser.add_argument("--compile", action="store_true", help="torch.compile every method, the unpatched UNet too")
+    parser.add_argument("--controlnet", action="store_true", help="with a ControlNet before every call of the UNet")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default=None)
     parser.add_argument("--threads", type=int, default=None)
@@ -232,23 +258,30 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     methods = {name: fields for name, fields in METHODS.items() if name not in options.skip}
+    if options.controlnet and options.compile:
+        parser.error("--controlnet and --compile: a compiled ControlNet is never skipped; give one of the two")
     pipe = random_pipeline(options.random_weights, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
-    counts = operations(pipe, options.size, methods)
-    seconds = measure(pipe, options.size, options.rounds, methods, options.compile)
+    counts = {} if options.controlnet else operations(pipe, options.size, methods)
+    controlled = with_controlnet(pipe) if options.controlnet else None
+    if options.controlnet and "agents" in methods:
+        methods[CONTROLNET_WHOLE] = methods["agents"]
+    seconds = measure(pipe, options.size, options.rounds, methods, options.compile, controlled)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     device = f"{device_name(pipe.unet.device)}, commit {commit()}"
+    kind = ", compiled" * options.compile + ", with a ControlNet" * options.controlnet
     said = (
         f"`python eval/call_bench.py {' '.join(sys.argv[1:])}`, {date.today()}, {device}, {torch.get_num_threads()} "
         f"threads, {versions}. UNet of {options.random_weights} with random weights, {options.size} px, guidance, "
-        f"{options.dtype}{', compiled' if options.compile else ''}; medians of {options.rounds} interleaved rounds."
+        f"{options.dtype}{kind}; medians of {options.rounds} interleaved rounds."
     )
-    lines = [*table(seconds, methods, options.intervals), *operations_table(counts, methods)]
+    lines = table(seconds, methods, options.intervals) + (operations_table(counts, methods) if counts else [])
     text = "\n".join([said, "", *lines]) + "\n"
     print(text)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        name = f"{options.random_weights}-{options.size}{'-compiled' if options.compile else ''}"
+        name = f"{options.random_weights}-{options.size}"
+        name += "-compiled" * options.compile + "-controlnet" * options.controlnet
         (options.out / f"{name}.md").write_text(f"# UNet calls, {options.random_weights}, {options.size} px\n\n{text}")
         (options.out / f"{name}.json").write_text(json.dumps(seconds, indent=1))
 
