@@ -53,9 +53,13 @@ class _Parser(argparse.ArgumentParser):
 
     def refuse(self, unknown: list[str]) -> NoReturn:
         """End with an error for arguments that no command takes, naming the option that was perhaps meant."""
-        first = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(first, self._option_string_actions, n=1)
-        self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
+        self.error(unrecognized(self, unknown))
+
+
+def unrecognized(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
+    """Name arguments that a parser does not take, and the option that was perhaps meant."""
+    near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+    return f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else "")
 
 
 def _parser() -> argparse.ArgumentParser:

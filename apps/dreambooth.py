@@ -29,6 +29,7 @@ from dreambooth.settings import (  # the package beside this file, which Python 
     default_config,
 )
 
+from agentsd.cli import unrecognized
 from agentsd.config import AgentConfig
 
 _AGENT_OPTIONS = {"seed": "--patch-seed", "use_rand": "--rand"}
@@ -133,7 +134,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def read_settings(arguments: Sequence[str]) -> DreamBoothSettings:
     """The settings that a command line gives. Raises UsageError; exits with status 2 for an unknown option."""
-    options = vars(make_parser().parse_args([_with_hyphens(argument) for argument in arguments]))
+    parser = make_parser()
+    known, unknown = parser.parse_known_args([_with_hyphens(argument) for argument in arguments])
+    if unknown:
+        parser.error(unrecognized(parser, unknown))
+    options = vars(known)
     fields = {name.removeprefix("agent_"): options.pop(name) for name in list(options) if name.startswith("agent_")}
     if fields:
         try:

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ablate",
         default="",
-        help=f"several of {', '.join(ABLATIONS)}, or crosses as alpha×scale; made at the last of --ratios",
+        help=f"several of {', '.join(ABLATIONS)}, or crosses as alphaxscale; made at the last of --ratios",
     )
     parser.add_argument(
         "--timesteps", default="60,170,280,390,500,610,720,830,940", help="noise levels (default: %(default)s)"

@@ -263,6 +263,7 @@ def test_ablations_are_crossed():
     assert crossed == {(alpha, stride) for alpha in (0.0, 0.025, 0.075, 0.15) for stride in (2, 3, 4, 6)}
     assert [config.ratio for config in configs if config.early == 0] == [0.2, 0.4, 0.6]
     assert len({name_of(one) for one in scenarios}) == len(scenarios) == 1 + 16 + 3 + 2
+    assert make_scenarios(["sd"], (0.0,), ["alphaxagent-stride", "merge-ratio"]) == scenarios
     with pytest.raises(BenchError, match="'late×alpha': late is of the later phase; give both with a comma"):
         make_scenarios(["sd"], (0.0,), ["late×alpha"])
 
@@ -339,6 +340,7 @@ def test_a_run_writes_its_report_and_is_resumed(toy, tmp_path, monkeypatch, caps
     assert row["images"] == 6 and row["standard_error"] > 0 == unpatched["rise"]
     text = (tmp_path / "results.md").read_text()
     assert "`the command`" in text and text in capsys.readouterr().out
+    assert "do not cover a run" in text  # two timesteps, 100 and 800
     assert max(line.count("|") for line in text.splitlines()) <= 11
     assert (tmp_path / "cost.png").stat().st_size > 10_000
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 13

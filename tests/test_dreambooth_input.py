@@ -121,6 +121,7 @@ BAD = {
     "not a count": ("--train-batch-size many", "argument --train-batch-size: invalid int value: 'many'"),
     "an unknown word": ("--agents all", "argument --agents: invalid choice: 'all'"),
     "an unknown option": ("--instance-folder x", "unrecognized arguments: --instance-folder"),
+    "a misspelt option": ("--lerning-rate 1", "--lerning-rate 1 (did you mean --learning-rate?)"),
     "a limit that is a word": ("--checkpoints-total-limit few", "--checkpoints-total-limit few: must be an integer"),
     "warm-up": ("--lr-warmup-steps 5", "--lr-warmup-steps 5: has no effect with --lr-scheduler constant"),
     "a field out of range": ("--agents both --ratio 0.99", "ratio=0.99"),

@@ -14,6 +14,7 @@ from compat_matrix import compat
 from conftest import draw, make_unet
 from test_compat_execution import offload_models, offload_sequentially
 from test_compat_pipelines import (
+    left_half,
     make_animatediff,
     make_controlnet,
     make_pipe,
@@ -21,6 +22,7 @@ from test_compat_pipelines import (
     make_sdxl,
     make_sdxl_with_controlnet,
     picture,
+    quiet,
 )
 
 import agentsd
@@ -72,21 +74,38 @@ def run_union(pipe) -> torch.Tensor:
     ).images  # fmt: skip
 
 
-def make_animatediff_with_controlnet():
+def make_animatediff_with(pipeline_class, controlnet):
     parts = make_animatediff().components
-    parts.pop("image_encoder", None)
-    parts.pop("feature_extractor", None)
-    pipe = diffusers.AnimateDiffControlNetPipeline(**parts, controlnet=make_controlnet(make_unet()))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    parts = {name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+    return quiet(pipeline_class(**parts, controlnet=controlnet))
 
 
-def run_frames(pipe) -> torch.Tensor:
-    frames = [picture()] * 3
+def make_sparse():
+    torch.manual_seed(3)
+    net = diffusers.SparseControlNetModel(
+        block_out_channels=(32, 64), down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        layers_per_block=1, norm_num_groups=8, cross_attention_dim=32, attention_head_dim=4, num_attention_heads=4,
+        motion_num_attention_heads=4, conditioning_embedding_out_channels=(8, 8, 8, 8), conditioning_channels=3,
+        use_simplified_condition_embedding=False,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for block in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            block.weight.normal_(std=0.1)
+    return make_animatediff_with(diffusers.AnimateDiffSparseControlNetPipeline, net)
+
+
+def run_frames(pipe, **arguments) -> torch.Tensor:
     return pipe(
-        "a zebra", height=128, width=128, num_frames=3, conditioning_frames=frames, num_inference_steps=20,
+        "a zebra", height=128, width=128, num_frames=3, num_inference_steps=20,
         generator=torch.Generator().manual_seed(0), output_type="latent",
+        **{"conditioning_frames": [picture()] * 3, **arguments},
     ).frames  # fmt: skip
+
+
+def run_inpainting(pipe) -> torch.Tensor:
+    return draw(
+        pipe, steps=20, image=torch.full((1, 3, 128, 128), 0.5), mask_image=left_half(), control_image=picture()
+    )
 
 
 PIPELINES = {
@@ -94,7 +113,22 @@ PIPELINES = {
     "two": (lambda: make_sd_with_controlnets(number=2), run),
     "SDXL": (make_sdxl_with_controlnet, run),
     "union": (make_union, run_union),
-    "AnimateDiff": (make_animatediff_with_controlnet, run_frames),
+    "inpainting": (
+        lambda: make_sd_with_controlnets(diffusers.StableDiffusionControlNetInpaintPipeline),
+        run_inpainting,
+    ),
+    "PAG": (
+        lambda: make_sd_with_controlnets(diffusers.StableDiffusionControlNetPAGPipeline),
+        lambda pipe: run(pipe, pag_scale=3.0),
+    ),
+    "AnimateDiff": (
+        lambda: make_animatediff_with(diffusers.AnimateDiffControlNetPipeline, make_controlnet(make_unet())),
+        run_frames,
+    ),
+    "sparse": (
+        make_sparse,
+        lambda pipe: run_frames(pipe, conditioning_frames=[picture()], controlnet_frame_indices=[0]),
+    ),
 }
 
 

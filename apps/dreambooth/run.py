@@ -96,7 +96,8 @@ class _Job:
         self.say(f"{len(trainer.files['instance'])} images of the subject in {settings.instance_data_dir}")
         if trainer.other_files:
             names = ", ".join(path.name for path in trainer.other_files[:5])
-            self.say(f"{len(trainer.other_files)} files there are not images and are left out: {names}")
+            more = ", …" if len(trainer.other_files) > 5 else ""
+            self.say(f"left out, as they are no images: {names}{more}")
         config = settings.agent_config
         self.say(
             {

@@ -20,6 +20,7 @@ from .settings import EARLY, name_of, partner_of
 from .statistics import Cells, mean_rise, rise_of, sampler_weights
 
 _TIMESTEPS_A_TABLE = 9
+_WIDEST_GAP = 0.1  # of the schedule, from a step of a run to the nearest measured timestep
 _FIELDS = ("ratio", "early", "late", "alpha", "broadcast_exponent", "agent_ratio", "agent_stride", "max_agents")
 
 
@@ -148,6 +149,11 @@ def as_markdown(
         "Mean over a sampler's timesteps, by the fraction of early steps that use agents; a setting that has one "
         "value everywhere stands at its own:"
     )
+    if (widest := _widest_gap(timesteps, about["sampled"])) > _WIDEST_GAP * about["num_train_timesteps"]:
+        parts.append(
+            f"**These timesteps do not cover a run**: some of its steps lie {widest:g} from the nearest measured one, "
+            "whose rise stands for theirs. For a mean over a run give --timesteps all over it."
+        )
     by_name: dict[str, dict[float | None, dict[str, Any]]] = {}
     for row in runs:
         by_name.setdefault(row["scenario"], {})[row["early"]] = row
@@ -178,6 +184,10 @@ def as_markdown(
         ]
         parts.append(_table(["early", "agent phase", "later phase", "rise", "UNet"], body))
     return "\n\n".join(parts) + "\n"
+
+
+def _widest_gap(measured: Sequence[int], sampled: Sequence[int]) -> int:
+    return max(min(abs(one - timestep) for one in measured) for timestep in sampled)
 
 
 def _timed(cost: Cost) -> str:

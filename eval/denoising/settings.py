@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,7 +38,7 @@ def make_scenarios(methods: Iterable[str], ratios: Sequence[float], ablate: Sequ
     Args:
         methods: from METHODS; the controls are always included.
         ratios: of tomesd and agentsd; the ablations are made at the last one.
-        ablate: keys of ABLATIONS, or two of the agent phase with × between them for all their combinations.
+        ablate: keys of ABLATIONS, or two of the agent phase with × or x between them for all their combinations.
 
     Raises:
         BenchError: an unknown name, or settings that are not possible.
@@ -60,7 +61,7 @@ def make_scenarios(methods: Iterable[str], ratios: Sequence[float], ablate: Sequ
 
 def _combinations(name: str) -> list[dict[str, Any]]:
     """The fields of each scenario of an ablation, or of several crossed by ×."""
-    parts = [part.strip() for part in name.replace("*", "×").split("×")]
+    parts = [part.strip() for part in re.split("[×*x]", name)]  # no ablation has an x in its name
     for part in parts:
         if part not in ABLATIONS:
             raise BenchError(

@@ -1,0 +1,77 @@
+"""cache_sweep.py: its rows run on a tiny model, whole calls are counted by the layers that ran, distances are right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_pipeline
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from eval import cache_sweep  # noqa: E402
+
+
+def test_distances_by_hand():
+    originals = np.full((2, 16, 16, 3), 0.5, dtype=np.float32)
+    images = originals.copy()
+    images[1] += 0.1
+    found = cache_sweep.distances(images, originals)
+    assert found["psnrs"] == [100.0, 20.0] and found["psnr"] == pytest.approx(60)
+    assert found["psnr_error"] == pytest.approx(40)
+    assert cache_sweep.distances(originals, originals)["flip"] == 0 < found["flip"] < 1
+    assert found["ssim"] < cache_sweep.distances(originals, originals)["ssim"] == pytest.approx(1)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The built-in model's place is taken by a tiny one at 64 pixels."""
+
+    def load(model, scheduler):
+        import agentsd.images.pipelines
+
+        pipe = make_pipeline(layers_per_block=2)
+        agentsd.images.pipelines.set_scheduler(pipe, scheduler)
+        whole = type(pipe).__call__
+        pipe.__class__ = type("Small", (type(pipe),), {"__call__": lambda *a, **k: whole(*a, **k, height=64, width=64)})
+        return pipe
+
+    monkeypatch.setattr(cache_sweep.agentsd, "load_pipeline", load)
+
+
+def test_rows_and_resuming(small, tmp_path, capsys, monkeypatch):
+    command = [
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "20",
+        "--intervals",
+        "3",
+        "--images",
+        "2",
+        "--extras",
+        "--last-cached",
+    ]
+    cache_sweep.main([*command, "--schedulers", "dpm++2m"])
+    rows = {
+        (row["method"], row.get("order"), row.get("depth")): row
+        for row in json.loads((tmp_path / "rows.json").read_text())["rows"]
+    }
+    whole = {key: row["whole"] for key, row in rows.items()}
+    assert whole["agents", None, None] == 20 and whole["deepcache", None, None] == 7
+    assert whole["cache", 0, None] == 8 == whole["fewer steps", None, None]  # the last call is whole
+    assert whole["cache, last call cached", 0, None] == 7
+    assert rows["cache, last call cached", 0, None]["psnr"] == pytest.approx(
+        rows["deepcache", None, None]["psnr"], abs=0.1
+    )
+    with (tmp_path / "rows.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows) == 11
+    assert "FLIP" in capsys.readouterr().out
+
+    monkeypatch.setattr(cache_sweep, "run_row", lambda *_: pytest.fail("a row that is there is generated again"))
+    cache_sweep.main([*command, "--schedulers", "dpm++2m"])
+    assert "FLIP" in capsys.readouterr().out
