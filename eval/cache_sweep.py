@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,7 +22,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import flip_evaluator
 import numpy as np
 import torch
 from DeepCache import DeepCacheSDHelper
@@ -34,6 +32,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import agentsd  # noqa: E402
 from agentsd.patch import get_patch  # noqa: E402
+from eval.environment import commit, device_name  # noqa: E402
+
+try:
+    import flip_evaluator
+except ModuleNotFoundError:  # it has no wheels for Python 3.14 yet; the column is empty then
+    flip_evaluator = None
 
 SUBJECTS = ("zebra", "castle", "goldfish", "mushroom", "bee", "sailboat", "pretzel", "school bus")
 NO_AGENTS = {"ratio": 0.0, "early": 0.0}  # the cache alone
@@ -157,19 +161,22 @@ def distances(images: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
     Returns:
         psnr, psnr_error, psnrs: mean in dB, its standard error, and each image's. ssim: mean. flip: mean of LDR-FLIP, 0
         where two images look alike in alternation and 1 at most (Andersson et al., 2020), as on a screen with 67
-        pixels per degree.
+        pixels per degree; None without flip_evaluator.
     """
     error = ((images - originals) ** 2).mean(axis=(1, 2, 3)).clip(1e-10)
     psnr = -10 * np.log10(error)
     batches = (torch.from_numpy(one).permute(0, 3, 1, 2) for one in (images, originals))
     ssim = structural_similarity_index_measure(*batches, data_range=1.0)
-    flip = [flip_evaluator.evaluate(one, other, "LDR", applyMagma=False)[1] for one, other in zip(originals, images)]
+    flip = None
+    if flip_evaluator is not None:
+        pairs = zip(originals, images)
+        flip = float(np.mean([flip_evaluator.evaluate(*pair, "LDR", applyMagma=False)[1] for pair in pairs]))
     return {
         "psnr": float(psnr.mean()),
         "psnr_error": float(psnr.std(ddof=1) / len(psnr) ** 0.5) if len(psnr) > 1 else float("nan"),
         "psnrs": [round(float(value), 2) for value in psnr],
         "ssim": float(ssim),
-        "flip": float(np.mean(flip)),
+        "flip": flip,
     }
 
 
@@ -179,7 +186,8 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(names)} | PSNR, dB | SSIM | FLIP |", "|---" * (len(names) + 3) + "|"]
     for row in results:
         cells = [str(row.get(name, "")) for name in names]
-        cells += [f"{row['psnr']:.1f} ± {row['psnr_error']:.1f}", f"{row['ssim']:.3f}", f"{row['flip']:.4f}"]
+        cells += [f"{row['psnr']:.1f} ± {row['psnr_error']:.1f}", f"{row['ssim']:.3f}"]
+        cells.append("" if row["flip"] is None else f"{row['flip']:.4f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -220,17 +228,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write(folder: Path, results: list[dict[str, Any]]) -> None:
     """rows.json, rows.csv and rows.md with the machine and versions."""
-    versions = {name: version(name) for name in ("torch", "diffusers", "DeepCache", "flip-evaluator")}
-    setting = {"date": date.today().isoformat(), "machine": platform.processor() or platform.machine(), **versions}
+    names = ["torch", "diffusers", "DeepCache", *(["flip-evaluator"] if flip_evaluator else [])]
+    versions = {name: version(name) for name in names}
+    machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, commit {commit()}"
+    setting = {"date": date.today().isoformat(), "machine": machine, **versions}
     (folder / "rows.json").write_text(json.dumps({"setting": setting, "rows": results}, indent=1))
     with (folder / "rows.csv").open("w", newline="") as file:
         names = list(dict.fromkeys(name for row in results for name in row if name not in ("row", "psnrs")))
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(results)
-    said = ", ".join(f"{name} {value}" for name, value in setting.items())
+    said = f"{setting['date']}, {machine}, " + ", ".join(f"{name} {value}" for name, value in versions.items())
+    command = " ".join(["python eval/cache_sweep.py", *sys.argv[1:]])
     (folder / "rows.md").write_text(
-        f"# Step caching by settings\n\n`python eval/cache_sweep.py`: {said}.\n\nDistance to the unpatched image of "
+        f"# Step caching by settings\n\n`{command}`, {said}.\n\nDistance to the unpatched image of "
         f"the same seed, mean ± standard error over {results[0]['row']['images']} images of the built-in model at 512 "
         "px. `whole` is the number of whole UNet calls.\n\n" + table(results)
     )

@@ -44,7 +44,7 @@ def environment_line(environment: dict[str, Any]) -> str:
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's with its number of cores."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     name = platform.processor()
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text().splitlines()
