@@ -31,7 +31,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import agentsd  # noqa: E402
+from agentsd.images.pipelines import SCHEDULERS  # noqa: E402
 from agentsd.patch import get_patch  # noqa: E402
+from eval.command import at_least  # noqa: E402
 from eval.environment import commit, device_name  # noqa: E402
 
 try:
@@ -197,10 +199,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/step-caching"))
     parser.add_argument("--model", default="demo", help="what agentsd.load_pipeline takes")
-    parser.add_argument("--schedulers", nargs="+", default=["ddim", "dpm++2m", "plms"])
-    parser.add_argument("--steps", nargs="+", type=int, default=[12, 20, 25, 50])
-    parser.add_argument("--intervals", nargs="+", type=int, default=[2, 3, 5])
-    parser.add_argument("--images", type=int, default=4, help="images a row")
+    parser.add_argument("--schedulers", nargs="+", default=["ddim", "dpm++2m", "plms"], choices=list(SCHEDULERS))
+    parser.add_argument("--steps", nargs="+", type=at_least(2), default=[12, 20, 25, 50])
+    parser.add_argument("--intervals", nargs="+", type=at_least(2), default=[2, 3, 5])
+    parser.add_argument("--images", type=at_least(1), default=4, help="images a row")
     parser.add_argument("--extras", action="store_true", help="also depth 2, and more whole calls early")
     parser.add_argument("--last-cached", action="store_true", help="also runs whose last call may be cached")
     options = parser.parse_args(arguments)

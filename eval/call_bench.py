@@ -34,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import agentsd  # noqa: E402
 from agentsd.config import PRESETS  # noqa: E402
 from agentsd.patch import get_patch  # noqa: E402
+from eval.command import at_least  # noqa: E402
 from eval.environment import commit, device_name  # noqa: E402
-from eval.models import random_pipeline  # noqa: E402
+from eval.models import ARCHITECTURES, random_pipeline  # noqa: E402
 from eval.operations import count_operations  # noqa: E402
 
 STEP = 20  # timesteps between two calls of 50 steps
@@ -63,9 +64,7 @@ def call_inputs(pipe: Any, size: int) -> dict[str, Any]:
 
 
 def with_controlnet(pipe: Any) -> Any:
-    """The pipeline with a ControlNet of its UNet's shapes. Raises SystemExit for SDXL."""
-    if pipe.unet.config.addition_embed_type is not None:
-        raise SystemExit("error: --controlnet: with --random-weights sd15 or sd21 alone")
+    """A pipeline of SD 1.x or 2.x with a ControlNet of its UNet's shapes."""
     controlnet = ControlNetModel.from_unet(pipe.unet).to(pipe.unet.device, pipe.unet.dtype).eval()
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
     return StableDiffusionControlNetPipeline(**parts, controlnet=controlnet, requires_safety_checker=False)
@@ -243,10 +242,10 @@ def operations_table(found: dict[str, int], methods: dict[str, dict[str, Any]]) 
 def main() -> None:
     """Measure and print; with --out write calls.md and calls.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--random-weights", default="sd15", help="an architecture of eval/models.py")
-    parser.add_argument("--size", type=int, default=512, help="pixels a side")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--intervals", type=int, nargs="+", default=[1, 2, 3, 5])
+    parser.add_argument("--random-weights", default="sd15", choices=list(ARCHITECTURES))
+    parser.add_argument("--size", type=at_least(64), default=512, help="pixels a side")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--intervals", type=at_least(1), nargs="+", default=[1, 2, 3, 5])
     parser.add_argument("--skip", nargs="*", default=[], choices=list(METHODS))
     parser.add_argument("--compile", action="store_true", help="torch.compile every method, the unpatched UNet too")
     parser.add_argument("--controlnet", action="store_true", help="with a ControlNet before every call of the UNet")
@@ -260,6 +259,8 @@ def main() -> None:
     methods = {name: fields for name, fields in METHODS.items() if name not in options.skip}
     if options.controlnet and options.compile:
         parser.error("--controlnet and --compile: a compiled ControlNet is never skipped; give one of the two")
+    if options.controlnet and options.random_weights == "sdxl":
+        parser.error("--controlnet: with --random-weights sd15 or sd21 alone")
     pipe = random_pipeline(options.random_weights, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     counts = {} if options.controlnet else operations(pipe, options.size, methods)

@@ -1,11 +1,27 @@
-"""run_command: turn errors of a command into one sentence and an exit code; imports nothing heavy."""
+"""run_command: turn errors of a command into one sentence and an exit code; at_least: a count. Nothing heavy."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import warnings
 from collections.abc import Callable
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: an integer that is not below a bound."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be an integer, at least {least}")
+        return value
+
+    return convert
 
 
 def run_command(name: str, work: Callable[[], int]) -> int:

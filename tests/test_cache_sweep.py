@@ -76,3 +76,19 @@ def test_rows_and_resuming(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cache_sweep, "run_row", lambda *_: pytest.fail("a row that is there is generated again"))
     cache_sweep.main([*command, "--schedulers", "dpm++2m"])
     assert "FLIP" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ("--schedulers nonsense", "invalid choice: 'nonsense'"),
+        ("--steps 1", "'1': must be an integer, at least 2"),
+        ("--intervals two", "'two': must be an integer, at least 2"),
+        ("--images 0", "'0': must be an integer, at least 1"),
+    ],
+)
+def test_wrong_input_is_refused(wrong, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cache_sweep.main(["--out", str(tmp_path / "out"), *wrong.split()])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
