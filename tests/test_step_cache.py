@@ -138,6 +138,20 @@ def test_the_scheduler_decides_order_and_last_call(name, order, last):
     assert torch.equal(chosen, images[order]) and not torch.equal(*images)
 
 
+def test_the_scheduler_is_known_when_its_pipeline_is_gone():
+    """`pipe = OtherPipeline.from_pipe(pipe)`: the same scheduler goes on, and the last call is whole with it."""
+    pipe = agentsd.apply_patch(
+        make_pipeline(scheduler=diffusers.DPMSolverMultistepScheduler(**SD_BETAS)), cache_interval=3
+    )
+    image = torch.full((1, 3, 128, 128), 0.5)
+    expected = draw(make_img2img(pipe), steps=20, image=image, strength=1.0)
+    pipe = make_img2img(pipe)
+    gc.collect()
+    calls = record_calls(pipe.unet)
+    assert torch.equal(draw(pipe, steps=20, image=image, strength=1.0), expected)
+    assert calls[-1] == "whole" and not get_patch(pipe).cache._branches
+
+
 # --- which calls are whole, under any scheduler -----------------------------------------------------------------------
 
 SCHEDULERS = [

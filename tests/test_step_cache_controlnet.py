@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -280,6 +281,22 @@ def test_what_conditions_the_unet_alone_may_change(changed_at):
     runs = record_runs(twins[1].pipe)
     assert torch.equal(twins[0].run(), twins[1].run())
     assert "skipped" in runs
+
+
+def test_the_pipeline_may_be_gone():
+    """`pipe = OtherPipeline.from_pipe(pipe)` leaves nothing of the patched pipeline but its parts."""
+    twins = ByHand(2), ByHand(2)
+    agentsd.apply_patch(twins[0].pipe.unet, **FIXED)
+    expected = twins[0].run()
+    pipe = agentsd.apply_patch(twins[1].pipe, **FIXED)
+    twins[1].pipe = SimpleNamespace(unet=pipe.unet, controlnet=pipe.controlnet)
+    runs = record_runs(pipe)
+    del pipe
+    gc.collect()
+    assert torch.equal(twins[1].run(), expected) and "skipped" in runs
+    assert "ControlNet" in str(agentsd.describe(twins[1].pipe.unet))
+    agentsd.remove_patch(twins[1].pipe.unet)
+    assert not any("forward" in vars(module) for module in twins[1].pipe.controlnet.modules())
 
 
 def test_where_it_could_not_be_made_whole_an_error_says_so():

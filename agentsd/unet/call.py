@@ -153,8 +153,7 @@ class UNetHook:
             else:
                 state = (patch.timestep, patch.phase, patch.schedule)
                 patch.cached = cache.begin(unet, sample, *state, similarities)
-            if (skip := patch.controlnet.skip(patch)) is not None:
-                skip.settle(args, kwargs, patch.cached)
+            patch.controlnet.settle(patch, args, kwargs, patch.cached)
         self._plan_layers(by_sample, phases, sample.device)
         self._warn_where_replaced()
         call.active = True

@@ -188,28 +188,36 @@ class ControlNetLink:
             ControlNetSkip(patch).install(controlnet, patch.cache.depth)
             self._installed = WeakLink(controlnet)
 
-    def skip(self, patch: Installation) -> ControlNetSkip | None:
-        """What stands on the pipeline's ControlNet for a patch, or None."""
-        return _skip_on(getattr(self._pipeline(), "controlnet", None), patch)
+    def settle(self, patch: Installation, args: tuple, kwargs: dict, cached: bool) -> None:
+        """`ControlNetSkip.settle` of what was skipped before a UNet call; arguments and errors as there."""
+        for _, skip in self._found(patch):
+            skip.settle(args, kwargs, cached)
 
     def uninstall(self, patch: Installation) -> None:
         """Undo `install`, also where the pipeline has another ControlNet by now, or is a copy."""
-        found: list[Any] = [self._installed(), getattr(self._pipeline(), "controlnet", None)]
-        for controlnet in found:
-            skip = _skip_on(controlnet, patch)
-            if skip is not None:
-                skip.uninstall(controlnet)
+        for controlnet, skip in self._found(patch):
+            skip.uninstall(controlnet)
         self._installed = WeakLink(None)
 
     def skips(self, patch: Installation) -> bool:
-        """Whether the ControlNet is skipped in cached calls."""
-        controlnet: Any = getattr(self._pipeline(), "controlnet", None)
-        return _skip_on(controlnet, patch) is not None and not _compiled(controlnet)
+        """Whether the ControlNet that is in use is skipped in cached calls."""
+        pipeline = self._pipeline()
+        used = self._installed() if pipeline is None else getattr(pipeline, "controlnet", None)
+        return any(controlnet is used and not _compiled(controlnet) for controlnet, _ in self._found(patch))
 
+    def _found(self, patch: Installation) -> list[tuple[nn.Module, ControlNetSkip]]:
+        """What stands on ControlNets for a patch: on the one it was put on, and on the pipeline's where that is a copy.
 
-def _skip_on(controlnet: Any, patch: Installation) -> ControlNetSkip | None:
-    skip = getattr(controlnet, "__dict__", {}).get(_ATTRIBUTE)
-    return skip if isinstance(skip, ControlNetSkip) and skip.patch() is patch else None
+        The pipeline may be gone, as after `pipe = OtherPipeline.from_pipe(pipe)`.
+        """
+        found: list[tuple[nn.Module, ControlNetSkip]] = []
+        places: list[Any] = [self._installed(), getattr(self._pipeline(), "controlnet", None)]
+        for controlnet in places:
+            skip = getattr(controlnet, "__dict__", {}).get(_ATTRIBUTE)
+            known = any(skip is other for _, other in found)
+            if isinstance(skip, ControlNetSkip) and skip.patch() is patch and not known:
+                found.append((controlnet, skip))
+        return found
 
 
 def _nets(controlnet: nn.Module) -> list[nn.Module]:

@@ -32,12 +32,13 @@ class Schedule:
         self.assumed = True
         self._read(getattr(model, "scheduler", None))
         self._pipeline = WeakLink(None if self.assumed else model)
+        self._scheduler = WeakLink(getattr(model, "scheduler", None))
         self._timesteps: Tensor | None = None
         self._last: tuple[float, int] | None = None
 
     def refresh(self) -> Schedule:
         """Read the scheduler that the pipeline has now; returns itself."""
-        self._read(getattr(self._pipeline(), "scheduler", None))
+        self._read(self._current())
         return self
 
     def last_timestep(self) -> tuple[float, int] | None:
@@ -45,13 +46,23 @@ class Schedule:
 
         Reads the timesteps from the device once per run.
         """
-        timesteps = getattr(getattr(self._pipeline(), "scheduler", None), "timesteps", None)
+        timesteps = getattr(self._current(), "timesteps", None)
         if not isinstance(timesteps, Tensor) or timesteps.numel() == 0:
             return None
         if self._timesteps is not timesteps:
             values = timesteps.tolist()
             self._timesteps, self._last = timesteps, (float(values[-1]), values.count(values[-1]))
         return self._last
+
+    def _current(self) -> Any:
+        """The pipeline's scheduler; the last one it had, if another pipeline was made of its parts and it is gone."""
+        pipeline = self._pipeline()
+        if pipeline is None:
+            return self._scheduler()
+        scheduler = getattr(pipeline, "scheduler", None)
+        if scheduler is not self._scheduler():
+            self._scheduler = WeakLink(scheduler)
+        return scheduler
 
     def _read(self, scheduler: Any) -> None:
         if scheduler is None:
