@@ -261,8 +261,9 @@ class ByHand:
         generator = torch.Generator().manual_seed(0)
         sample = torch.randn(1, 4, 16, 16, generator=generator)
         text, other = torch.randn(2, 1, 7, 32, generator=generator)
+        image = picture()
         for index, timestep in enumerate(range(900, 500, -40)):
-            down, mid = self.pipe.controlnet(sample, timestep, text, picture(), return_dict=False)
+            down, mid = self.pipe.controlnet(sample, timestep, text, image, return_dict=False)
             down, mid = self.residuals(down, mid)
             noise = self.pipe.unet(
                 sample, timestep, other if index >= self.changed_at else text,
@@ -386,6 +387,36 @@ def test_shared_by_two_pipelines_the_last_patch_has_it():
     agentsd.remove_patch(other)
     assert not any("forward" in vars(module) for module in shared.modules())
     assert not shared._forward_hooks and not shared._forward_pre_hooks
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5])
+@pytest.mark.parametrize("kind", ["after", "within"])
+def test_shared_with_an_unpatched_unet(stop, kind):
+    """A run of another UNet, with the same seed and prompt, after a stopped one of the patched UNet or within it."""
+    pipe = make_sd_with_controlnets()
+    other = make_pipe(
+        diffusers.StableDiffusionControlNetPipeline, unet=copy.deepcopy(pipe.unet), controlnet=pipe.controlnet
+    )
+    expected = run(other)
+    agentsd.apply_patch(pipe, **FIXED)
+    cached = run(pipe)
+
+    def run_other(pipe, step, timestep, kwargs):
+        if step == stop:
+            assert torch.equal(run(other), expected)
+        return kwargs
+
+    if kind == "after":
+        run(pipe, callback_on_step_end=stop_at(stop))
+        assert torch.equal(run(other), expected)
+        run(pipe, callback_on_step_end=stop_at(stop))
+        img2img = diffusers.StableDiffusionControlNetImg2ImgPipeline.from_pipe(other)
+        images = {"image": torch.full((1, 3, 128, 128), 0.5), "control_image": picture()}
+        for strength in (0.7, 0.75, 0.8, 0.85):
+            assert torch.isfinite(draw(quiet(img2img), steps=20, **images, strength=strength)).all()
+    else:
+        assert torch.equal(run(pipe, callback_on_step_end=run_other), cached)
+    assert torch.equal(run(pipe), cached)
 
 
 def test_it_keeps_no_unet_alive_and_is_pickled_without_one():

@@ -35,11 +35,19 @@ _CONTROLNETS = (ControlNetModel, ControlNetUnionModel, SparseControlNetModel)
 
 @dataclasses.dataclass
 class _Call:
-    """A ControlNet call: timestep, conditioning and latent."""
+    """A ControlNet call.
+
+    Attributes:
+        timestep, conditioning, sample: of the call; the last is a copy of the latent.
+        controls: its control images. A pipeline makes new tensors of them for each run.
+        answered: the patched UNet was called after it, and no other one.
+    """
 
     timestep: float
     conditioning: Conditioning
     sample: Tensor
+    controls: list[Any]
+    answered: bool = False
 
 
 @dataclasses.dataclass
@@ -111,6 +119,8 @@ class ControlNetSkip:
             RuntimeError: its residuals are not the ControlNet's own tensors, which could be filled in.
         """
         skipped, self._skipped = self._skipped, None
+        if self._last is not None:
+            self._last.answered = True
         if skipped is None or cached:
             return
         inputs = by_name(self._unet.target(), args, kwargs)
@@ -147,6 +157,7 @@ class ControlNetSkip:
         if inputs.get("guess_mode") or isinstance(timestep, Tensor) and timestep.numel() != 1:
             return
         conditioning = Conditioning.of_call(controlnet, args, kwargs)
+        controls = _as_list(inputs["controlnet_cond"])
         likeness = None
         if before is not None:
             likeness = latent_similarity(conditioning, sample, before.conditioning, before.sample)[None]
@@ -154,9 +165,13 @@ class ControlNetSkip:
         assert isinstance(value, float)  # there is one
         goes_on = before is not None and similarities[0] >= LEAST_SIMILARITY
         known = before.conditioning if before is not None and goes_on else conditioning.copied()
-        self._last = _Call(value, known, sample.detach().clone())
-        # The UNet's last call was the one after our last, and no other.
-        if not goes_on or before is None or patch.cache.last_timestep() != before.timestep or _compiled(controlnet):
+        self._last = _Call(value, known, sample.detach().clone(), controls)
+        if not goes_on or before is None or _compiled(controlnet):
+            return
+        # Another UNet may share the ControlNet. The run is this UNet's if it was called after our last call, and if the
+        # images are the same tensors: a run of another UNet with the same seed and prompt may differ in nothing else.
+        same = len(controls) == len(before.controls) and all(a is b for a, b in zip(controls, before.controls))
+        if not (same and before.answered and patch.cache.last_timestep() == before.timestep):
             return
         schedule = patch.schedule.refresh()
         phase = patch.config.phase_at(value, schedule.num_train_timesteps)
@@ -168,6 +183,10 @@ class ControlNetSkip:
         if self.skipping and output is not None:
             self._skipped = _Skipped(controlnet, args, kwargs, _tensors(output))
         self.skipping = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has runs of its own.
+        return {**self.__dict__, "skipping": False, "_last": None, "_skipped": None}
 
 
 class ControlNetLink:
@@ -238,6 +257,10 @@ def _skipped_parts(controlnet: Any, depth: int | str) -> list[nn.Module]:
     if controlnet.mid_block is not None:
         parts.append(controlnet.mid_block)
     return [*parts, *controlnet.controlnet_down_blocks[depth:], controlnet.controlnet_mid_block]
+
+
+def _as_list(control: Any) -> list[Any]:
+    return list(control) if isinstance(control, (list, tuple)) else [control]
 
 
 def _tensors(output: Any) -> list[Tensor]:
