@@ -146,7 +146,7 @@ class AgentConfig:
 
     def _check_cache(self) -> None:
         for name, low, high, hint in (
-            ("cache_interval", 1, 50, "1 caches nothing, 3 is three times as fast or more"),
+            ("cache_interval", 1, 50, "1 caches nothing, 3 is two to five times as fast"),
             ("cache_order", 0, 1, '0 reuses the kept feature, 1 extrapolates it, "auto" goes by the scheduler'),
             ("cache_depth", 1, 10, '"auto" recomputes one pair of resnet and transformer'),
         ):
