@@ -40,7 +40,7 @@ class _Call:
     Attributes:
         timestep, conditioning, sample: of the call; the last is a copy of the latent.
         controls: its control images. A pipeline makes new tensors of them for each run.
-        answered: the patched UNet was called after it, and no other one.
+        answered: the patched UNet was called after it.
     """
 
     timestep: float
