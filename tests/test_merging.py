@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agentsd import merging
 from agentsd.layer_plan import draw_offsets
@@ -265,3 +266,20 @@ def test_several_grids_are_split_at_once_as_one_by_one():
     for split, row in zip(split_grid(9, 14, (2, 4), offsets).unbind(), offsets):
         alone = split_grid(9, 14, (2, 4), row)
         assert torch.equal(split.dst_index, alone.dst_index) and torch.equal(split.src_index, alone.src_index)
+
+
+def test_on_the_meta_device_merging_runs_the_operators_that_it_runs_on_a_gpu():
+    """Costs are counted there; adding by index is the way of devices without bags."""
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.empty(2, 64, 8, dtype=torch.float16, device="meta")
+    with Names():
+        matching = match_tokens(x, split_grid(8, 8, (2, 2), device="meta"))
+        merged = merge_tokens(x, matching, 20)
+    assert merged.shape == (2, 44, 8) and merged.dtype is torch.float16
+    assert not any("index_add" in name for name in names)
