@@ -19,6 +19,7 @@ from .generate import GeneratedImage, Step, generate, settings_of
 from .methods import METHODS, check_method, refuse_patched
 from .png import save_image
 from .request import Request
+from .rounds import STABLE, is_stable, rotated
 from .warm_up import warm_up
 
 __all__ = [
@@ -37,8 +38,6 @@ __all__ = [
 
 USUAL_ROUNDS, SECONDS_ENOUGH = 3, 300.0
 """Rounds where none are asked for: so many, or fewer once so many seconds have passed."""
-STABLE = 1.15
-"""Timings are unstable where the rounds of one method differ by more than this factor."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +181,7 @@ def compare_methods(
         warm_up(pipe, request, method, config)
     results: dict[str, GeneratedImage] = {}
     for number in itertools.count(1):
-        turn = number % len(methods)
-        for method in [*methods[turn:], *methods[:turn]]:
+        for method in rotated(methods, number):
             if on_round:
                 on_round(method, number)
             result = generate(pipe, request, method, config)
@@ -196,10 +194,7 @@ def compare_methods(
 
 def are_stable(results: Iterable[GeneratedImage]) -> bool:
     """Whether every method ran more than once and its rounds differ by at most 15 %."""
-    return all(
-        len(result.all_seconds) > 1 and max(result.all_seconds) <= STABLE * min(result.all_seconds)
-        for result in results
-    )
+    return all(is_stable(result.all_seconds) for result in results)
 
 
 def comparison_image(results: Iterable[GeneratedImage]) -> Image.Image:
