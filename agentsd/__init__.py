@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .config import Phase as Phase
     from .images.compare import compare as compare
     from .images.pipelines import load_pipeline as load_pipeline
+    from .images.tune import tune as tune
     from .patch import apply_patch as apply_patch
     from .patch import patched as patched
     from .patch import remove_patch as remove_patch
@@ -28,6 +29,7 @@ _HOME = {
     "load_pipeline": "images.pipelines",
     "patched": "patch",
     "remove_patch": "patch",
+    "tune": "images.tune",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -260,6 +260,11 @@ def _check(pipe: Any, config: AgentConfig, methods: list[str], rounds: int | Non
     refuse_patched(pipe)
     for method in methods:
         check_method(pipe, method, config)
+    refuse_compiled(pipe)
+
+
+def refuse_compiled(pipe: Any) -> None:
+    """Raise ValueError where each method would compile the UNet anew."""
     unet = pipe.unet
     if hasattr(unet, "_orig_mod") or getattr(unet, "_compiled_call_impl", None) is not None:
         raise ValueError(

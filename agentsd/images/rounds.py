@@ -1,4 +1,4 @@
-"""How things are timed fairly: in interleaved rounds that begin with another one each time, and when that was steady."""
+"""How things are timed fairly: in interleaved rounds that begin with another one each time; which times are steady."""
 
 from __future__ import annotations
 
