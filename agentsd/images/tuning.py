@@ -145,7 +145,7 @@ class Tuning:
         machine = self.machine
         images = "1 image" if self.batch_size == 1 else f"{self.batch_size} images"
         lines = [
-            f"{machine['model']} at {self.width}×{self.height} px, {images}, {machine['dtype']}, on {machine['device']}",
+            f"{machine['model']}, {self.width}×{self.height} px, {images}, {machine['dtype']}, on {machine['device']}",
             f"UNet calls of {self.steps} steps of {self.scheduler}:",
             "",
             *_aligned([_HEADER, *[self._row(one) for one in (self.unpatched, *self.candidates)]]),
@@ -156,7 +156,7 @@ class Tuning:
     __repr__ = __str__  # shown where a notebook or a prompt shows a value
 
     def share(self) -> str:
-        """A row for a Markdown table of machines: device, versions, sizes and figures, and nothing that names a user."""
+        """A row for a Markdown table of machines: device, versions, size and figures; nothing that names a user."""
         machine = self.machine
         versions = ", ".join(machine[key] for key in ("driver", "torch", "diffusers", "agentsd") if machine.get(key))
         size = f"{self.width}×{self.height}" + (f" × {self.batch_size}" if self.batch_size > 1 else "")

@@ -1,4 +1,4 @@
-"""timed_calls: a denoising run of UNet calls alone, on random inputs of a pipeline's shapes; the plan of a whole run."""
+"""timed_calls: a denoising run of UNet calls alone, on random inputs; plan_of_run: its calls of each kind."""
 
 from __future__ import annotations
 
