@@ -6,21 +6,17 @@ pip install -e ".[eval]" && python apps/method_figure.py --out eval/results/read
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.patches import ConnectionPatch, Rectangle
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import torch  # noqa: E402
-
-from agentsd import AgentConfig, Phase  # noqa: E402
-from agentsd.layer_plan import draw_splits, plan_layer  # noqa: E402
+from agentsd import AgentConfig, Phase
+from agentsd.layer_plan import draw_splits, plan_layer
 
 SIDE, STRIDE = 12, 4  # a small grid, so that single tokens can be seen
 TOKEN, AGENT, EDGE = "#cfd8e3", "#e07b39", "#ffffff"

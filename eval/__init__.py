@@ -1,1 +1,1 @@
-"""The benchmark behind `python eval/fid_bench.py`: its modules, with the repository's root on the import path."""
+"""The benchmarks: commands are the files here, their work is in the folders, imported from the repository's root."""

@@ -1,64 +1,33 @@
-"""Times model calls in ComfyUI with and without the node: `python eval/comfyui_bench.py FOLDER`.
+"""Time model calls in ComfyUI with and without the node: `python eval/comfyui_bench.py FOLDER`.
 
-`.ci/comfyui FOLDER` prepares the folder. The command runs itself again in ComfyUI's environment.
-The model has SD 1.5's or SDXL's real size and random weights.
+`.ci/comfyui FOLDER` prepares the folder. The model has SD 1.5's or SDXL's real size and random weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
-import platform
-import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-OWN = "ComfyUI"
-AGENT_PHASE, LATER = 900, 300
-"""A timestep of each phase."""
 
-SD15 = dict(
-    image_size=32,
-    use_spatial_transformer=True,
-    legacy=False,
-    in_channels=4,
-    out_channels=4,
-    adm_in_channels=None,
-    model_channels=320,
-    num_res_blocks=[2, 2, 2, 2],
-    channel_mult=[1, 2, 4, 4],
-    transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
-    transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    transformer_depth_middle=1,
-    use_linear_in_transformer=False,
-    context_dim=768,
-    num_heads=8,
-    num_head_channels=-1,
-)
-SDXL = {
-    **SD15,
-    "adm_in_channels": 2816,
-    "num_classes": "sequential",
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "transformer_depth_middle": 10,
-    "use_linear_in_transformer": True,
-    "context_dim": 2048,
-    "num_heads": -1,
-    "num_head_channels": 64,
-}
-CAPS = dict(late="downsample", max_agents=256, max_keys=1024, match_tile=16)
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 1 stopped or failed, 2 wrong input."""
+    from eval.common.command import run_command
+
+    options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+
+    def work() -> int:
+        from eval.calls import comfyui
+
+        return comfyui.run(options)
+
+    return run_command("comfyui_bench", work)
 
 
-def main() -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="comfyui_bench.py", description=__doc__.partition("\n")[0])
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="comfyui_bench.py", description="Times model calls in ComfyUI with and without the node."
+    )
     add = parser.add_argument
     add("folder", type=Path, help="what .ci/comfyui prepared")
     add("--model", choices=("sd15", "sdxl"), default="sd15", help="default: %(default)s")
@@ -68,113 +37,10 @@ def main() -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s")
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    options = parser.parse_args()
-    folder = options.folder.resolve()
-    if not (folder / "ComfyUI" / "main.py").is_file():
-        parser.error(f"{options.folder} has no ComfyUI; .ci/comfyui FOLDER prepares one")
-    python = folder / "venv" / "bin" / "python"
-    if Path(sys.prefix).resolve() != (folder / "venv").resolve():
-        # Waiting threads must not count as CPU time.
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "passive"}
-        sys.exit(subprocess.run([python, __file__, *sys.argv[1:]], env=environment).returncode)
-    sys.path[0] = str(folder / "ComfyUI")
-    _measure(options)
-
-
-def _measure(options: argparse.Namespace) -> None:
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = options.device == "cpu"
-    comfy.cli_args.args.use_pytorch_cross_attention = True  # the fastest one that ComfyUI has
-    import torch
-
-    torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
-    model = _model(options.model, dtype, torch.device(options.device))
-    variants = _variants(model)
-    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPU cores"
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"{name}, {options.dtype}, {options.threads} threads, {versions}")
-    print(f"{options.model}, random weights, batch {options.batch}, medians of {options.rounds} interleaved rounds")
-    print("CPU seconds are those of all threads; on a machine with other work they are steadier than seconds.\n")
-    print("| px | model call | seconds | CPU seconds | × ComfyUI, CPU seconds | rounds, CPU seconds |")
-    print("| ---: | --- | ---: | ---: | ---: | --- |", flush=True)
-    for size in map(int, options.sizes.split(",")):
-        times = _rounds(variants, size, options, dtype)
-        own = statistics.median(cpu for _, cpu in times[OWN])
-        for variant, pairs in times.items():
-            wall, cpu = (statistics.median(one) for one in zip(*pairs))
-            each = ", ".join(f"{one:.3g}" for _, one in pairs)
-            print(f"| {size} | {variant} | {wall:.3g} | {cpu:.3g} | {own / cpu:.2f} | {each} |", flush=True)
-
-
-def _model(kind, dtype, device):
-    """A ComfyUI model with random weights."""
-    import comfy.model_base
-    import comfy.model_patcher
-    import comfy.supported_models_base
-    import torch
-
-    shape = {"sd15": SD15, "sdxl": SDXL}[kind]
-    config = type("Config", (comfy.supported_models_base.BASE,), {"unet_extra_config": {}})(shape)
-    config.set_inference_dtype(dtype, None)
-    model = comfy.model_base.BaseModel(config, device=device)
-    with torch.no_grad():
-        for name, parameter in model.diffusion_model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.fill_(name.endswith("weight"))
-    model.to(device)
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
-
-
-def _variants(model):
-    """What is timed, by name: (model, timestep), with no node, with ComfyUI's ToMe node and with ours."""
-    from comfy_extras.nodes_tomesd import TomePatchModel
-
-    spec = importlib.util.spec_from_file_location("agentsd_nodes", REPOSITORY / "apps" / "comfyui" / "__init__.py")
-    nodes = importlib.util.module_from_spec(spec)
-    sys.modules["agentsd_nodes"] = nodes
-    spec.loader.exec_module(nodes)
-    node = nodes.NODE_CLASS_MAPPINGS["AgentSD"]
-    widgets = {name: widget[1].get("default") for name, widget in node.INPUT_TYPES()["required"].items()}
-    del widgets["model"]
-    ours, capped = (node().patch(model, **{**widgets, **settings})[0] for settings in ({}, CAPS))
-    return {
-        OWN: (model, LATER),
-        "ToMe node, 0.4": (TomePatchModel.execute(model, 0.4).args[0], LATER),
-        "AgentSD, agent phase": (ours, AGENT_PHASE),
-        "AgentSD, later": (ours, LATER),
-        "AgentSD with caps, agent phase": (capped, AGENT_PHASE),
-        "AgentSD with caps, later": (capped, LATER),
-    }
-
-
-def _rounds(variants, size, options, dtype):
-    """(seconds, CPU seconds) of every round, by variant."""
-    import torch
-
-    def call(patcher, timestep, size):
-        model, device = patcher.model, options.device
-        wrapped = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
-        sigma = model.model_sampling.sigmas[timestep].expand(options.batch)
-        latent = torch.randn(options.batch, 4, size // 8, size // 8, device=device) * sigma[0]
-        text = torch.randn(options.batch, 77, 768 if options.model == "sd15" else 2048, device=device, dtype=dtype)
-        y = None if options.model == "sd15" else torch.randn(options.batch, 2816, device=device, dtype=dtype)
-        start, cpu = time.perf_counter(), time.process_time()
-        model.apply_model(latent, sigma, c_crossattn=text, transformer_options=wrapped, y=y).sum().item()
-        return time.perf_counter() - start, time.process_time() - cpu
-
-    times = {variant: [] for variant in variants}
-    with torch.inference_mode():
-        for patcher, timestep in variants.values():
-            call(patcher, timestep, size if options.device == "cuda" else 256)  # warm-up
-        for _ in range(options.rounds):
-            for variant, (patcher, timestep) in variants.items():
-                times[variant].append(call(patcher, timestep, size))
-    return times
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    from launch import launch
+
+    launch(__file__)

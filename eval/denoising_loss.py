@@ -6,14 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # from eval/ to the repository, where `eval` is a package
-
-from eval.command import run_command  # noqa: E402
-from eval.denoising.settings import ABLATIONS, METHODS  # noqa: E402
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 stopped, 2 wrong input."""
+    from eval.common.command import run_command
+
     command = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(command)
 
@@ -26,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from eval.denoising.settings import ABLATIONS, METHODS
+
     parser = argparse.ArgumentParser(
         prog="denoising_loss.py",
         description="Measures the loss E‖ε̂ − ε‖² of a model at each timestep on images that it was not trained on, "
@@ -69,4 +68,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from launch import launch
+
+    launch(__file__)

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # from eval/ to the repository, where `eval` is a package
-
-from eval.command import run_command  # noqa: E402
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
@@ -34,6 +29,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 stopped, 2 wrong input."""
+    from eval.common.command import run_command
+
     command = sys.argv[1:] if arguments is None else arguments
     options = _options(command)
 
@@ -120,4 +117,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from launch import launch
+
+    launch(__file__)

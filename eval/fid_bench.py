@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # from eval/ to the repository, where `eval` is a package
-
-from eval.command import run_command  # noqa: E402
-from eval.protocol import ABLATIONS, METHODS  # noqa: E402
 
 _TABLE_10 = "sd,sd-naive,tomesd,agentsd,mean-value,no-attention"
 PRESETS = {
@@ -28,11 +22,13 @@ PRESETS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 stopped or failed on the way, 2 wrong input."""
+    from eval.common.command import run_command
+
     command = sys.argv[1:] if arguments is None else arguments
     options = _options(command)
 
     def work() -> int:
-        from eval import bench  # heavy imports, so that --help and wrong arguments answer at once
+        from eval.fid import bench  # heavy imports, so that --help and wrong arguments answer at once
 
         return bench.run(options, " ".join(["python eval/fid_bench.py", *command]))
 
@@ -54,6 +50,8 @@ def _told(preset: dict) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from eval.common.protocol import ABLATIONS, METHODS
+
     parser = argparse.ArgumentParser(
         prog="fid_bench.py",
         description="Generates images of the same prompts by several methods, scores and times them. A stopped "
@@ -137,4 +135,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from launch import launch
+
+    launch(__file__)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # from eval/ to the repository, where `eval` is a package
-
-from eval.command import run_command  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 wrong input."""
+    from eval.common.command import run_command
+
     command = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(command)
 
     def work() -> int:
-        from eval import layers  # heavy imports, so that --help and wrong arguments answer at once
+        from eval.calls import layers  # heavy imports, so that --help and wrong arguments answer at once
 
         layers.run(options, " ".join(["python eval/layer_bench.py", *command]))
         return 0
@@ -46,4 +43,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from launch import launch
+
+    launch(__file__)

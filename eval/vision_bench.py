@@ -5,11 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # from eval/ to the repository, where `eval` is a package
-
-from eval.command import run_command  # noqa: E402
 
 PRESETS = {
     "quick": {"stages": "counts,throughput,growth", "batch_size": 1, "rounds": 7, "pairs": "small", "sizes": "224,448",
@@ -22,6 +17,8 @@ PRESETS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 stopped or failed on the way, 2 wrong input."""
+    from eval.common.command import run_command
+
     command = sys.argv[1:] if arguments is None else arguments
     options = _options(command)
 
@@ -67,4 +64,6 @@ def _options(command: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from launch import launch
+
+    launch(__file__)

@@ -17,16 +17,16 @@ from app_support import serving, tiny_models
 from PIL import Image
 
 pytest.importorskip("gradio")
-from gradio_client import Client  # noqa: E402
-from gradio_client.exceptions import AppError  # noqa: E402
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 
-from agentsd import AgentConfig  # noqa: E402
-from agentsd.config import PRESETS  # noqa: E402
-from agentsd.images.compare import generate  # noqa: E402
-from agentsd.images.methods import METHODS  # noqa: E402
-from agentsd.images.png import read_settings  # noqa: E402
-from agentsd.images.request import Request  # noqa: E402
-from agentsd.patch import get_patch  # noqa: E402
+from agentsd import AgentConfig
+from agentsd.config import PRESETS
+from agentsd.images.compare import generate
+from agentsd.images.methods import METHODS
+from agentsd.images.png import read_settings
+from agentsd.images.request import Request
+from agentsd.patch import get_patch
 
 MISSING = "/nonexistent/model"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("gradio")
-from gradio_client import Client  # noqa: E402
+from gradio_client import Client
 
 DEMO = Path(__file__).resolve().parents[1] / "apps" / "demo.py"
 HANGS = 60  # seconds; a bound on hanging, far below the time of the runs

@@ -1,4 +1,4 @@
-"""The ComfyUI node in ComfyUI's own classes (tests/comfyui_worker.py), against our path on diffusers."""
+"""The ComfyUI node in ComfyUI's own classes (comfyui_worker.py), against our path on diffusers."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from child import ENVIRONMENT
 from comfyui_support import REPOSITORY, comfyui_folder
 
 
@@ -24,10 +25,9 @@ def test_where_comfyui_is_required_its_absence_is_a_failure(monkeypatch):
 
 
 def test_the_node_loads_without_diffusers_and_without_comfyui():
-    paths = [str(REPOSITORY), str(REPOSITORY / "apps")]
-    code = f"import sys; sys.path[:0] = {paths}; sys.modules.update(diffusers=None, comfy=None); import comfyui; "
+    code = "import sys; sys.modules.update(diffusers=None, comfy=None); import comfyui; "
     command = [sys.executable, "-c", code + "print(*comfyui.NODE_CLASS_MAPPINGS)"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.stdout.split() == ["AgentSD", "AgentSDReport"], done.stderr
 
 

@@ -1,4 +1,4 @@
-"""apps/demo_gate.py, demo_training/gate.py and effective_keys.py: naive figures, edges of the verdict, small runs."""
+"""eval/demo_gate.py and eval/gate: naive figures, edges of the verdict, small runs."""
 
 from __future__ import annotations
 
@@ -6,28 +6,23 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import draw, make_pipeline
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "apps"))
-
-from demo_gate import main
-from demo_training import effective_keys, gate
-from demo_training.effective_keys import KeySpread, measure_effective_keys, recording
-from demo_training.gate import nearest_names, wilson_interval
-
 from agentsd import AgentConfig
-from eval import bench, scores
-from eval.features import FeatureNetwork
-from eval.protocol import BenchError, Plan, Sample
-from eval.scenarios import full_resolution_layers
-from eval.scores import NamedFeatures, load_named_features
+from eval.common.protocol import BenchError, Plan, Sample
+from eval.common.scenarios import full_resolution_layers
+from eval.demo_gate import main
+from eval.fid import bench, scores
+from eval.fid.features import FeatureNetwork
+from eval.fid.scores import NamedFeatures, load_named_features
+from eval.gate import effective_keys
+from eval.gate import run as gate
+from eval.gate.effective_keys import KeySpread, measure_effective_keys, recording
+from eval.gate.run import nearest_names, wilson_interval
 
 # --- effective keys ---------------------------------------------------------------------------------------------------
 

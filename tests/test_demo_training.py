@@ -5,28 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from demo_training.growing import grow, old_name
+from demo_training.icons import Icon
+from demo_training.images import compose_image, ground_colour, training_images
+from demo_training.key_subset import SubsetAttnProcessor, one_per_cell
+from demo_training.models import build_autoencoder, build_text_encoder, build_unet
+from demo_training.presets import CLEAR_NAMES, OTHER_NAMES, PRESETS
+from demo_training.run import Run
+from demo_training.sharpening import calibrate, sharpen
+from demo_training.tokenizer import EXTRA_WORDS, build_tokenizer, build_vocabulary, split_word
+from demo_training.training import learning_rate
+from demo_training.unet import loss_weight
 from PIL import Image
 from safetensors import safe_open
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "apps"))
-
-from demo_training.growing import grow, old_name  # noqa: E402
-from demo_training.icons import Icon  # noqa: E402
-from demo_training.images import compose_image, ground_colour, training_images  # noqa: E402
-from demo_training.key_subset import SubsetAttnProcessor, one_per_cell  # noqa: E402
-from demo_training.models import build_autoencoder, build_text_encoder, build_unet  # noqa: E402
-from demo_training.presets import CLEAR_NAMES, OTHER_NAMES, PRESETS  # noqa: E402
-from demo_training.run import Run  # noqa: E402
-from demo_training.sharpening import calibrate, sharpen  # noqa: E402
-from demo_training.tokenizer import EXTRA_WORDS, build_tokenizer, build_vocabulary, split_word  # noqa: E402
-from demo_training.training import learning_rate  # noqa: E402
-from demo_training.unet import loss_weight  # noqa: E402
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "agentsd" / "demo_model"
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from eval.denoising.statistics import mean_rise, rise_of, sampler_weights  # noqa: E402
+from eval.denoising.statistics import mean_rise, rise_of, sampler_weights
 
 
 def test_the_rise_is_a_ratio_of_means_and_exactly_zero_for_equal_losses():

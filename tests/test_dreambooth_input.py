@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import diffusers
@@ -13,17 +12,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import SD_BETAS, make_pipeline
+from dreambooth import models, output
+from dreambooth.data import find_images, read_image
+from dreambooth.run import run
+from dreambooth.settings import DreamBoothSettings, UsageError
+from dreambooth.training import Trainer
 from peft import LoraConfig
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "apps"))
-
-from dreambooth import models, output  # noqa: E402
-from dreambooth.data import find_images, read_image  # noqa: E402
-from dreambooth.run import run  # noqa: E402
-from dreambooth.settings import DreamBoothSettings, UsageError  # noqa: E402
-from dreambooth.training import Trainer  # noqa: E402
 
 # The script and the package beside it have the same name, and an import gives the package.
 _spec = importlib.util.spec_from_file_location("dreambooth_script", ROOT / "apps" / "dreambooth.py")

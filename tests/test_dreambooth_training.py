@@ -16,7 +16,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from child import ENVIRONMENT
 from conftest import SD_BETAS, call_unet, make_pipeline, make_text_encoder, make_tokenizer, make_unet, make_vae
+from dreambooth import checkpoints, latents, validation
+from dreambooth import run as running
+from dreambooth.data import read_image
+from dreambooth.draws import element_of, generator
+from dreambooth.export import export
+from dreambooth.run import run
+from dreambooth.settings import DreamBoothSettings, UsageError
+from dreambooth.training import Trainer
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,16 +34,6 @@ from agentsd.config import Phase
 from agentsd.patch import get_patch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "apps"))
-
-from dreambooth import checkpoints, latents, validation  # noqa: E402
-from dreambooth import run as running  # noqa: E402
-from dreambooth.data import read_image  # noqa: E402
-from dreambooth.draws import element_of, generator  # noqa: E402
-from dreambooth.export import export  # noqa: E402
-from dreambooth.run import run  # noqa: E402
-from dreambooth.settings import DreamBoothSettings, UsageError  # noqa: E402
-from dreambooth.training import Trainer  # noqa: E402
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SIDE = 64
@@ -305,7 +304,6 @@ def test_two_processes_are_the_same_samples(settings, base):
     # Both are forked after the imports, which take longer than all else.
     code = f"""
 import os, sys
-sys.path[:0] = {[str(ROOT), str(ROOT / "apps")]!r}
 import torch
 from pathlib import PosixPath
 torch.set_num_threads(1)
@@ -319,7 +317,8 @@ run({chosen!r})
 assert not torch.distributed.is_initialized()
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the model is in") == 1
     assert len(list((out.parent / "generated").iterdir())) == 6

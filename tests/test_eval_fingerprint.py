@@ -1,18 +1,15 @@
-"""eval/fingerprint.py: the code's hash changes with what can change an image, and with nothing else."""
+"""eval/common/fingerprint.py: the code's hash changes with what can change an image, and with nothing else."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import agentsd
-from eval import fingerprint
-from eval.fingerprint import code_fingerprint, effective_code, imported_files
+from eval.common import fingerprint
+from eval.common.fingerprint import code_fingerprint, effective_code, imported_files
 
 PACKAGE = Path(agentsd.__file__).parent
 

@@ -1,4 +1,4 @@
-"""eval/generation.py: folders that end up the same however often a run was stopped, with any number of processes."""
+"""eval/fid/generation.py: folders end up the same however often a run was stopped, with any number of processes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from child import ENVIRONMENT
 from conftest import make_pipeline
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from eval import generation
-from eval.generation import (
+from eval.common.models import ModelSpec, load_model
+from eval.common.protocol import BenchError, Plan, make_scenarios
+from eval.fid import generation
+from eval.fid.generation import (
     Job,
     check_space,
     generate_in_processes,
@@ -31,8 +32,6 @@ from eval.generation import (
     missing_images,
     open_folders,
 )
-from eval.models import ModelSpec, load_model
-from eval.protocol import BenchError, Plan, make_scenarios
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("AGENTSD_TEST_KILLS", "2"))
@@ -191,11 +190,9 @@ def test_disks_that_cannot_be_written_to(pipe, model, tmp_path, monkeypatch):
 
 
 RUN = """
-import sys
-sys.path.insert(0, {root!r})
 from pathlib import Path
 from test_eval_generation import *
-from eval.models import load_model
+from eval.common.models import load_model
 if __name__ == "__main__":
     job = make_job(Path({model!r}), Path({out!r}))
     pipe = load_model(job.spec)
@@ -207,11 +204,12 @@ if __name__ == "__main__":
 def test_killed_at_random_moments_the_folder_ends_up_the_same(undisturbed, pipe, model, tmp_path):
     out = tmp_path / "out"
     script = tmp_path / "run.py"
-    script.write_text(RUN.format(root=str(ROOT / "tests"), model=str(model), out=str(out)))
+    script.write_text(RUN.format(model=str(model), out=str(out)))
     moments = random.Random(0)
 
     def start():
-        return subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, str(script)]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
     for kill in range(KILLS):
         # Half the kills come at some moment after drawing began, so that they fall into batches and not into imports.

@@ -1,18 +1,15 @@
-"""eval/images.py: images of every kind are read as a viewer shows them, or refused in one sentence."""
+"""eval/fid/images.py: images of every kind are read as a viewer shows them, or refused in one sentence."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from eval.images import read_image, reference_files
-from eval.protocol import BenchError
+from eval.common.protocol import BenchError
+from eval.fid.images import read_image, reference_files
 
 
 def make_images(folder: Path, count: int, suffix: str = ".png") -> list[Path]:

@@ -1,22 +1,19 @@
-"""eval/latency.py on tiny real pipelines: order of rounds, phases, memory, compiled copies; never how long it took."""
+"""eval/fid/latency.py on tiny real pipelines: order of rounds, phases, memory, compiled copies; never the time."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_pipeline
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from agentsd import Phase
 from agentsd.patch import get_patch
-from eval.latency import Workload, measure
-from eval.protocol import METHODS, Scenario, make_scenarios
+from eval.common.protocol import METHODS, Scenario, make_scenarios
+from eval.fid.latency import Workload, measure
 
 SMALL = Workload(steps=5, rounds=2, guidance=5.0)
 
@@ -70,7 +67,7 @@ def test_a_batch_is_counted_per_image_and_phases_follow_early():
 @pytest.mark.parametrize("early", [0.0, 0.04, 0.4, 0.96, 1.0])
 def test_the_warm_up_computes_one_call_of_each_phase(early, monkeypatch):
     """It once was a run of four steps, in which early=0.2 has no agent phase and early=0.8 no other."""
-    from eval import latency
+    from eval.fid import latency
 
     calls = []
     run = latency._Run.call
@@ -90,7 +87,7 @@ def test_the_warm_up_computes_one_call_of_each_phase(early, monkeypatch):
 
 
 def test_the_warm_up_of_a_caching_method_has_whole_and_cached_calls(monkeypatch):
-    from eval import latency
+    from eval.fid import latency
 
     calls = []
     run = latency._Run.call
@@ -102,7 +99,7 @@ def test_the_warm_up_of_a_caching_method_has_whole_and_cached_calls(monkeypatch)
 
 
 def test_one_scenario_may_fail_without_the_others(monkeypatch):
-    from eval import latency
+    from eval.fid import latency
 
     good, bad = make_scenarios(["agentsd"], (0.4,))
     use_scenario = latency.use_scenario
@@ -155,7 +152,7 @@ def test_compiled_scenarios_and_sizes_do_not_touch_each_other(monkeypatch):
 
 
 def test_a_call_with_deepcache_is_timed_by_its_mean(monkeypatch):
-    from eval import latency
+    from eval.fid import latency
 
     cached = Scenario("deepcache", interval=2)
     fake = [latency._Lap(801, lambda: 9.0, whole=True), *[latency._Lap(801, lambda: 1.0, whole=False)] * 3]
@@ -167,7 +164,7 @@ def test_a_call_with_deepcache_is_timed_by_its_mean(monkeypatch):
 
 
 def test_putting_a_patch_on_and_taking_it_off_is_not_timed(monkeypatch):
-    from eval import latency
+    from eval.fid import latency
 
     class Clock:
         """Stands still but for who sleeps, so that seconds are exact whatever the machine."""

@@ -1,21 +1,17 @@
-"""eval/layers.py on small grids: what each variant computes, and the tables; never how long it took."""
+"""eval/calls/layers.py on small grids: what each variant computes, and the tables; never how long it took."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import agentsd
 from agentsd.unet.processor import AgentAttnProcessor
-from eval import layers
+from eval.calls import layers
+from eval.calls.layers import Layer, Shape, as_markdown, growth, measure, profile, variants
 from eval.layer_bench import main
-from eval.layers import Layer, Shape, as_markdown, growth, measure, profile, variants
 
 SHAPE = Shape(channels=32, heads=4, batch=2)
 

@@ -1,10 +1,10 @@
-"""eval/operations.py: what counts as an operation."""
+"""eval/common/operations.py: what counts as an operation."""
 
 from __future__ import annotations
 
 import torch
 
-from eval.operations import count_operations
+from eval.common.operations import count_operations
 
 
 def test_views_and_allocations_are_not_counted():

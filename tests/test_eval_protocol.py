@@ -1,22 +1,17 @@
-"""eval/protocol.py and scenarios.py: prompts, seeds, grids, and that each scenario does to a UNet what it says."""
+"""eval/common, protocol and scenarios: prompts, seeds, grids, and that each scenario does to a UNet what it says."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import tomesd
 import torch
 from conftest import call_unet, draw, make_pipeline
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import agentsd
 from agentsd import AgentConfig
 from agentsd.patch import get_patch
-from eval import scenarios
-from eval.protocol import (
+from eval.common import scenarios
+from eval.common.protocol import (
     ABLATIONS,
     METHODS,
     METHODS_WITH_CONFIG,
@@ -32,7 +27,7 @@ from eval.protocol import (
     parse_numbers,
     rivals_of,
 )
-from eval.scenarios import check_packages, use_scenario
+from eval.common.scenarios import check_packages, use_scenario
 
 CLASSES = ((3, "zebra"), (7, "hot dog"), (9, "lemon"))
 

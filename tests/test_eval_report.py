@@ -1,4 +1,4 @@
-"""eval/report.py and plots.py: rows, sentences, tables and charts from made-up measurements of known outcome."""
+"""eval/fid/report.py and plots.py: rows, sentences, tables and charts from made-up measurements of known outcome."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import json
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from eval import report
-from eval.environment import environment
-from eval.generation import save_image
-from eval.latency import Timing, Workload
-from eval.protocol import METHODS, UNSCORED, BenchError, make_scenarios
+from eval.common.environment import environment
+from eval.common.protocol import METHODS, UNSCORED, BenchError, make_scenarios
+from eval.fid import report
+from eval.fid.generation import save_image
+from eval.fid.latency import Timing, Workload
 
 SCENARIOS = make_scenarios(METHODS, (0.2, 0.4))
 FILES = [f"{i:04d}-a_thing-0.png" for i in range(8)]
-RESULTS = Path(report.__file__).with_name("results")
+RESULTS = Path(__file__).resolve().parents[1] / "eval" / "results"
 SCORED = {
     "features": "efficientnet-lite0", "label": "FD (EfficientNet-Lite0)", "feature_size": 1280, "reference": "things",
     "reference_count": 8, "resamples": 20, "resampled": "images",

@@ -1,10 +1,9 @@
-"""eval/features.py and scores.py: against pytorch-fid's own command, naive formulas, and sets of known distance."""
+"""eval/fid/features.py and scores.py: against pytorch-fid's own command, naive formulas, and sets of known distance."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from eval import scores
-from eval.features import FeatureNetwork, load_features
-from eval.protocol import BenchError
-from eval.similarity import similarity_of_pairs
+from eval.common.protocol import BenchError
+from eval.fid import scores
+from eval.fid.features import FeatureNetwork, load_features
+from eval.fid.similarity import similarity_of_pairs
 
 pytest.importorskip("pytorch_fid", reason="pip install agentsd[eval]")
 
@@ -131,7 +128,7 @@ def test_efficientnet_sees_what_is_in_a_picture(tmp_path):
     features = network.of_files(mixed)
     assert features.shape == (5, 1280) and features.std(0).max() > 0.01
     assert np.allclose(network.of_files(mixed[::-1])[::-1], features, atol=1e-4)
-    from eval.protocol import DEMO_REFERENCE, demo_classes
+    from eval.common.protocol import DEMO_REFERENCE, demo_classes
 
     reference = scores.load_statistics(DEMO_REFERENCE, network)
     assert reference.features.shape == (3 * len(demo_classes()), 1280)  # three grounds of each

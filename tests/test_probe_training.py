@@ -1,29 +1,25 @@
-"""apps/train_probe.py: the smoke preset end to end, killed and resumed, its gate, and bad input; the shipped probe."""
+"""eval/train_probe.py: the smoke preset end to end, killed and resumed, its gate, and bad input; the shipped probe."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from demo_training import training
 from safetensors.torch import load_file
 
+from eval import train_probe as script
+from eval.common.protocol import BenchError
+from eval.denoising.judged import PROBE, PROBE_64, load_judged
+from eval.denoising.patterns import SMOOTHING, pattern_images
+from eval.probes import gate
+from eval.probes.matching import matched_share
+from eval.probes.training import PRESETS
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "apps"))
-
-import train_probe as script  # noqa: E402
-from demo_training import training  # noqa: E402
-from probe import gate  # noqa: E402
-from probe.matching import matched_share  # noqa: E402
-from probe.training import PRESETS  # noqa: E402
-
-from eval.denoising.judged import PROBE, PROBE_64, load_judged  # noqa: E402
-from eval.denoising.patterns import SMOOTHING, pattern_images  # noqa: E402
-from eval.protocol import BenchError  # noqa: E402
 
 
 def complete(*arguments) -> int:

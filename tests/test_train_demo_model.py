@@ -15,15 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_demo_model as script
+from demo_training.icons import icons_by_caption, rasterise, read_icon_set
+from demo_training.images import compose_image
+from demo_training.presets import PRESETS
 from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).resolve().parents[1] / "apps" / "train_demo_model.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
-import train_demo_model as script  # noqa: E402
-from demo_training.icons import icons_by_caption, rasterise, read_icon_set  # noqa: E402
-from demo_training.images import compose_image  # noqa: E402
-from demo_training.presets import PRESETS  # noqa: E402
 
 DEMO_MODEL = SCRIPT.parents[1] / "agentsd" / "demo_model"
 # One thread: the order of a sum over threads is the only thing that could tell two runs on one CPU apart.

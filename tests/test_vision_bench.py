@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from eval import vision_bench
-from eval.protocol import BenchError
+from eval.common.protocol import BenchError
 from eval.vision import counts, imagenet, speed
 from eval.vision.models import build
 from eval.vision.paper import AGENT, BASELINE_TOP1, PAIRS

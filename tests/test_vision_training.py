@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "apps"))
-
-import train_agent_deit as script  # noqa: E402
+import train_agent_deit as script
 
 
 def test_renderings_are_reproducible_and_test_ones_are_others():

@@ -17,9 +17,9 @@ import agentsd
 from agentsd import AgentConfig, Phase
 from agentsd.files import write_atomically
 from agentsd.report import Report
-from eval.models import ARCHITECTURES
-from eval.protocol import SD, Scenario
-from eval.scenarios import use_scenario
+from eval.common.models import ARCHITECTURES
+from eval.common.protocol import SD, Scenario
+from eval.common.scenarios import use_scenario
 
 from .files import read_json
 from .judged import Inputs, Judged

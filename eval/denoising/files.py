@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eval.protocol import BenchError
+from eval.common.protocol import BenchError
 
 
 def read_json(path: Path) -> Any:

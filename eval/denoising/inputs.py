@@ -14,9 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from eval.images import _is_image, read_image
-from eval.models import native_size
-from eval.protocol import PROMPT, BenchError, imagenet_classes
+from eval.common.models import native_size
+from eval.common.protocol import PROMPT, BenchError, imagenet_classes
+from eval.fid.images import _is_image, read_image
 
 from .judged import Inputs, Judged
 from .patterns import pattern_images

@@ -21,12 +21,12 @@ from diffusers import (
 from torch import Tensor
 
 from agentsd.images.pipelines import choose_dtype
-from eval.models import ModelSpec, load_model, pick_device
-from eval.protocol import BenchError
+from eval.common.models import ModelSpec, load_model, pick_device
+from eval.common.protocol import BenchError
 
 PROBE = Path(__file__).parents[1] / "probe"
 PROBE_64 = Path(__file__).parents[1] / "probe-64"
-"""The shipped probes, of 24 × 24 and 64 × 64 pixels; apps/train_probe.py made them."""
+"""The shipped probes, of 24 × 24 and 64 × 64 pixels; eval/train_probe.py made them."""
 
 PATTERNS = "patterns.json"
 """File in a probe's folder with the scale of its patterns; a folder without it has scale 1."""

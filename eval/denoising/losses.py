@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.protocol import BenchError, Scenario
-from eval.scenarios import use_scenario
+from eval.common.protocol import BenchError, Scenario
+from eval.common.scenarios import use_scenario
 
 from .judged import Inputs, Judged
 from .settings import name_of

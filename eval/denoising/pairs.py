@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agentsd import AgentConfig, Phase
-from eval.protocol import SD, Scenario
+from eval.common.protocol import SD, Scenario
 
 from .costs import Cost, phase_of
 from .settings import name_of

@@ -9,9 +9,9 @@ from typing import Any
 
 from agentsd import Phase
 from agentsd.files import write_atomically
-from eval.environment import environment_line
-from eval.protocol import Scenario
-from eval.report import as_csv, write_json
+from eval.common.environment import environment_line
+from eval.common.protocol import Scenario
+from eval.fid.report import as_csv, write_json
 
 from .chart import cost_chart
 from .costs import SIZE, Cost

@@ -17,10 +17,10 @@ from diffusers import DDIMScheduler
 from tqdm import tqdm
 
 from agentsd.files import write_atomically
-from eval.environment import environment
-from eval.fingerprint import code_fingerprint, effective_code, package_versions, weights_fingerprint
-from eval.generation import lock_folder
-from eval.protocol import BenchError, Scenario, parse_numbers
+from eval.common.environment import environment
+from eval.common.fingerprint import code_fingerprint, effective_code, package_versions, weights_fingerprint
+from eval.common.protocol import BenchError, Scenario, parse_numbers
+from eval.fid.generation import lock_folder
 
 from .costs import costs_of, measure_times
 from .files import read_json

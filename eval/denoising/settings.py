@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from agentsd import AgentConfig
-from eval.protocol import ABLATIONS as PROTOCOL_ABLATIONS
-from eval.protocol import CONTROLS, SD, BenchError, Scenario
+from eval.common.protocol import ABLATIONS as PROTOCOL_ABLATIONS
+from eval.common.protocol import CONTROLS, SD, BenchError, Scenario
 
 METHODS = ("sd", "tomesd", "agentsd", *CONTROLS)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.images import read_image
+from eval.fid.images import read_image
 
 from .plan import Plan, Row
 from .sampling import shots_of

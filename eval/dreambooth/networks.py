@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.features import FeatureNetwork, load_features
-from eval.images import first_line, read_image
-from eval.protocol import BenchError
-from eval.scores import ClipScore
+from eval.common.protocol import BenchError
+from eval.fid.features import FeatureNetwork, load_features
+from eval.fid.images import first_line, read_image
+from eval.fid.scores import ClipScore
 
 
 @dataclass(frozen=True)

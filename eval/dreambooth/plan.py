@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agentsd import AgentConfig
-from eval.protocol import BenchError
+from eval.common.protocol import BenchError
 
 SUBJECT = Path(__file__).with_name("subject")
 """The shipped subject: a parrot, Fluent Emoji (MIT); apps/render_subject.py made the images."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from agentsd.files import write_atomically
-from eval.environment import environment_line
-from eval.report import Column, as_csv, table, write_json
+from eval.common.environment import environment_line
+from eval.fid.report import Column, as_csv, table, write_json
 
 from .grid import grid_image
 from .plan import BASE, BOTH, UNTRAINED, WITHOUT, Plan

@@ -15,14 +15,14 @@ import transformers
 
 from agentsd.files import write_atomically
 from agentsd.images.pipelines import SCHEDULERS, choose_dtype
+from eval.common.environment import environment
+from eval.common.fingerprint import package_versions
+from eval.common.models import pick_device
+from eval.common.protocol import BenchError
 from eval.denoising.run import claim
-from eval.environment import environment
-from eval.features import check_features
-from eval.fingerprint import package_versions
-from eval.generation import lock_folder
-from eval.images import read_image
-from eval.models import pick_device
-from eval.protocol import BenchError
+from eval.fid.features import check_features
+from eval.fid.generation import lock_folder
+from eval.fid.images import read_image
 
 from . import sample_memory, step_times
 from .networks import load_judges, sharpness

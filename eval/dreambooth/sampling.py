@@ -13,8 +13,8 @@ from agentsd.images.generate import generate
 from agentsd.images.png import read_settings, save_image
 from agentsd.images.request import Request
 from agentsd.images.warm_up import warm_up
-from eval.generation import is_whole
-from eval.models import ModelSpec, load_model
+from eval.common.models import ModelSpec, load_model
+from eval.fid.generation import is_whole
 
 from .plan import Plan, Row
 

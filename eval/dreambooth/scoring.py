@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.similarity import similarity_of_pairs
+from eval.fid.similarity import similarity_of_pairs
 
 from .networks import Judges, cosines, sharpness
 from .plan import BASE, BOTH, UNTRAINED, Plan, Row

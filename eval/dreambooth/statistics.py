@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.scores import Interval
+from eval.fid.scores import Interval
 
 _RESAMPLES = 4000
 

@@ -18,7 +18,6 @@ from agentsd.config import FIELD_NAMES
 from agentsd.files import write_atomically
 
 from .plan import Plan, plan_from
-from .subprocesses import ROOT
 
 FILE = "step_times.json"
 _WARM_UP = 2
@@ -52,7 +51,6 @@ def _synchronize() -> None:
 
 def make_trainers(plan: Plan, out: Path) -> dict[str, Any]:
     """The trainers of "none" and "both", prepared."""
-    sys.path.insert(1, str(ROOT / "apps"))
     from dreambooth.training import Trainer
 
     trainers = {name: Trainer(training_settings(plan.training_options(name, out))) for name in ("none", "both")}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.protocol import BenchError
+from eval.common.protocol import BenchError
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def run_python(arguments: Sequence[str], what: str) -> None:
         BenchError: it failed; the message names `what`.
         KeyboardInterrupt: it was stopped.
     """
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "apps"), *filter(None, [os.environ.get("PYTHONPATH")])])
     with subprocess.Popen([sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path}, cwd=ROOT) as child:
         stopped = False
         while True:

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from eval.protocol import BenchError
+from eval.common.protocol import BenchError
 
 from .plan import TRAININGS, Plan
 from .subprocesses import ROOT, run_python

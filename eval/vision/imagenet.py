@@ -18,8 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from agentsd.files import write_atomically
 from agentsd.vision import VARIANTS, load_official_checkpoint
-
-from ..protocol import BenchError
+from eval.common.protocol import BenchError
 
 
 def check(options: Any) -> None:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from eval.environment import commit, device_name
+from eval.common.environment import commit, device_name
 
 
 def machine_line(device: torch.device, dtype: torch.dtype) -> str:

@@ -12,8 +12,7 @@ from agentsd.attention import softmax_attention
 from agentsd.vision import AgentPvt
 from agentsd.vision.attention import from_image, to_image
 from agentsd.vision.stages import TransformerBlock
-
-from ..protocol import BenchError
+from eval.common.protocol import BenchError
 
 PVT_DEPTHS = {
     "pvt_v1_tiny": (2, 2, 2, 2),

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from agentsd.files import write_atomically
+from eval.common.protocol import BenchError
 
-from ..protocol import BenchError
 from . import counts, imagenet, speed
 from .machine import machine_line
 from .paper import PAIRS

@@ -21,11 +21,10 @@ from tqdm import tqdm
 
 from agentsd.files import write_atomically
 from agentsd.images.png import save_image
-
-from .fingerprint import code_fingerprint, package_versions, weights_fingerprint
-from .models import ModelSpec, load_model
-from .protocol import PROMPT, BenchError, Plan, Sample, Scenario
-from .scenarios import use_scenario
+from eval.common.fingerprint import code_fingerprint, package_versions, weights_fingerprint
+from eval.common.models import ModelSpec, load_model
+from eval.common.protocol import PROMPT, BenchError, Plan, Sample, Scenario
+from eval.common.scenarios import use_scenario
 
 MANIFEST = "manifest.json"
 BYTES_PER_PIXEL = 1.5  # a PNG of noise takes twice as much

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def comfyui_folder() -> Path:
@@ -35,14 +35,15 @@ def environment() -> dict[str, str]:
 
 
 class Worker:
-    """tests/comfyui_worker.py in a process: `worker("function", argument=…)` calls a function there."""
+    """comfyui_worker.py in a process: `worker("function", argument=…)` calls a function there."""
 
     def __init__(self, folder: Path):
+        places = [str(folder / "ComfyUI"), str(REPOSITORY)]
         self.process = subprocess.Popen(
-            [folder / "venv" / "bin" / "python", Path(__file__).with_name("comfyui_worker.py"), folder / "ComfyUI"],
+            [folder / "venv" / "bin" / "python", Path(__file__).with_name("comfyui_worker.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment(),
+            env={**environment(), "PYTHONPATH": os.pathsep.join(places)},
         )
 
     def __call__(self, function: str, **arguments: Any) -> Any:

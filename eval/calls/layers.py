@@ -26,10 +26,9 @@ from agentsd import AgentConfig, Phase
 from agentsd.files import write_atomically
 from agentsd.images.pipelines import choose_device, choose_dtype
 from agentsd.unet.processor import LAYER_ATTRIBUTE
-
-from .environment import environment, environment_line
-from .protocol import BenchError, parse_numbers
-from .scenarios import NoMixingProcessor
+from eval.common.environment import environment, environment_line
+from eval.common.protocol import BenchError, parse_numbers
+from eval.common.scenarios import NoMixingProcessor
 
 _TIMESTEPS = {Phase.AGENT: 900, Phase.MERGE: 100}
 _TEXT_TOKENS, _TEXT_WIDTH = 77, 768

@@ -1,7 +1,7 @@
 """Runs the compatibility matrix and writes COMPATIBILITY.md's table from the outcome:
 
-    python tests/compat_table.py             # run, keep the result in compat_results.json, rewrite the table
-    python tests/compat_table.py --no-run    # rewrite the table from the kept results
+    python tests/support/compat_table.py             # run, keep the result in compat_results.json, rewrite the table
+    python tests/support/compat_table.py --no-run    # rewrite the table from the kept results
 
 Every row is a test marked `compat` (see compat_matrix.py). There is a table only if every row passed in every kept run,
 of which there is one for each set of library versions: run the command in an environment with the oldest versions that
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 PAGE = TESTS / "COMPATIBILITY.md"
 PYPROJECT = TESTS.parent / "pyproject.toml"
 RESULTS = TESTS / "compat_results.json"
@@ -57,7 +57,6 @@ class Recorder:
 
 def run_matrix() -> tuple[str, list[dict]]:
     """Run every test file of the matrix; returns the versions as text, and the rows in the order of the files."""
-    sys.path.insert(0, str(TESTS.parent))  # this checkout's agentsd, installed or not
     recorder = Recorder()
     names = [f"compat_{name}" for name in ("pipelines", "schedulers", "adapters", "execution")]
     names += ["right_or_told", "step_cache", "compat_versions"]
@@ -69,7 +68,7 @@ def run_matrix() -> tuple[str, list[dict]]:
 def table(runs: dict[str, list[dict]]) -> str:
     """The page's block for the kept runs, {versions: rows}."""
     rows = next(iter(runs.values()))
-    lines = [f"{len(rows)} rows, all of them run by `python tests/compat_table.py` with:", ""]
+    lines = [f"{len(rows)} rows, all of them run by `python tests/support/compat_table.py` with:", ""]
     lines += [f"- {versions}" for versions in runs]
     group = None
     for row in rows:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from eval.common.protocol import BenchError
+
 from .features import FeatureNetwork
 from .images import FEWEST_IMAGES, first_line, read_image
-from .protocol import BenchError
 from .similarity import similarity_of_pairs
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's defaults
@@ -107,7 +108,7 @@ class NamedFeatures:
 
 
 def load_named_features(path: Path, network: FeatureNetwork) -> NamedFeatures:
-    """A .npz with names and features, as apps/demo_training/gate_reference.py writes.
+    """A .npz with names and features, as eval/gate_reference.py writes.
 
     Raises BenchError as load_statistics, and where it has not as many names as features.
     """
@@ -117,7 +118,7 @@ def load_named_features(path: Path, network: FeatureNetwork) -> NamedFeatures:
     if features is None or len(names) != len(features):
         raise BenchError(
             f"{path}: has {len(names)} names for {0 if features is None else len(features)} images' features: give a "
-            "file such as apps/demo_training/gate_reference.py writes"
+            "file such as eval/gate_reference.py writes"
         )
     return NamedFeatures(names, features)
 

@@ -1,25 +1,22 @@
-"""Whether a model can judge attention methods at all: `python apps/demo_gate.py --help`."""
+"""Whether a model can judge attention methods at all: `python eval/demo_gate.py --help`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the repository, where `eval` is a package
-
-from eval.command import run_command  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 stopped, or failed the gate with --strict, 2 wrong input."""
+    from eval.common.command import run_command
+
     command = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(command)
 
     def work() -> int:
-        from demo_training import gate  # heavy imports, so that --help and wrong arguments answer at once
+        from eval.gate import run  # heavy imports, so that --help and wrong arguments answer at once
 
-        return gate.run(options, " ".join(["python apps/demo_gate.py", *command]))
+        return run.run(options, " ".join(["python eval/demo_gate.py", *command]))
 
     return run_command("demo_gate", work)
 
@@ -66,10 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--reference", metavar="FILE.npz",
         help="names and features of the training images, one or several per name, as "
-        "apps/demo_training/gate_reference.py writes; default for demo: its own",
+        "eval/gate_reference.py writes; default for demo: its own",
     )  # fmt: skip
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from launch import launch
+
+    launch(__file__)

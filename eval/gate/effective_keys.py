@@ -14,9 +14,9 @@ from torch import Tensor
 
 from agentsd import AgentConfig
 from agentsd.unet.processor import project_key_value, project_queries
-from eval.generation import generate_batch
-from eval.protocol import SD, BenchError, Plan, Sample
-from eval.scenarios import full_resolution_layers, in_agent_phase
+from eval.common.protocol import SD, BenchError, Plan, Sample
+from eval.common.scenarios import full_resolution_layers, in_agent_phase
+from eval.fid.generation import generate_batch
 
 QUERY_STRIDE = 7
 """One query token in so many is measured. An odd number reaches all columns of grids whose width is a power of two;

@@ -1,7 +1,8 @@
 """The compatibility matrix: what a row is, and the one check that every row of working combinations must pass.
 
 A row is a `Row` (build, prepare, call) given to `check_row`, or any test marked with `compat(...)`, as where the
-right answer is an error. `python tests/compat_table.py` runs them all and writes COMPATIBILITY.md from the outcome.
+right answer is an error. `python tests/support/compat_table.py` runs them all and writes COMPATIBILITY.md from the
+outcome.
 """
 
 from __future__ import annotations

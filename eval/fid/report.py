@@ -17,11 +17,11 @@ from typing import Any
 
 from agentsd import Phase
 from agentsd.files import write_atomically
+from eval.common.environment import environment_line
+from eval.common.protocol import CONTROLS, BenchError, Scenario
 
-from .environment import environment_line
 from .latency import Timing
 from .plots import grid_image, quality_chart, speed_chart
-from .protocol import CONTROLS, BenchError, Scenario
 
 RESULTS = "results.json"
 _UNSTABLE = 1.15

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .protocol import BenchError
+from eval.common.protocol import BenchError
 
 FEWEST_IMAGES = 10
 """A Fréchet distance of fewer images says nothing; a reference folder with fewer is taken for a mistake."""

@@ -30,8 +30,8 @@ WITH_INTERVAL = ("deepcache", "fewer-steps")
 UNSCORED = ("sd-naive", "limit")
 """Methods that are timed only: the images of sd-naive are those of sd, the limit's are of no use."""
 
-DEMO_REFERENCE = Path(__file__).with_name("demo_reference.npz")
-"""Names and features of the demo model's training images; apps/demo_training/gate_reference.py made it."""
+DEMO_REFERENCE = Path(__file__).parents[1] / "demo_reference.npz"
+"""Names and features of the demo model's training images; eval/gate_reference.py made it."""
 
 # torchvision calls the garment and the dog breed cardigan and Cardigan, which CLIP's tokenizer cannot tell apart.
 _RENAMED = {264: "Cardigan Welsh corgi", 517: "construction crane"}

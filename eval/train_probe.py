@@ -2,10 +2,10 @@
 
 Usage:
 
-    python apps/train_probe.py --out runs/probe             # train, export to runs/probe/model, judge by the gate
-    python apps/train_probe.py --preset cpu-64 --start-from eval/probe --out runs/probe-64    # of 64 × 64 pixels
-    python apps/train_probe.py matching --out runs/probe-64 # how sharp its attention could be at best
-    python apps/train_probe.py --smoke --out runs/smoke     # the same in seconds, with a toy
+    python eval/train_probe.py --out runs/probe             # train, export to runs/probe/model, judge by the gate
+    python eval/train_probe.py --preset cpu-64 --start-from eval/probe --out runs/probe-64    # of 64 × 64 pixels
+    python eval/train_probe.py matching --out runs/probe-64 # how sharp its attention could be at best
+    python eval/train_probe.py --smoke --out runs/smoke     # the same in seconds, with a toy
 
 The images are smooth random patterns that repeat within the image (with a period, mirrored, turned, or scattered).
 Tile and period are new in each image, so attention to the other copies is the best denoiser. The gate says what the
@@ -19,8 +19,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the repository, where `eval` is a package
 
 STAGES = ("train", "gate", "matching")
 
@@ -53,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     import torch  # heavy imports, so that --help answers at once
     from demo_training.run import Run, UsageError, writable_folder
-    from probe.training import PRESETS, train_stage
 
-    from eval.protocol import BenchError
+    from eval.common.protocol import BenchError
+    from eval.probes.training import PRESETS, train_stage
 
     try:
         try:
@@ -78,11 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.stage in ("all", "train"):
             train_stage(run)
         if options.stage in ("all", "gate"):
-            from probe.gate import gate_stage
+            from eval.probes.gate import gate_stage
 
             gate_stage(run.out, options.samples)
         if options.stage == "matching":
-            from probe.matching import matching_stage
+            from eval.probes.matching import matching_stage
 
             matching_stage(run.out)
     except (UsageError, BenchError) as error:
@@ -95,4 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from launch import launch
+
+    launch(__file__)

@@ -20,24 +20,9 @@ import torch
 from tqdm import tqdm
 
 from agentsd.images.pipelines import SCHEDULERS
-
-from . import report, scores
-from .environment import environment
-from .features import FeatureNetwork, check_features, load_features
-from .generation import (
-    BYTES_PER_PIXEL,
-    Job,
-    check_space,
-    generate_all,
-    generate_share,
-    lock_folder,
-    missing_images,
-    open_folders,
-)
-from .images import FEWEST_IMAGES, reference_files
-from .latency import Timing, Workload, measure
-from .models import ModelSpec, load_model, native_size, pick_device
-from .protocol import (
+from eval.common.environment import environment
+from eval.common.models import ModelSpec, load_model, native_size, pick_device
+from eval.common.protocol import (
     DEMO_REFERENCE,
     PROMPT,
     SD,
@@ -52,7 +37,22 @@ from .protocol import (
     parse_numbers,
     rivals_of,
 )
-from .scenarios import check_packages
+from eval.common.scenarios import check_packages
+
+from . import report, scores
+from .features import FeatureNetwork, check_features, load_features
+from .generation import (
+    BYTES_PER_PIXEL,
+    Job,
+    check_space,
+    generate_all,
+    generate_share,
+    lock_folder,
+    missing_images,
+    open_folders,
+)
+from .images import FEWEST_IMAGES, reference_files
+from .latency import Timing, Workload, measure
 from .similarity import similarity_of_pairs
 
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest process's share, or for the first one's scores
@@ -366,7 +366,7 @@ def _check_reference(options: argparse.Namespace) -> None:
         if options.features != "efficientnet-lite0":
             raise BenchError(
                 "the demo model's own reference holds EfficientNet-Lite0 features: take --features efficientnet-lite0, "
-                "or give the training images with --reference (apps/demo_training/gate_reference.py writes them)"
+                "or give the training images with --reference (eval/gate_reference.py writes them)"
             )
     elif Path(options.reference).suffix != ".npz":
         reference_files(Path(options.reference), options.reference_per_class)

@@ -15,11 +15,11 @@ import torch
 from agentsd import AgentConfig, Phase
 from agentsd.images.measure import PeakMemory
 from agentsd.images.warm_up import one_step_per_phase
+from eval.common.models import native_size
+from eval.common.protocol import CONTROLS, PROMPT, BenchError, Scenario
+from eval.common.scenarios import use_scenario
 
 from .images import first_line
-from .models import native_size
-from .protocol import CONTROLS, PROMPT, BenchError, Scenario
-from .scenarios import use_scenario
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from eval.common.protocol import BenchError
+
 from .images import first_line, read_image
-from .protocol import BenchError
 
 FEATURES = {
     "inception": "pytorch-fid",

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo_training.effective_keys import RecordingProcessor
 
 from agentsd import AgentConfig
 from agentsd.files import write_atomically
+from eval.common.protocol import SD, BenchError, Scenario
+from eval.common.scenarios import full_resolution_layers
 from eval.denoising.inputs import FEWEST, Inputs, load_inputs
 from eval.denoising.judged import Judged, load_judged
 from eval.denoising.losses import losses_at, noise_of
 from eval.denoising.statistics import rise_of
-from eval.protocol import SD, BenchError, Scenario
-from eval.scenarios import full_resolution_layers
+from eval.gate.effective_keys import RecordingProcessor
 
 TIMESTEPS = (60, 170, 280, 390, 500, 610, 720, 830, 940)
 LEAST_RISE = {"mean-value": 0.25, "no-attention": 0.5}

@@ -14,13 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from agentsd.files import write_atomically
-from eval import report, scores
-from eval.environment import environment, environment_line
-from eval.features import FeatureNetwork, load_features
-from eval.generation import Job, check_space, generate_all, lock_folder, missing_images, open_folders
-from eval.images import FEWEST_IMAGES
-from eval.models import ModelSpec, load_model, native_size, pick_device
-from eval.protocol import (
+from eval.common.environment import environment, environment_line
+from eval.common.models import ModelSpec, load_model, native_size, pick_device
+from eval.common.protocol import (
     CONTROLS,
     DEMO_REFERENCE,
     PROMPT,
@@ -31,6 +27,10 @@ from eval.protocol import (
     demo_classes,
     make_scenarios,
 )
+from eval.fid import report, scores
+from eval.fid.features import FeatureNetwork, load_features
+from eval.fid.generation import Job, check_space, generate_all, lock_folder, missing_images, open_folders
+from eval.fid.images import FEWEST_IMAGES
 
 from .effective_keys import QUERY_STRIDE, KeySpread, measure_effective_keys
 
@@ -301,7 +301,7 @@ def _reference_path(options: argparse.Namespace) -> Path:
         return DEMO_REFERENCE
     raise BenchError(
         "--reference is missing: give a .npz with names and features of the model's training images, as "
-        "apps/demo_training/gate_reference.py writes"
+        "eval/gate_reference.py writes"
     )
 
 

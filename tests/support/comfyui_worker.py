@@ -1,4 +1,4 @@
-"""Runs in ComfyUI's environment and calls its functions on tiny models; tests/comfyui_support.py talks to it."""
+"""Runs in ComfyUI's environment and calls its functions on tiny models; comfyui_support.py talks to it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ os.dup2(2, 1)
 # The node must not need diffusers. ComfyUI does not either.
 sys.modules["diffusers"] = None
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, sys.argv[1])
+REPOSITORY = Path(__file__).parents[2]
 
 import comfy.cli_args  # noqa: E402
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from conftest import make_pipeline
+from playground.models import Models
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "apps"))
-
-from playground.models import Models  # noqa: E402
-
-from agentsd.images.pipelines import load_pipeline  # noqa: E402
+from agentsd.images.pipelines import load_pipeline
 
 
 class CountingLoader:

@@ -1,0 +1,238 @@
+"""run: step caching's settings against the unpatched images: distance at equal whole calls.
+
+Each row is one way to spend fewer whole UNet calls, each image has the seed and prompt of its unpatched twin. Controls:
+DeepCache at the same interval, and *fewer steps* without a cache, at the number of whole calls that the cache makes.
+A folder that holds rows is gone on with: what it has is not generated again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import date
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from DeepCache import DeepCacheSDHelper
+from torchmetrics.functional.image import structural_similarity_index_measure
+from tqdm import tqdm
+
+import agentsd
+from agentsd.images.pipelines import SCHEDULERS
+from agentsd.patch import get_patch
+from eval.common.environment import commit, device_name
+from eval.common.protocol import BenchError
+
+try:
+    import flip_evaluator
+except ModuleNotFoundError:  # it has no wheels for Python 3.14 yet; the column is empty then
+    flip_evaluator = None
+
+SUBJECTS = ("zebra", "castle", "goldfish", "mushroom", "bee", "sailboat", "pretzel", "school bus")
+NO_AGENTS = {"ratio": 0.0, "early": 0.0}  # the cache alone
+
+
+def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The settings of every row of one table."""
+    for scheduler, steps in product(options.schedulers, options.steps):
+        base = {"scheduler": scheduler, "steps": steps}
+        yield {**base, "method": "agents"}
+        for interval in options.intervals:
+            yield {**base, "method": "deepcache", "interval": interval}
+            yield {**base, "method": "fewer steps", "interval": interval}
+            for agents, order in product((False, True), (0, 1)):
+                yield {**base, "method": "agents + cache" if agents else "cache", "interval": interval, "order": order}
+            if options.extras:
+                yield {**base, "method": "cache", "interval": interval, "order": 1, "depth": 2}
+                yield {**base, "method": "cache, dense early", "interval": interval, "order": 1}
+            for method in ("cache", "agents + cache") if options.last_cached else ():
+                yield {**base, "method": f"{method}, last call cached", "interval": interval, "order": 0}
+
+
+@contextmanager
+def dense_early(cache: Any, interval: int) -> Iterator[None]:
+    """More whole calls in the noisiest 30 % of the run and fewer later: intervals one below and one above `interval`.
+
+    The number of whole calls is about that of `interval` throughout.
+    """
+    begin = cache.begin
+
+    def with_interval(unet: Any, sample: Any, timestep: float, *rest: Any) -> bool:
+        cache.interval = interval - 1 if timestep >= 700 else interval + 1
+        return begin(unet, sample, timestep, *rest)
+
+    cache.begin = with_interval
+    try:
+        yield
+    finally:
+        del cache.begin
+
+
+@contextmanager
+def last_call_cached(patch: Any) -> Iterator[None]:
+    """Let the last call of a run be cached with every scheduler, where the patch makes it whole with DPM++ 2M."""
+    patch.schedule.last_timestep = lambda: None  # as where no scheduler is known
+    try:
+        yield
+    finally:
+        del patch.schedule.last_timestep
+
+
+@contextmanager
+def deepcache(pipe: Any, interval: int) -> Iterator[None]:
+    """DeepCache with its own defaults."""
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=0)
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+
+
+def generate(pipe: Any, steps: int, images: int) -> np.ndarray:
+    """[images, H, W, 3] in 0 … 1, one prompt and seed each."""
+    prompts = [f"a high quality photograph of a {SUBJECTS[i % len(SUBJECTS)]}." for i in range(images)]
+    generators = [torch.Generator().manual_seed(i) for i in range(images)]
+    return pipe(prompts, num_inference_steps=steps, generator=generators, output_type="np").images
+
+
+@contextmanager
+def whole_calls(pipe: Any) -> Iterator[list[None]]:
+    """A list that grows by one with each UNet call that runs the innermost layers."""
+    found: list[None] = []
+    layer = pipe.unet.down_blocks[-1].resnets[-1].conv1  # DeepCache skips a resnet's forward, and not its hooks
+    handle = layer.register_forward_hook(lambda *_: found.append(None))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def run_row(pipe: Any, row: dict[str, Any], images: int) -> tuple[np.ndarray, int]:
+    """The row's images and its number of whole UNet calls."""
+    steps, method = row["steps"], row["method"]
+    if method == "fewer steps":
+        with agentsd.patched(pipe, **NO_AGENTS, cache_interval=row["interval"]), whole_calls(pipe) as whole:
+            generate(pipe, steps, 1)
+        steps = len(whole) - (row["scheduler"] == "plms")  # PLMS makes one call more than it has steps
+    with method_of(pipe, row), whole_calls(pipe) as whole:
+        return generate(pipe, steps, images), len(whole)
+
+
+@contextmanager
+def method_of(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
+    """The row's method on an unpatched pipeline."""
+    method = row["method"]
+    if method == "deepcache":
+        with deepcache(pipe, row["interval"]):
+            yield
+    elif method == "fewer steps":
+        yield
+    else:
+        fields = {} if "agents" in method else dict(NO_AGENTS)
+        if "cache" in method:
+            fields |= {"cache_interval": row["interval"], "cache_order": row["order"]}
+            fields["cache_depth"] = row.get("depth", "auto")
+        with agentsd.patched(pipe, **fields):
+            patch, change = get_patch(pipe), nullcontext()
+            if "dense early" in method:
+                change = dense_early(patch.cache, row["interval"])
+            elif "last call cached" in method:
+                change = last_call_cached(patch)
+            with change:
+                yield
+
+
+def distances(images: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
+    """Distances to the unpatched images.
+
+    Returns:
+        psnr, psnr_error, psnrs: mean in dB, its standard error, and each image's. ssim: mean. flip: mean of LDR-FLIP, 0
+        where two images look alike in alternation and 1 at most (Andersson et al., 2020), as on a screen with 67
+        pixels per degree; None without flip_evaluator.
+    """
+    error = ((images - originals) ** 2).mean(axis=(1, 2, 3)).clip(1e-10)
+    psnr = -10 * np.log10(error)
+    batches = (torch.from_numpy(one).permute(0, 3, 1, 2) for one in (images, originals))
+    ssim = structural_similarity_index_measure(*batches, data_range=1.0)
+    flip = None
+    if flip_evaluator is not None:
+        pairs = zip(originals, images)
+        flip = float(np.mean([flip_evaluator.evaluate(*pair, "LDR", applyMagma=False)[1] for pair in pairs]))
+    return {
+        "psnr": float(psnr.mean()),
+        "psnr_error": float(psnr.std(ddof=1) / len(psnr) ** 0.5) if len(psnr) > 1 else float("nan"),
+        "psnrs": [round(float(value), 2) for value in psnr],
+        "ssim": float(ssim),
+        "flip": flip,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table, a row a result."""
+    names = ("scheduler", "steps", "method", "interval", "order", "depth", "whole")
+    lines = [f"| {' | '.join(names)} | PSNR, dB | SSIM | FLIP |", "|---" * (len(names) + 3) + "|"]
+    for row in results:
+        cells = [str(row.get(name, "")) for name in names]
+        cells += [f"{row['psnr']:.1f} ± {row['psnr_error']:.1f}", f"{row['ssim']:.3f}"]
+        cells.append("" if row["flip"] is None else f"{row['flip']:.4f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    """Generate what is missing, write rows.json, rows.csv and rows.md, and print the table.
+
+    Raises:
+        BenchError: a scheduler is not known.
+    """
+    for name in options.schedulers:
+        if name not in SCHEDULERS:
+            raise BenchError(f"--schedulers {name}: must be of {', '.join(SCHEDULERS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    store = options.out / "rows.json"
+    known = {json.dumps(row["row"]): row for row in json.loads(store.read_text())["rows"]} if store.exists() else {}
+    originals: dict[tuple, np.ndarray] = {}
+    results = []
+    for row in tqdm(list(rows(options)), unit="row"):
+        key = json.dumps({**row, "images": options.images})
+        if key not in known:
+            pipe = agentsd.load_pipeline(options.model, scheduler=row["scheduler"])
+            pipe.set_progress_bar_config(disable=True)
+            place = row["scheduler"], row["steps"]
+            if place not in originals:
+                originals = {place: generate(pipe, row["steps"], options.images)}
+            images, whole = run_row(pipe, row, options.images)
+            measured = distances(images, originals[place])
+            known[key] = {"row": json.loads(key), **row, "whole": whole, **measured}
+            write(options.out, list(known.values()), command)
+        results.append(known[key])
+    print(table(results))
+
+
+def write(folder: Path, results: list[dict[str, Any]], command: str) -> None:
+    """rows.json, rows.csv and rows.md with the machine and versions."""
+    names = ["torch", "diffusers", "DeepCache", *(["flip-evaluator"] if flip_evaluator else [])]
+    versions = {name: version(name) for name in names}
+    machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, commit {commit()}"
+    setting = {"date": date.today().isoformat(), "machine": machine, **versions}
+    (folder / "rows.json").write_text(json.dumps({"setting": setting, "rows": results}, indent=1))
+    with (folder / "rows.csv").open("w", newline="") as file:
+        names = list(dict.fromkeys(name for row in results for name in row if name not in ("row", "psnrs")))
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(results)
+    said = f"{setting['date']}, {machine}, " + ", ".join(f"{name} {value}" for name, value in versions.items())
+    (folder / "rows.md").write_text(
+        f"# Step caching by settings\n\n`{command}`, {said}.\n\nDistance to the unpatched image of "
+        f"the same seed, mean ± standard error over {results[0]['row']['images']} images of the built-in model at 512 "
+        "px. `whole` is the number of whole UNet calls.\n\n" + table(results)
+    )

@@ -1,0 +1,1 @@
+"""Whether a model can judge attention methods: the gate behind `python eval/demo_gate.py`."""
