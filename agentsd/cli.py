@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import difflib
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from . import commands
-from .config import PRESETS, AgentConfig
+from .config import PRESET_NOTES, PRESETS, SETTINGS, AgentConfig
+from .fields import written
+from .messages import did_you_mean
 from .trained import Trained, read_trained, start_from
 
 _METHODS = ("sd", "tomesd", "agentsd")
@@ -58,8 +59,8 @@ class _Parser(argparse.ArgumentParser):
 
 def unrecognized(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
     """Name arguments that a parser does not take, and the option that was perhaps meant."""
-    near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
-    return f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else "")
+    meant = did_you_mean(unknown[0].split("=")[0], parser._option_string_actions)
+    return f"unrecognized arguments: {' '.join(unknown)}{meant}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,76 +152,45 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 elsewhere")
 
 
-_FIELD_HELP = {
-    "ratio": "fraction of the tokens merged away",
-    "early_ratio": "the same for the early steps alone; none: as --ratio",
-    "early": "noisiest fraction of the run that uses agent attention",
-    "late": "later steps: merge (as ToMeSD), downsample (keys and values, as ToDo) or full (unpatched)",
-    "alpha": "weight of the mixing term",
-    "broadcast_exponent": "scale of the second softmax is head_dim ** this",
-    "agent_ratio": "fraction of the tokens merged away to make agents",
-    "agent_stride": "cell of the agents' grid: N or ROWSxCOLUMNS",
-    "merge_stride": "cell of the merge phase's grid: N or ROWSxCOLUMNS",
-    "max_agents": "maximum number of agents, at any size, or none",
-    "max_keys": "with --late downsample, maximum number of keys, at any size, or none",
-    "match_tile": "compare tokens only within tiles of this many tokens a side, or none",
-    "max_downsample": "patch levels down to this downsampling: auto, 1, 2, 4 or 8",
-    "cache_interval": "at most this many consecutive UNet calls share one whole call; 1 = no step caching",
-    "cache_order": "0 reuses the kept feature, 1 goes half of the linear way, auto goes by the scheduler",
-    "cache_depth": "how much of the last up block a cached call recomputes, or auto",
-    "use_rand": "take a random destination in each cell; --no-rand takes the first",
-    "seed": "seed for choosing destination tokens",
-    "merge_crossattn": "merge around cross-attention too",
-    "merge_mlp": "merge around feed-forward layers too",
-    "upcast": "softmax logits in float32; default: as the model says",
-}
-"""Field of AgentConfig -> help of its option."""
+def add_settings(group: Any, prefix: str, names: Iterable[str], defaults: Mapping[str, object] | None = None) -> None:
+    """Add the option of each named field of AgentConfig to a parser or a group.
 
-_FIELD_OPTIONS = {"seed": "--patch-seed", "use_rand": "--rand"}
-"""Options that are not called as their field: --seed is that of the noise."""
+    Args:
+        group: what gets the options.
+        prefix: `prefix + field` is the attribute of the result, which is missing where the option is not given.
+        names: fields of AgentConfig.
+        defaults: what the help says is the default, where that is not the field's own.
+    """
+    for name in names:
+        setting = SETTINGS[name]
+        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        help = setting.help
+        if setting.kind != "flag":
+            number = {"number": "X", "integer": "N", "cell": "N|ROWSxCOLUMNS"}.get(setting.kind)
+            words = [*([number] if number else []), *map(written, setting.choices)]
+            kind = {"type": setting.read, "metavar": "|".join(words)}
+            default = (defaults or {}).get(name, written(getattr(AgentConfig, name)).lower())
+            help += f" (default: {default})"
+        group.add_argument(
+            option_of(name), dest=f"{prefix}{name}", default=argparse.SUPPRESS, help=help.replace("%", "%%"), **kind
+        )
+
+
+def option_of(name: str) -> str:
+    """The option of a field of AgentConfig."""
+    return SETTINGS[name].option or "--" + name.replace("_", "-")
 
 
 def _add_patch(parser: argparse.ArgumentParser) -> None:
-    """Add an option for each field of AgentConfig, by its type; the preset decides the fields that are not given."""
+    """Add an option for each field of AgentConfig; the preset decides the fields that are not given."""
     group = parser.add_argument_group("the patch (the fields of agentsd.AgentConfig)")
-    group.add_argument("--preset", choices=list(PRESETS), help="settings to start from; single options win over it")
-    for field in dataclasses.fields(AgentConfig):
-        option = _FIELD_OPTIONS.get(field.name, "--" + field.name.replace("_", "-"))
-        text = _FIELD_HELP.get(field.name, "see AgentConfig")
-        kind = str(field.type).removesuffix(" | None")
-        if kind == "bool":
-            group.add_argument(
-                option, dest=f"patch_{field.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-                help=text,
-            )  # fmt: skip
-        else:
-            optional = str(field.type).endswith(" | None")
-            group.add_argument(
-                option, dest=f"patch_{field.name}", type=_Converter(kind, optional), default=argparse.SUPPRESS,
-                metavar=field.name.upper(), help=f"{text} (default: {str(field.default).lower()})",
-            )  # fmt: skip
-
-
-class _Converter:
-    """From an option's text to the value of a field of AgentConfig, by the type in its annotation."""
-
-    _SHAPES = {"int": "integer", "float": "number", "str": "text", "int | tuple[int, int]": "N or ROWSxCOLUMNS"}
-
-    def __init__(self, kind: str, optional: bool):
-        self.kind = kind
-        self.optional = optional
-        # argparse names the type in its error.
-        self.__name__ = self._SHAPES.get(kind, "integer or word") + (" or none" if optional else "")
-
-    def __call__(self, text: str) -> Any:
-        if self.optional and text.lower() == "none":
-            return None
-        if self.kind in ("int", "float", "str"):
-            return {"int": int, "float": float, "str": str}[self.kind](text)
-        if "tuple" in self.kind:
-            parts = tuple(int(part) for part in text.lower().replace("×", "x").split("x"))
-            return parts[0] if len(parts) == 1 else parts
-        return int(text) if text.isdigit() else text  # a number or a word, as max_downsample is
+    notes = "; ".join(f"{name}: {note.help.removesuffix('.')}" for name, note in PRESET_NOTES.items())
+    group.add_argument(
+        "--preset", choices=list(PRESETS), help=f"settings to start from; single options win over it. {notes}"
+    )
+    add_settings(group, "patch_", (name for name, setting in SETTINGS.items() if not setting.advanced))
+    advanced = parser.add_argument_group("the patch: settings that most users leave alone")
+    add_settings(advanced, "patch_", (name for name, setting in SETTINGS.items() if setting.advanced))
 
 
 def _config(options: argparse.Namespace, trained: Trained | None = None) -> AgentConfig:

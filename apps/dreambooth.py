@@ -29,11 +29,8 @@ from dreambooth.settings import (  # the package beside this file, which Python 
     default_config,
 )
 
-from agentsd.cli import unrecognized
-from agentsd.config import AgentConfig
-
-_AGENT_OPTIONS = {"seed": "--patch-seed", "use_rand": "--rand"}
-"""As `agentsd generate` has them: --seed is that of the training."""
+from agentsd.cli import add_settings, unrecognized
+from agentsd.config import FIELD_NAMES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,16 +39,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"dreambooth: error: {message}; --help lists the options\n")
 
 
-def _value(text: str) -> Any:
-    """The value of a field that checks it itself: none, a number, ROWSxCOLUMNS or a word."""
-    if text.lower() == "none":
-        return None
-    for convert in (int, float, lambda text: tuple(int(part) for part in text.lower().split("x"))):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return text
+def _count(text: str) -> Any:
+    """A number or none, of an option that is checked where all settings are."""
+    return None if text.lower() == "none" else int(text) if text.isdigit() else text
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         description=summary,
         epilog=details,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -90,15 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     agents = parser.add_argument_group("agent attention")
     add(agents, "--agents", "in training and sampling, in sampling only, or not", choices=AGENTS)
-    for field in dataclasses.fields(AgentConfig):
-        option = _AGENT_OPTIONS.get(field.name, "--" + field.name.replace("_", "-"))
-        kind: dict[str, Any] = {"type": _value, "metavar": "VALUE"}
-        if str(field.type).removesuffix(" | None") == "bool":
-            kind = {"action": argparse.BooleanOptionalAction}
-        default = "1 where agents train, else 0.4" if field.name == "early" else field.default
-        agents.add_argument(
-            option, dest=f"agent_{field.name}", help=f"agentsd.AgentConfig's {field.name} (default: {default})", **kind
-        )
+    add_settings(agents, "agent_", FIELD_NAMES, {"early": "1 where agents train, else 0.4"})
 
     training = parser.add_argument_group("training")
     add(training, "--train-text-encoder", "train the text encoder too", action="store_true")
@@ -122,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     keeping = parser.add_argument_group("checkpoints and validation")
     add(keeping, "--checkpointing-steps", "a checkpoint after every N steps", type=int, metavar="N")
-    add(keeping, "--checkpoints-total-limit", "keep only the newest N, or none for no limit", type=_value, metavar="N")
+    add(keeping, "--checkpoints-total-limit", "keep only the newest N, or none for no limit", type=_count, metavar="N")
     add(keeping, "--resume-from-checkpoint", "latest, or step-N", metavar="NAME")
     add(keeping, "--validation-prompt", "generate images with it while training", metavar="TEXT")
     add(keeping, "--num-validation-images", "how many", type=int, metavar="N")

@@ -27,7 +27,6 @@ from playground.settings import (
     Limits,
     check,
     check_patch,
-    patch_help,
     sweep_values,
 )
 
@@ -99,7 +98,6 @@ def test_every_setting_of_the_patch_has_a_field():
     names = [field.name for field in PATCH_FIELDS.values()]
     assert len(set(names)) == len(names) and "seed" not in names  # the image's
     assert check_patch({field.name: field.default for field in PATCH_FIELDS.values()}) == AgentConfig()
-    assert set(PATCH_FIELDS) <= set(patch_help()) and all(0 < len(text) < 200 for text in patch_help().values())
     json.dumps([field.default for field in PATCH_FIELDS.values()])  # as the API tells them
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from agentsd import AgentConfig, cli
-from agentsd.config import PRESETS
+from agentsd.config import PRESET_NOTES, PRESETS, SETTINGS
 from agentsd.images.png import read_settings
 
 QUICK = ["--steps", "4", "--height", "64", "--width", "64"]
@@ -78,16 +77,24 @@ def test_info(capsys):
 
 
 def test_every_setting_has_an_option_with_help():
-    """Options follow the fields of AgentConfig by themselves; only their help is written by hand."""
-    assert {field.name for field in dataclasses.fields(AgentConfig)} <= set(cli._FIELD_HELP)
+    """Options and their help follow the fields of AgentConfig by themselves."""
+    commands = next(action for action in cli._parser()._actions if action.choices)
+    for command in ("generate", "info", "visualize"):
+        told = " ".join(commands.choices[command].format_help().split())
+        for name, setting in SETTINGS.items():
+            assert f"{cli.option_of(name)} " in told or f"{cli.option_of(name)}," in told, name
+            assert " ".join(setting.help.split()) in told, name
+        assert all(preset.help.removesuffix(".") in told for preset in PRESET_NOTES.values())
     given = (
-        "--ratio 0.3 --early 1 --late full --alpha 0 --broadcast-exponent -0.5 --agent-ratio 0.9 --agent-stride 8x4 "
+        "--ratio 0.3 --early 1 --early-ratio 0.2 --agents-from grid --late full --alpha 0 --broadcast-exponent -0.5 "
+        "--agent-ratio 0.9 --agent-stride 8x4 "
         "--merge-stride 3 --max-agents 100 --max-keys none --match-tile 16 --max-downsample 2 --no-rand --patch-seed 9 "
         "--merge-crossattn --merge-mlp --no-upcast --cache-interval 3 --cache-order 0 --cache-depth 2"
     )
     options = cli._parser().parse_args(["info", *given.split()])
     assert cli._config(options) == AgentConfig(
-        ratio=0.3, early=1.0, late="full", alpha=0.0, broadcast_exponent=-0.5, agent_ratio=0.9, agent_stride=(8, 4),
+        ratio=0.3, early=1.0, early_ratio=0.2, agents="grid", late="full", alpha=0.0, broadcast_exponent=-0.5,
+        agent_ratio=0.9, agent_stride=(8, 4),
         merge_stride=3, max_agents=100, max_keys=None, match_tile=16, max_downsample=2, use_rand=False, seed=9,
         merge_crossattn=True, merge_mlp=True, upcast=False, cache_interval=3, cache_order=0, cache_depth=2,
     )  # fmt: skip
@@ -144,7 +151,8 @@ def test_models_from_folders(capsys, tmp_path):
     "arguments, message",
     [
         (["--ratio", "1.2"], "ratio=1.2"),
-        (["--ratio", "abc"], "ratio"),
+        (["--ratio", "abc"], "ratio='abc': must be a number in 0 … 1"),
+        (["--agents-from", "pooling"], 'agents=\'pooling\': must be "merge" or "grid"'),
         (["--ratio", "0.8"], "merge_stride=2"),
         (["--early", "-1"], "early=-1"),
         (["--agent-stride", "0"], "agent_stride=0"),
@@ -153,7 +161,7 @@ def test_models_from_folders(capsys, tmp_path):
         (["--max-downsample", "3"], "max_downsample=3"),
         (["--late", "todo"], "late='todo'"),
         (["--max-agents", "0"], "max_agents=0"),
-        (["--match-tile", "many"], "integer or none"),
+        (["--match-tile", "many"], "match_tile='many': must be None or an integer of at least 2"),
         (["--patch-seed", "-1"], "seed=-1"),
         (["--height", "100"], "height=100: must be a multiple of 8"),
         (["--steps", "0"], "steps=0"),

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from settings_table import PAGE, page_with_tables
 
 from agentsd import AgentConfig, Phase
+from agentsd.config import PRESET_NOTES, PRESETS, SETTINGS, make_config
+from agentsd.fields import written
+from agentsd.messages import did_you_mean, install_hint
+from agentsd.patch import Settings
 
 
 @pytest.mark.parametrize(
@@ -41,6 +49,14 @@ from agentsd import AgentConfig, Phase
         ("seed", -1, ValueError),
         ("late", "todo", ValueError),
         ("late", None, TypeError),
+        ("agents", "pooling", ValueError),
+        ("agents", True, TypeError),
+        ("cache_interval", 51, ValueError),
+        ("cache_interval", "auto", TypeError),
+        ("cache_order", 2, ValueError),
+        ("cache_order", True, TypeError),
+        ("cache_depth", "all", ValueError),
+        ("cache_depth", 11, ValueError),
         ("max_agents", 0, ValueError),
         ("max_agents", 256.0, TypeError),
         ("max_keys", 0, ValueError),
@@ -160,3 +176,94 @@ def test_default_agents_are_one_sixteenth():
 def test_importing_the_light_part_loads_no_torch():
     code = "import sys, agentsd; agentsd.AgentConfig(ratio=0.3); assert 'torch' not in sys.modules and agentsd.__all__"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_setting_is_described_once():
+    """One sentence or two, an error that says what is allowed, and the same fields for type checkers."""
+    assert list(Settings.__annotations__) == list(SETTINGS)
+    for name, setting in SETTINGS.items():
+        assert setting.help[0].isupper() or setting.help[0].isdigit()
+        assert (
+            setting.help.endswith(".")
+            and 40 < len(setting.help) < 260
+            and f"{name}: {setting.help}" in AgentConfig.__doc__
+        )
+        with pytest.raises((TypeError, ValueError)) as caught:
+            AgentConfig(**{name: object})
+        assert str(caught.value).startswith(f"{name}={object!r}: must be {setting.allowed}")
+
+
+def test_the_page_has_the_table_of_the_settings():
+    text = PAGE.read_text("utf-8")
+    assert page_with_tables(text) == text, "run python tests/settings_table.py"
+
+
+def allowed_values(setting):
+    """Some values that a setting can have, its bounds among them."""
+    if setting.kind == "flag":
+        values = [True, False]
+    elif setting.kind == "cell":
+        values = [2, 7, (2, 4), (1, 2)]
+    else:
+        values = [value for value in (setting.low, setting.high) if value is not None] + list(setting.choices)
+    return values + ([None] if setting.optional else [])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_text_and_value_of_a_setting_are_the_same(name):
+    setting = SETTINGS[name]
+    for value in allowed_values(setting):
+        assert setting.check(name, value) == value == setting.read(written(value))
+        assert type(setting.check(name, value)) is type(setting.check(name, setting.read(written(value))))
+    for bound, beyond in ((setting.low, -1), (setting.high, 1)):
+        if bound is not None:
+            with pytest.raises(ValueError, match=f"^{name}={bound + beyond}: must be"):
+                setting.check(name, bound + beyond)
+    for text in ("much", "", "1x", "0x9", "1e", "--"):
+        with pytest.raises((ValueError, TypeError), match=f"^{name}="):
+            setting.check(name, setting.read(text))
+
+
+def test_integers_and_numbers_of_numpy_are_kept_as_plain_ones():
+    config = AgentConfig(
+        ratio=np.float32(0.5), agent_stride=(np.int64(2), 4), max_agents=np.int32(9), max_downsample=np.int64(2),
+        cache_order=np.int64(1), cache_depth=np.uint8(2), seed=np.int64(3),
+    )  # fmt: skip
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["agent_stride"] == [2, 4]
+    assert {type(value) for value in dataclasses.asdict(config).values()} <= {int, float, bool, str, tuple, type(None)}
+
+
+def test_agents_from_a_grid_have_nothing_merged_beside_them():
+    config = AgentConfig(agents="grid", early_ratio=0.5, ratio=0.3)
+    assert config.ratio_in(Phase.AGENT) == 0 and config.ratio_in(Phase.MERGE) == 0.3
+    assert AgentConfig(agents="grid", late="full", ratio=0.99).agents == "grid"  # no cell bounds the ratio
+
+
+def test_presets_are_possible_and_described():
+    assert make_config(preset="paper") == AgentConfig()
+    for name, preset in PRESET_NOTES.items():
+        assert PRESETS[name] == preset.fields and preset.help.endswith(".")
+        make_config(preset=name)
+    cached = make_config(preset="cache")
+    assert cached.cache_interval == 3 and not cached.acts_in(Phase.MERGE) and cached.phase_at(999) is Phase.MERGE
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"rato": 0.3}, r"unknown setting rato \(did you mean ratio\?\); the settings are ratio, early"),
+        ({"cache_intervall": 3, "ratio": 0.3}, "cache_intervall .did you mean cache_interval"),
+        ({"preset": "fats"}, "preset='fats': must be one of paper, .*did you mean fast"),
+        ({"nothing_like_it_at_all": 1}, "unknown setting nothing_like_it_at_all; the settings"),
+    ],
+)
+def test_a_misspelt_setting_is_answered_with_the_one_meant(given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make_config(**given)
+
+
+def test_sentences_that_several_modules_say():
+    assert (
+        did_you_mean("early_ration", SETTINGS) == " (did you mean early_ratio?)" and did_you_mean("zzz", SETTINGS) == ""
+    )
+    assert install_hint("app") == 'pip install -e ".[app]" in the folder that agentsd was cloned to'

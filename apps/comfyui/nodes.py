@@ -5,26 +5,37 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from agentsd.config import LATE, AgentConfig, Phase
+from agentsd.config import SETTINGS, AgentConfig, Phase
+from agentsd.fields import written
 
 from . import report
 from .layers import find_layers, is_unet
 from .wrapper import KEY, KIND, AgentWrapper
 
 _DEFAULTS = AgentConfig()
-_DOWNSAMPLES = ("auto", "1", "2", "4", "8")
+_FIELDS = ("ratio", "early", "late", "max_downsample", "seed", "max_agents", "max_keys", "match_tile")
 _NO_LIMIT = 0
 _MOST = 2**20
 # With late = downsample or full the agents' cell alone bounds ratio; 0.93 in steps of 0.01.
 _MOST_RATIO = int(100 * (1 - 1 / math.prod(_DEFAULTS.stride(Phase.AGENT)))) / 100
 
 
-def _fraction(default: float, most: float, tooltip: str) -> tuple[str, dict[str, Any]]:
-    return "FLOAT", {"default": default, "min": 0.0, "max": most, "step": 0.01, "tooltip": tooltip}
-
-
-def _cap(tooltip: str) -> tuple[str, dict[str, Any]]:
-    return "INT", {"default": _NO_LIMIT, "min": _NO_LIMIT, "max": _MOST, "tooltip": f"{tooltip} 0: no limit."}
+def _widget(name: str) -> tuple[Any, dict[str, Any]]:
+    """The widget of a field of AgentConfig, by its kind: type, or list of choices, and options."""
+    setting, default = SETTINGS[name], getattr(_DEFAULTS, name)
+    options: dict[str, Any] = {"tooltip": setting.help}
+    if setting.kind == "choice":
+        return [written(choice) for choice in setting.choices], {"default": written(default), **options}
+    if setting.kind == "number":
+        high = _MOST_RATIO if name == "ratio" else setting.high
+        return "FLOAT", {"default": default, "min": float(setting.low), "max": float(high), "step": 0.01, **options}
+    if setting.optional:
+        options["tooltip"] += f" {_NO_LIMIT} is None, no limit."
+        return "INT", {"default": _NO_LIMIT, "min": _NO_LIMIT, "max": _MOST, **options}
+    # Without control_after_generate=False ComfyUI gives what is called "seed" a control that changes it.
+    return "INT", {
+        "default": default, "min": setting.low, "max": setting.high, "control_after_generate": False, **options,
+    }  # fmt: skip
 
 
 class AgentSD:
@@ -40,75 +51,17 @@ class AgentSD:
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "A model with a UNet: SD 1.x, SD 2.x, SDXL."}),
-                "ratio": _fraction(
-                    _DEFAULTS.ratio,
-                    _MOST_RATIO,
-                    "Fraction of the tokens merged away before self-attention. More is faster and coarser. "
-                    "At most 0.75 with late = merge.",
-                ),
-                "early": _fraction(
-                    _DEFAULTS.early,
-                    1.0,
-                    "The noisiest fraction of the run, which uses agent attention. The rest does what `late` says.",
-                ),
-                "late": (
-                    list(LATE),
-                    {
-                        "default": _DEFAULTS.late,
-                        "tooltip": "The later steps: merge tokens, downsample keys and values, or the full attention.",
-                    },
-                ),
-                "max_downsample": (
-                    list(_DOWNSAMPLES),
-                    {
-                        "default": str(_DEFAULTS.max_downsample),
-                        "tooltip": "Patch the levels of the UNet down to this downsampling. auto: the largest level "
-                        "that has self-attention.",
-                    },
-                ),
-                "seed": (
-                    "INT",
-                    {
-                        "default": _DEFAULTS.seed,
-                        "min": 0,
-                        "max": 2**63 - 1,
-                        "control_after_generate": False,
-                        "tooltip": "Seed for choosing destination tokens. The sampler's seed is another one.",
-                    },
-                ),
-                "max_agents": _cap("At most so many agents; 256 is what 512 px have."),
-                "max_keys": _cap("With late = downsample, at most so many keys; 1024 is what 512 px have."),
-                "match_tile": _cap("Compare tokens within tiles of so many tokens a side; at least 2, 16 is good."),
+                **{name: _widget(name) for name in _FIELDS},
             }
         }
 
-    def patch(
-        self,
-        model: Any,
-        ratio: float,
-        early: float,
-        late: str,
-        max_downsample: str,
-        seed: int,
-        max_agents: int,
-        max_keys: int,
-        match_tile: int,
-    ) -> tuple[Any]:
+    def patch(self, model: Any, **values: Any) -> tuple[Any]:
         """Return a clone of the model that runs with agents; a second AgentSD replaces the first.
 
         Raises:
             ValueError: a setting is out of its range, the model has no UNet, or ToMe's node is on it.
         """
-        config = AgentConfig(
-            ratio=ratio,
-            early=early,
-            late=late,
-            max_downsample=max_downsample if max_downsample == "auto" else int(max_downsample),
-            seed=seed,
-            max_agents=max_agents or None,
-            max_keys=max_keys or None,
-            match_tile=match_tile or None,
-        )
+        config = AgentConfig(**{name: _value(name, value) for name, value in values.items()})
         _check_model(model)
         patched = model.clone()
         patched.remove_wrappers_with_key(KIND, KEY)
@@ -146,6 +99,13 @@ class AgentSDReport:
             raise ValueError("AgentSD report: this model has no AgentSD. Connect the MODEL that the sampler got")
         text = report.as_text(wrappers[-1])
         return {"ui": {"text": (text,)}, "result": (text,)}
+
+
+def _value(name: str, value: Any) -> Any:
+    """What AgentConfig takes for a widget's value."""
+    if SETTINGS[name].optional and value == _NO_LIMIT:
+        return None
+    return SETTINGS[name].read(value) if isinstance(value, str) else value
 
 
 def _check_model(model: Any) -> None:

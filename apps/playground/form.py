@@ -10,7 +10,8 @@ from typing import Any
 import gradio as gr
 
 from agentsd import AgentConfig
-from agentsd.config import FIELD_NAMES, LATE
+from agentsd.config import SETTINGS
+from agentsd.fields import written
 from agentsd.images.demo_prompts import DEMO_NAMES
 from agentsd.images.pipelines import SCHEDULERS
 
@@ -27,32 +28,12 @@ from .settings import (
     ROUNDS,
     check,
     check_patch,
-    patch_help,
     patch_values,
     preset_of,
     preset_values,
     request_fields,
     trained_config,
 )
-
-# The other settings of the patch are under "Advanced".
-_IN_SIGHT = ("ratio", "early", "cache_interval")
-
-_SLIDERS = {
-    # field: (low, high, step) that are useful; a saved image or a link may have others
-    "ratio": (0.0, 0.75, 0.05),
-    "early": (0.0, 1.0, 0.05),
-    "alpha": (0.0, 1.0, 0.025),
-    "broadcast_exponent": (-0.5, 0.0, 0.05),
-    "agent_ratio": (0.0, 1.0, 0.05),
-    "cache_interval": (1, 8, 1),
-}
-_CHOICES = {
-    "late": list(LATE),
-    "max_downsample": ["auto", "1", "2", "4", "8"],
-    "cache_order": ["auto", "0", "1"],
-    "upcast": ["None", "True", "False"],
-}
 
 _EXAMPLES = ["castle", "zebra", "strawberry", "ferris wheel"]
 _PROMPT = "a high quality photograph of a {}."
@@ -140,8 +121,9 @@ class Form:
             value=_AS_TRAINED if first in self.trained else "paper", label="Preset", elem_id="preset",
             info="sets fields of the patch",
         )  # fmt: skip
-        for name in _IN_SIGHT:
-            self._patch_control(name)
+        for name, setting in SETTINGS.items():
+            if not setting.advanced:
+                self._patch_control(name)
         with gr.Accordion("More settings", open=False, elem_id="more"):
             form["negative_prompt"] = gr.Textbox(label="Negative prompt", lines=1, elem_id="negative_prompt")
             form["model"] = gr.Dropdown(
@@ -162,8 +144,8 @@ class Form:
                 info="how often each method is timed, in turns; one round gives no speed-up in figures",
             )  # fmt: skip
         with gr.Accordion("Advanced settings of the patch", open=False, elem_id="advanced"):
-            for name in FIELD_NAMES:
-                if name not in _IN_SIGHT:
+            for name, setting in SETTINGS.items():
+                if setting.advanced:
                     self._patch_control(name)
         gr.Examples(
             [[_PROMPT.format(subject)] for subject in _EXAMPLES], inputs=[form["prompt"]], label="Examples: the prompt",
@@ -172,23 +154,25 @@ class Form:
         self.link_button = gr.Button(_LINK, size="sm", elem_id="link")
 
     def _patch_control(self, name: str) -> None:
-        """A control for a field of AgentConfig: chosen by its type, so that a new field gets one by itself."""
-        field = PATCH_FIELDS[name]
+        """A control for a field of AgentConfig: chosen by its kind, so that a new field gets one by itself."""
+        field, setting = PATCH_FIELDS[name], SETTINGS[name]
         common = {
             "label": "seed of the patch" if name == "seed" else name,
             "value": patch_values(self.trained.get(self.models.names[0]) or AgentConfig())[field.name],
             "elem_id": field.name,
-            "info": patch_help().get(name),
+            "info": setting.help,
         }
-        if name in _SLIDERS:
-            low, high, step = _SLIDERS[name]
+        if setting.slider:
+            low, high, step = setting.slider  # the useful values; a saved image or a link may have others
             control: Any = gr.Slider(low, high, step=step, **common)
         elif field.kind is bool:
             control = gr.Checkbox(**common)
         elif field.kind in (int, float):
             control = gr.Number(precision=0 if field.kind is int else None, **common)
-        elif name in _CHOICES:
-            control = gr.Dropdown(_CHOICES[name], **common)
+        elif setting.kind == "choice":
+            control = gr.Dropdown([written(choice) for choice in setting.choices], **common)
+        elif setting.kind == "flag":
+            control = gr.Dropdown(["None", "True", "False"], **common)
         else:
             control = gr.Textbox(max_lines=1, **common)
         self.controls[field.name] = control

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 from PIL import Image
 
 from agentsd import AgentConfig
+from agentsd.fields import written
 from agentsd.images.pipelines import SCHEDULERS
 from agentsd.images.png import read_settings
 
@@ -26,7 +27,6 @@ from .settings import (
     preset_values,
     request_fields,
     short,
-    written,
 )
 
 _decoding = threading.Lock()  # one dropped image at a time: its pixels take more memory than its file

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from agentsd import AgentConfig
-from agentsd.config import PRESETS
+from agentsd.config import PRESETS, SETTINGS
+from agentsd.fields import written
 from agentsd.images.pipelines import SCHEDULERS
 from agentsd.images.request import Request
 from agentsd.trained import read_trained
@@ -99,20 +98,16 @@ ROUNDS = Field("rounds", int, 3)
 PATCH_FIELDS: dict[str, Field] = {}
 """Field by the name of the AgentConfig field. Made from the dataclass, so that a new setting appears by itself."""
 
-for _field in dataclasses.fields(AgentConfig):
+_PLAIN = {"number": float, "integer": int, "flag": bool}
+
+for _key, _setting in SETTINGS.items():
     # Both the noise and the random destinations have a seed; the command line has the same two names.
-    _name = "patch_seed" if _field.name == "seed" else _field.name
-    if isinstance(_field.default, (bool, int, float)) and not str(_field.type).startswith(("int |", "bool |")):
-        PATCH_FIELDS[_field.name] = Field(_name, type(_field.default), _field.default)
-    else:
-        PATCH_FIELDS[_field.name] = Field(_name, str, str(_field.default))
-
-
-def patch_help() -> dict[str, str]:
-    """What each field of AgentConfig means, in half a sentence, from its docstring."""
-    text = re.sub(r"\s*\n\s{12,}", " ", AgentConfig.__doc__ or "")
-    found = re.findall(r"^ {8}([a-z_, ]+): (.+)$", text, re.MULTILINE)
-    return {name: re.split(r"[.;] |\.$", says)[0] for names, says in found for name in names.split(", ")}
+    _name = "patch_seed" if _key == "seed" else _key
+    _default = getattr(AgentConfig, _key)
+    if _setting.kind in _PLAIN and not _setting.choices and not _setting.optional:
+        PATCH_FIELDS[_key] = Field(_name, _PLAIN[_setting.kind], _default)
+    else:  # None, a word or a pair travels as text
+        PATCH_FIELDS[_key] = Field(_name, str, written(_default))
 
 
 def request_fields(models: Sequence[str], limits: Limits) -> dict[str, Field]:
@@ -175,7 +170,7 @@ def check_patch(values: Mapping[str, Any], start: AgentConfig | None = None) -> 
     return dataclasses.replace(
         start or AgentConfig(),
         **{
-            name: _read(field, values[field.name])
+            name: _read(name, values[field.name])
             for name, field in PATCH_FIELDS.items()
             if values.get(field.name) is not None
         },
@@ -277,22 +272,8 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…" + text[-1]
 
 
-def _read(field: Field, value: Any) -> Any:
-    """A value of a patch field as AgentConfig takes it: text is a number, a pair ("2x4"), True, None, or a word."""
-    if field.kind is int:
-        return _whole(value)
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    parts = text.lower().replace("×", "x").split("x")
-    if len(parts) == 2 and all(part.strip().isdigit() for part in parts):
-        return int(parts[0]), int(parts[1])
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-
-
-def written(value: Any) -> str:
-    """What `_read` reads back."""
-    return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+def _read(name: str, value: Any) -> Any:
+    """A value of a patch field as AgentConfig takes it."""
+    if isinstance(value, str):
+        return SETTINGS[name].read(value)
+    return _whole(value) if PATCH_FIELDS[name].kind is int else value

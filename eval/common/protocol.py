@@ -72,6 +72,7 @@ _LABELS = {
     "early_ratio": "er{:g}",
     "alpha": "alpha{:g}",
     "broadcast_exponent": "scale{:g}",
+    "agents": "{}",
     "late": "{}",
     "merge_stride": "stride{}",
     "max_agents": "agents{}",

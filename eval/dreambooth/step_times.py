@@ -63,7 +63,7 @@ def training_settings(options: dict[str, Any]) -> Any:
     """The DreamBoothSettings that the command makes of these options."""
     from dreambooth.settings import DreamBoothSettings, default_config
 
-    fields = {name: options[name] for name in FIELD_NAMES if name in options and name != "seed"}
+    fields = {name: options[name] for name in FIELD_NAMES if name in options and name not in ("seed", "agents")}
     config = default_config(options["agents"], **fields) if fields else None
     return DreamBoothSettings(**{name: options[name] for name in options if name not in fields}, config=config)
 
