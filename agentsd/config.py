@@ -325,15 +325,15 @@ _CAPS = {"late": "downsample", "max_agents": 256, "max_keys": 1024, "match_tile"
 
 PRESET_NOTES: dict[str, Preset] = {
     "paper": Preset({}, "The paper's method, the defaults."),
-    "cache": Preset(
-        {"ratio": 0, "early": 0, "cache_interval": 3}, "Step caching with nothing merged: SDXL, and large GPUs."
-    ),
     "fast": Preset({"cache_interval": 3}, "The paper's method with step caching."),
     "fastest": Preset(
         {"cache_interval": 5, **_CAPS},
         "More step caching, and a cost of attention that grows linearly with the tokens.",
     ),
     "large": Preset({**_CAPS}, "A cost that grows linearly with the tokens, without caching: 1024 px and more."),
+    "cache": Preset(
+        {"ratio": 0, "early": 0, "cache_interval": 3}, "Step caching with nothing merged: SDXL, and large GPUs."
+    ),
 }
 """The presets, each with what it is for and what it measured."""
 

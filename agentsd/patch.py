@@ -58,7 +58,7 @@ def apply_patch(
             ControlNet, img2img, inpainting …) or AnimateDiff's UNetMotionModel, or such a UNet itself, also compiled or
             wrapped by DataParallel, DistributedDataParallel, FSDP or peft.
         config: all settings at once; or
-        preset: "paper", "cache", "fast", "fastest" or "large": a set of fields (`agentsd.config.PRESET_NOTES`); or
+        preset: "paper", "fast", "fastest", "large" or "cache": a set of fields (`agentsd.config.PRESET_NOTES`); or
         **settings: fields of AgentConfig by name, `ratio=0.4, early=0.4, …`. They override config or preset.
 
     A model that was fine-tuned with agents (`load_pipeline` found an agentsd.json in its folder) starts from the

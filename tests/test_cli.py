@@ -80,11 +80,12 @@ def test_every_setting_has_an_option_with_help():
     """Options and their help follow the fields of AgentConfig by themselves."""
     commands = next(action for action in cli._parser()._actions if action.choices)
     for command in ("generate", "info", "visualize"):
-        told = " ".join(commands.choices[command].format_help().split())
+        told = commands.choices[command].format_help()
+        unbroken = "".join(told.split())  # lines are broken at hyphens too
         for name, setting in SETTINGS.items():
-            assert f"{cli.option_of(name)} " in told or f"{cli.option_of(name)}," in told, name
-            assert " ".join(setting.help.split()) in told, name
-        assert all(preset.help.removesuffix(".") in told for preset in PRESET_NOTES.values())
+            assert re.search(rf"^  {cli.option_of(name)}[ ,]", told, re.MULTILINE), name
+            assert "".join(setting.help.split()) in unbroken, name
+        assert all("".join(preset.help.removesuffix(".").split()) in unbroken for preset in PRESET_NOTES.values())
     given = (
         "--ratio 0.3 --early 1 --early-ratio 0.2 --agents-from grid --late full --alpha 0 --broadcast-exponent -0.5 "
         "--agent-ratio 0.9 --agent-stride 8x4 "

@@ -195,7 +195,7 @@ def test_every_setting_is_described_once():
 
 def test_the_page_has_the_table_of_the_settings():
     text = PAGE.read_text("utf-8")
-    assert page_with_tables(text) == text, "run python tests/settings_table.py"
+    assert page_with_tables(text) == text, "run python tests/support/settings_table.py"
 
 
 def allowed_values(setting):

@@ -102,9 +102,9 @@ def test_ablations_and_intervals_as_scenarios():
     assert names == [
         "sd", "agentsd-r0.4", "agentsd-r0.4-downsample", "agentsd-r0.4-downsample-stride4", "agentsd-r0.4-full",
         "agentsd-r0.4-agents256", "agentsd-r0.4-agents64", "agentsd-r0.4-agents16",
-        "agentsd-r0.4-tile16", "agentsd-r0.4-tile8",
-        "agentsd-r0-early0-cache3", "agentsd-r0.4-cache3",
+        "agentsd-r0.4-tile16", "agentsd-r0.4-tile8", "agentsd-r0.4-cache3",
         "agentsd-r0.4-downsample-agents256-keys1024-tile16-cache5", "agentsd-r0.4-downsample-agents256-keys1024-tile16",
+        "agentsd-r0-early0-cache3",
     ]  # fmt: skip
     cached = make_scenarios(["agentsd", "deepcache", "tgate"], (0.2, 0.4), intervals=(2, 5))
     names = ["sd", "agentsd-r0.2", "agentsd-r0.4", "agentsd-r0.4-cache2", "agentsd-r0.4-cache5"]

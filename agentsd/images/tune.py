@@ -83,7 +83,7 @@ def tune(
     request = Request("-", steps=steps, height=height or own[0], width=width or own[1])
     _check(pipe, batch_size, rounds)
     methods = [_Method(UNPATCHED, None)]
-    methods += [_Method(name, AgentConfig(**fields)) for name, fields in PRESETS.items()]  # type: ignore[arg-type]
+    methods += [_Method(name, AgentConfig(**fields)) for name, fields in PRESETS.items()]
     with _scheduler_of_its_own(pipe) as scheduler:
         work = _Work(pipe, scheduler, request, batch_size)
         plans = {method.name: plan_of_run(scheduler, method.config, steps) for method in methods}

@@ -1,6 +1,6 @@
 """The tables of agentsd/README.md, made from the fields of AgentConfig and the presets.
 
-`python tests/settings_table.py` writes them; test_config.py fails where the page says anything else.
+`python tests/support/settings_table.py` writes them; test_config.py fails where the page says anything else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from agentsd.config import PRESET_NOTES, SETTINGS, AgentConfig
 from agentsd.fields import written
 
-PAGE = Path(__file__).resolve().parents[1] / "agentsd" / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "agentsd" / "README.md"
 
 
 def settings_table() -> str:
