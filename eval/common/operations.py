@@ -25,10 +25,13 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        # An operation that returns a view of its input, or an empty tensor, launches nothing.
-        launches_nothing = func.is_view or func.overloadpacket in _ALLOCATIONS or not _has_tensor(output)
-        self.count += not launches_nothing
+        self.count += not launches_nothing(func, output)
         return output
+
+
+def launches_nothing(operator: Any, output: Any) -> bool:
+    """Whether an operator of ATen computes nothing: it returns a view of its input, or an empty tensor."""
+    return operator.is_view or operator.overloadpacket in _ALLOCATIONS or not _has_tensor(output)
 
 
 _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided}
