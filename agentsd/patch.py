@@ -11,7 +11,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from .config import AgentConfig
-from .trained import announcement, start_from, trained_of
+from .trained import choose_settings
 from .unet.call import NOISE_LEVELS
 from .unet.installation import PATCH_ATTRIBUTE, Installation
 from .unet.layers import NOT_SOFTMAX, RESET_ATTN1, UNet, find_layers, find_other_cache, unwrap_unet, why_none
@@ -63,7 +63,7 @@ def apply_patch(
 
     A model that was fine-tuned with agents (`load_pipeline` found an agentsd.json in its folder) starts from the
     settings it was trained for in place of the defaults, and a warning says so once; a config or a preset replaces
-    them.
+    them. Where they belong to a LoRA that is no longer at work on the model, they are left out, and a warning says so.
 
     Returns:
         `model`, patched. Applying again replaces the former patch.
@@ -151,9 +151,8 @@ def choose_config(
     Raises:
         TypeError, ValueError: as apply_patch.
     """
-    unet = find_unet(model)
-    chosen = start_from(trained_of(unet), config, preset, **settings)
-    if config is None and preset is None and (said := announcement(unet, settings)):
+    chosen, said = choose_settings(find_unet(model), config, preset, **settings)
+    if said:
         warnings.warn(f"agentsd: {said}", stacklevel=3)
     return chosen
 

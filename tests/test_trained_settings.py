@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from app_support import tiny_models
-from conftest import draw, make_pipeline
+from conftest import call_unet, draw, make_pipeline
 from PIL import Image
 from playground.form import Form
 from playground.jobs import Finished, Note, Run, Studio, methods_to_compare
@@ -78,6 +78,10 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
         ({"config": {"ratio": 2}}, "ratio=2: must be a number in 0 … 1"),
         ({"config": {"ratio": "much"}}, "ratio='much': must be a number"),
         ({"config": {"spread": 2}}, "unknown setting spread; the settings are ratio, early"),
+        ({"config": {"preset": "fast"}}, "config: unknown setting preset; a preset has a name in apply_patch alone"),
+        ({"config": {"preset": None, "ratio": 0.3}}, "config: unknown setting preset; a preset has"),
+        ({"config": {"config": None}}, "config: unknown setting config; the settings are ratio"),
+        ({"agents": "sampling", "config": {"preset": "fast", "early": 1.0}}, "config: unknown setting preset"),
         ({"lora": "../lora.safetensors"}, "must be null or the name of a .safetensors file beside this one"),
         ({"lora": "lora.bin"}, "must be null or the name of a .safetensors file"),
         ({"lora": "a.safetensors", "base_model": ""}, "base_model='': must be the model that the LoRA belongs to"),
@@ -212,6 +216,128 @@ def test_a_lora_that_cannot_be_loaded(lora, tmp_path, folder):
     write(tmp_path, base_model=str(path), lora="pytorch_lora_weights.safetensors")
     with pytest.raises(ModelError, match="is a LoRA too: give one with whole weights"):
         load_pipeline(tmp_path, device="cpu")
+
+
+GONE = r"this UNet no longer has the LoRA that was trained for ratio=0.3, early=1.0"
+LEFT_OVER = GONE + r".*the patch still has these settings: call agentsd.apply_patch again"
+
+
+@pytest.fixture
+def with_lora(lora):
+    return load_pipeline(lora[0], device="cpu")
+
+
+def load_style(pipe, lora):
+    """The same matrices by another name, from a folder without agentsd.json's meaning."""
+    pipe.load_lora_weights(lora[0], weight_name="pytorch_lora_weights.safetensors", adapter_name="style")
+
+
+def exchange(pipe, lora):
+    """Another LoRA by the name that the first one had."""
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(lora[0], weight_name="pytorch_lora_weights.safetensors")
+
+
+def fuse_and_unload(pipe, lora):
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+
+
+def switch(pipe, lora):
+    load_style(pipe, lora)
+    pipe.set_adapters(["style"])
+
+
+REMOVALS = {
+    "unload_lora_weights": lambda pipe, lora: pipe.unload_lora_weights(),
+    "delete_adapters": lambda pipe, lora: pipe.delete_adapters(pipe.get_active_adapters()),
+    "disable_lora": lambda pipe, lora: pipe.disable_lora(),
+    "weight 0": lambda pipe, lora: pipe.set_adapters(pipe.get_active_adapters(), [0.0]),
+    "another one switched to": switch,
+    "another one of its name": exchange,
+    "fused and unloaded": fuse_and_unload,
+}
+
+
+@pytest.mark.parametrize("way", REMOVALS)
+def test_trained_settings_end_with_their_lora_and_it_is_told(with_lora, lora, way):
+    pipe = with_lora
+    with pytest.warns(UserWarning, match=SAID):
+        agentsd.apply_patch(pipe)
+    call_unet(pipe.unet)
+    REMOVALS[way](pipe, lora)
+    # The patch that is on it already keeps them, which the next call tells once.
+    with pytest.warns(UserWarning, match=LEFT_OVER) as caught:
+        call_unet(pipe.unet)
+        call_unet(pipe.unet)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match=GONE + r".*they are not used") as caught:
+        agentsd.apply_patch(pipe)
+        agentsd.apply_patch(pipe, alpha=0.1)
+    assert len(caught) == 1 and get_patch(pipe).config == AgentConfig(alpha=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call_unet(pipe.unet)
+
+
+def test_a_lora_that_comes_back_brings_its_settings_back(with_lora):
+    pipe = with_lora
+    pipe.disable_lora()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=GONE + r".*they are not used"):
+            agentsd.apply_patch(pipe)
+        assert get_patch(pipe).config == AgentConfig()
+        pipe.enable_lora()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first time they are announced
+            agentsd.apply_patch(pipe)
+        assert get_patch(pipe).config == TRAINED
+        pipe.disable_lora()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole-weights", "lora"])
+def test_another_lora_beside_trained_settings_is_told(pipe, with_lora, lora, whole):
+    pipe = pipe if whole else with_lora
+    with pytest.warns(UserWarning, match=SAID):
+        agentsd.apply_patch(pipe)
+    own = pipe.get_active_adapters()
+    load_style(pipe, lora)
+    pipe.set_adapters([*own, "style"])
+    for act in (lambda: call_unet(pipe.unet), lambda: agentsd.apply_patch(pipe)):
+        with pytest.warns(UserWarning, match=r"are used, and this UNet has another LoRA too \(style\)") as caught:
+            act()
+            act()
+        assert len(caught) == 1
+    assert get_patch(pipe).config == TRAINED
+    pipe.set_adapters([*own, "style"], [1.0] * len(own) + [0.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agentsd.apply_patch(pipe)
+        call_unet(pipe.unet)
+
+
+def test_a_fused_lora_and_settings_of_ones_own_are_no_reason_to_warn(with_lora, lora):
+    pipe = with_lora
+    with pytest.warns(UserWarning, match=SAID):
+        agentsd.apply_patch(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.fuse_lora()
+        call_unet(pipe.unet)
+        other = copy.deepcopy(pipe)
+        call_unet(other.unet)
+        pipe.unfuse_lora()
+        for settings in (dict(config=AgentConfig()), dict(preset="paper")):
+            agentsd.apply_patch(pipe, **settings)
+            pipe.unload_lora_weights()
+            call_unet(pipe.unet)
+        agentsd.remove_patch(pipe)
+        call_unet(pipe.unet)
+        agentsd.apply_patch(pipe, early=0.4, ratio=0.4, agent_stride=4)  # nothing is left of the trained ones
+        call_unet(pipe.unet)
+    other.unload_lora_weights()
+    with pytest.warns(UserWarning, match=LEFT_OVER):
+        call_unet(other.unet)
 
 
 @pytest.mark.parametrize("rank", [None, 2], ids=["whole-weights", "lora"])
