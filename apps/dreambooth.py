@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dreambooth.settings import (  # the package beside this file, which Python prefers to the file itself
+from dreambooth.output import how_to_go_on  # the package beside this file, which Python prefers to the file itself
+from dreambooth.settings import (
     AGENTS,
     LR_SCHEDULERS,
     PRECISIONS,
@@ -93,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(training, "--lr-warmup-steps", "steps of its linear rise", type=int, metavar="N")
     add(training, "--lr-num-cycles", "of cosine_with_restarts", type=int, metavar="N")
     add(training, "--lr-power", "of polynomial", type=float, metavar="P")
+    add(training, "--lr-step-rules", "of piecewise_constant: 1:500,0.1", metavar="RULES")
     add(training, "--use-8bit-adam", "bitsandbytes' AdamW8bit (CUDA only)", action="store_true")
     for name in ("beta1", "beta2", "weight-decay", "epsilon"):
         add(training, f"--adam-{name}", "of AdamW", type=float, metavar="X")
@@ -138,6 +140,7 @@ def _with_hyphens(argument: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; returns the exit status: 0, 1 out of memory, 2 for wrong input, 130 when interrupted."""
+    settings = None
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
         from dreambooth.run import run  # heavy imports, so that --help and wrong options answer at once
@@ -147,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dreambooth: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume-from-checkpoint latest goes on from here", file=sys.stderr)
+        remedy = "" if settings is None else f"; {how_to_go_on(Path(settings.output_dir))}"
+        print(f"\nstopped{remedy}", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":

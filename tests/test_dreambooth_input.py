@@ -46,8 +46,12 @@ def base(tmp_path_factory) -> Path:
     make_pipeline(scheduler=diffusers.DDIMScheduler(**SD_BETAS, prediction_type="sample")).save_pretrained(
         folder / "x0"
     )
+    make_pipeline(scheduler=diffusers.EDMEulerScheduler()).save_pretrained(folder / "edm")
     for i in range(2):
         write_image(folder / "subject" / f"{i}.png")
+    write_image(folder / "nested" / "dogs" / "old" / "0.png")
+    write_image(folder / "linked" / "good.png")
+    (folder / "linked" / "gone.png").symlink_to(folder / "moved.png")
     write_image(folder / "pixel" / "good.png")
     write_image(folder / "pixel" / "one.png", (1, 1))
     write_image(folder / "strip" / "strip.png", (4 * SIDE, 3))
@@ -85,6 +89,15 @@ BAD = {
     "a file for a folder": ("--instance-data-dir '{base}/a file'", "is a file; give the folder"),
     "an empty folder": ("--instance-data-dir {base}/empty", "has no image; put three or more"),
     "a folder without images": ("--instance-data-dir {base}/notes", "has no image among its 1 files"),
+    "images in sub-folders alone": (
+        "--instance-data-dir {base}/nested",
+        "has no image (left out, as they are sub-folders, whose images are not used: dogs (1 images)); put",
+    ),
+    "a link to nothing": ("--instance-data-dir {base}/linked", "gone.png is a link to {base}/moved.png, which is not"),
+    "a class image that is a link to nothing": (
+        "--with-prior-preservation --class-prompt dog --class-data-dir {base}/linked",
+        "--class-data-dir: {base}/linked/gone.png is a link to",
+    ),
     "an unreadable image": ("--instance-data-dir {base}/broken", "bad.png cannot be read as an image"),
     "half an image": ("--instance-data-dir {base}/cut", "cut.jpg cannot be read as an image"),
     "one pixel": ("--instance-data-dir {base}/pixel", "one.png has 1 × 1 pixels; at --resolution 64 each side must"),
@@ -110,6 +123,7 @@ BAD = {
     "no pipeline": ("--model {base}/empty", "without model_index.json"),
     "an inpainting model": ("--model {base}/inpainting", "its UNet takes 9 channels"),
     "another prediction": ("--model {base}/x0", "prediction_type='sample'"),
+    "another kind of noise": ("--model {base}/edm", "its scheduler counts noise levels (EDMEulerScheduler"),
     "resolution": ("--resolution 100", "--resolution 100: must be a multiple of 8 for this model; use 96"),
     "resolution 0": ("--resolution 0", "--resolution 0: must be an integer, at least 8"),
     "no steps": ("--max_train_steps=0", "--max-train-steps 0: must be an integer, at least 1"),
@@ -121,6 +135,48 @@ BAD = {
     "a misspelt option": ("--lerning-rate 1", "--lerning-rate 1 (did you mean --learning-rate?)"),
     "a limit that is a word": ("--checkpoints-total-limit few", "--checkpoints-total-limit few: must be an integer"),
     "warm-up": ("--lr-warmup-steps 5", "--lr-warmup-steps 5: has no effect with --lr-scheduler constant"),
+    "polynomial, warm-up as long as the training": (
+        "--lr-scheduler polynomial --lr-warmup-steps 3 --max-train-steps 3",
+        "--lr-warmup-steps 3: must be less than --max-train-steps 3",
+    ),
+    "a rate where polynomial ends": (
+        "--lr-scheduler polynomial --learning-rate 1e-7",
+        "--learning-rate 1e-07: must be above 1e-07 with --lr-scheduler polynomial",
+    ),
+    "a warm-up longer than the training": (
+        "--lr-scheduler constant_with_warmup --lr-warmup-steps 500 --max-train-steps 2",
+        "--lr-warmup-steps 500: must be less than --max-train-steps 2",
+    ),
+    "restarts for fewer than two steps each": (
+        "--lr-scheduler cosine_with_restarts --lr-num-cycles 4 --lr-warmup-steps 1 --max-train-steps 8",
+        "--lr-num-cycles 4: must be at most 3, so that each has two of the 7 steps",
+    ),
+    "restarts of another schedule": (
+        "--lr-scheduler cosine --lr-num-cycles 2",
+        "--lr-num-cycles 2: has no effect with --lr-scheduler cosine; use cosine_with_restarts",
+    ),
+    "a power of another schedule": ("--lr-power 2", "--lr-power 2.0: has no effect with --lr-scheduler constant"),
+    "a warm-up of pieces": (
+        "--lr-scheduler piecewise_constant --lr-step-rules 1 --lr-warmup-steps 1",
+        "--lr-warmup-steps 1: has no effect with --lr-scheduler piecewise_constant; use constant_with_warmup",
+    ),
+    "pieces without rules": ("--lr-scheduler piecewise_constant", "piecewise_constant needs --lr-step-rules: give"),
+    "rules without pieces": ("--lr-step-rules 1:2,0.1", "--lr-step-rules 1:2,0.1: has no effect"),
+    **{
+        f"rules {rules}": (f"--lr-scheduler piecewise_constant --max-train-steps 9 --lr-step-rules {rules}", message)
+        for rules, message in (
+            ("fast", "'fast' is no rule; give FACTOR:STEP"),
+            ("1:2", "the last has none"),
+            ("1,0.1", "all factors but the last need a step"),
+            ("1:5,0.1:5,0", "its steps must rise from 1 on"),
+            ("1:0,0.1", "its steps must rise from 1 on"),
+            ("1:2,nan", "the factor nan must be at least 0"),
+            ("1:2,-1", "the factor -1 must be at least 0"),
+            ("1:9,0.1", "step 9 does not come in --max-train-steps 9"),
+            ("0", "gives the learning rate 0 at every step"),
+            ("1:2,9999999", "not one in 0 … 1"),
+        )
+    },
     "a field out of range": ("--agents both --ratio 0.99", "ratio=0.99"),
     "a field of another type": ("--agents both --late 3", "late=3: must be"),
     "fields without agents": ("--ratio 0.3", "no effect with --agents none"),
@@ -139,7 +195,7 @@ BAD = {
     ),
     "the same run": ("--output-dir {base}/finished --max-train-steps 2", "has this very run already; add --resume"),
     "the same run, begun": ("--output-dir {base}/begun --max-train-steps 4", "has this very run already; add --resume"),
-    "nothing to resume": ("--resume-from-checkpoint latest", "has no run to go on with"),
+    "nothing to resume by that name": ("--resume-from-checkpoint step-3", "has no run to go on with"),
     "no such checkpoint": (
         "--output-dir {base}/begun --max-train-steps 4 --resume-from-checkpoint step-3",
         "has no such checkpoint, only step-4; give one of these",
@@ -260,6 +316,62 @@ def test_all_options_of_the_command(base, tmp_path):
         script.read_settings(["--help"])
 
 
+# --- stopped and started again ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["check", "load", "encode", "step"])
+def test_stopped_before_the_first_checkpoint_the_advice_works(base, tmp_path, capsys, monkeypatch, where):
+    """Ctrl-C while it checks, loads, encodes, or in the first step (a second one, which does not wait for its end)."""
+
+    def stop(trainer):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, where, stop)
+        assert call("--max-train-steps 2", base, out) == 130
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("stopped; give the same command, which begins anew") and "resume" not in told
+    assert call("--max-train-steps 2", base, out) == 0
+    assert json.loads((out / "training.json").read_text())["finished"]
+
+
+def test_stopped_after_a_checkpoint_the_advice_works(base, tmp_path, capsys, monkeypatch):
+    def stop(trainer):
+        if trainer.done == 3:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    out, step = tmp_path / "out", Trainer.step
+    arguments = "--max-train-steps 4 --checkpointing-steps 2"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stop)
+        assert call(arguments, base, out) == 130
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told == "stopped; go on with --resume-from-checkpoint latest, after step 2"
+    (out / "checkpoints" / "step-9-copy").mkdir()  # no checkpoint
+    assert call(f"{arguments} --resume-from-checkpoint latest", base, out) == 0
+    assert "going on after step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("before", ["no folder", "an empty folder", "a run without checkpoint"])
+def test_latest_with_nothing_to_resume_says_so_and_begins_anew(base, tmp_path, capsys, monkeypatch, before):
+    out = tmp_path / "out"
+    if before == "an empty folder":
+        out.mkdir()
+    elif before == "a run without checkpoint":
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "encode", lambda trainer: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                call("--max-train-steps 2", base, out)
+        assert (out / "training.json").exists()
+    assert call("--max-train-steps 2 --resume-from-checkpoint latest", base, out) == 0
+    said = capsys.readouterr().out
+    assert f"there is no checkpoint in {out} yet, so the run begins anew" in said and "the model is in" in said
+    assert call("--max-train-steps 2 --resume-from-checkpoint latest", base, out) == 0  # the job is started once more
+    assert "is finished already, after 2 steps" in capsys.readouterr().out
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
@@ -317,13 +429,83 @@ def test_the_middle_is_kept(tmp_path, size, corner):
     assert torch.equal(image.pixels, expected)
 
 
-def test_other_files_are_told_and_hidden_ones_left_out(tmp_path):
+def test_all_that_is_no_image_is_told_and_hidden_files_without_a_meaning_are_not(tmp_path):
     for name in ("b.png", "a.JPG", ".hidden.png"):
         write_image(tmp_path / name)
+    (tmp_path / ".DS_Store").write_bytes(b"")
     (tmp_path / "caption.txt").write_text("a zebra")
     (tmp_path / "folder.png").mkdir()
-    images, others = find_images(tmp_path, "instance_data_dir")
-    assert [path.name for path in images] == ["a.JPG", "b.png"] and [path.name for path in others] == ["caption.txt"]
+    found = find_images(tmp_path, "instance_data_dir")
+    assert [path.name for path in found.images] == ["a.JPG", "b.png"]
+    assert found.left_out == {
+        "hidden": [".hidden.png"],
+        "no images that Pillow reads": ["caption.txt"],
+        "sub-folders without images": ["folder.png"],
+    }
+
+
+def test_what_is_left_out_of_both_folders_is_told(base, tmp_path, capsys):
+    """Sub-folders, hidden and other files, and more class images than are wanted; not the other folders of the run."""
+    subject, classes = tmp_path / "subject", tmp_path / "subject" / "class"
+    for name in ("0.png", "more/1.png", "more/deep/2.jpg", "._0.png"):
+        write_image(subject / name)
+    for name in ("0.png", "1.png", "2.png", "dogs/3.png"):
+        write_image(classes / name)
+    (subject / "photo.heic").write_bytes(b"")
+    (classes / "list.txt").write_text("")
+    (classes / "link").symlink_to("nowhere")
+    arguments = (
+        f"--instance-data-dir {subject} --with-prior-preservation --class-data-dir {classes} --class-prompt dog "
+        "--num-class-images 2 --max-train-steps 1"
+    )
+    assert call(arguments, base, subject / "out") == 0
+    said = [line.removeprefix("dreambooth: ") for line in capsys.readouterr().out.splitlines()]
+    assert said[:8] == [
+        f"1 images of the subject in {subject}",
+        f"left out of {subject}, as they are hidden: ._0.png",
+        f"left out of {subject}, as they are sub-folders, whose images are not used: more (2 images)",
+        f"left out of {subject}, as they are no images that Pillow reads: photo.heic",
+        f"2 images of the class in {classes}",
+        f"left out of {classes}, as they are sub-folders, whose images are not used: dogs (1 images)",
+        f"left out of {classes}, as they are no images that Pillow reads: link, list.txt",
+        f"left out of {classes}, as they are more than --num-class-images 2: 2.png",
+    ]
+
+
+def test_generated_class_images_are_announced_beside_what_was_left_out(base, tmp_path, capsys):
+    write_image(tmp_path / "class" / "photos" / "0.png")
+    arguments = (
+        f"--with-prior-preservation --class-data-dir {tmp_path / 'class'} --class-prompt dog --num-class-images 2 "
+        "--class-inference-steps 1 --max-train-steps 1"
+    )
+    assert call(arguments, base, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert f"0 images of the class in {tmp_path / 'class'}; 2 more are generated" in said
+    assert "sub-folders, whose images are not used: photos (1 images)" in said
+
+
+@pytest.mark.parametrize("field", ["instance_data_dir", "class_data_dir"])
+def test_floats_and_wide_integers_are_refused_and_sixteen_bits_read(tmp_path, field):
+    """As the benchmark does: which value of a float or a 32-bit integer is white, no file says."""
+    ramp = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+    for name, pixels, kind in (
+        ("unit.tiff", ramp.astype(np.float32), "floats"),
+        ("bytes.tiff", (255 * ramp).astype(np.float32), "floats"),
+        ("int.tiff", (255 * ramp).astype(np.int32), "32-bit integers"),
+        ("wide.tiff", (2**31 - 1) * ramp.astype(np.float64).round().astype(np.int32), "32-bit integers"),
+    ):
+        Image.fromarray(pixels).save(tmp_path / name)
+        with pytest.raises(UsageError, match=f"{name} cannot be read as an image .its pixels are {kind} of unknown"):
+            read_image(tmp_path / name, 64, field)
+    expected = 2 * ramp.astype(np.float32) - 1
+    for name in ("deep.tiff", "deep.png", "deep.pgm"):
+        Image.fromarray((65535 * ramp).round().astype(np.uint16)).save(tmp_path / name)
+        assert np.abs(read_image(tmp_path / name, 64, field).pixels.numpy() - expected).max() < 0.005
+    Image.fromarray((255 * ramp).round().astype(np.uint8)).save(tmp_path / "usual.tiff")
+    assert np.abs(read_image(tmp_path / "usual.tiff", 64, field).pixels.numpy() - expected).max() < 0.005
+    big_endian = Image.fromarray((65535 * ramp).round().astype(">u2"), "I;16B")
+    big_endian.save(tmp_path / "big.tiff")
+    assert np.abs(read_image(tmp_path / "big.tiff", 64, field).pixels.numpy() - expected).max() < 0.005
 
 
 def test_settings_from_python_are_checked():

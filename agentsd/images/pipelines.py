@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ _ALWAYS = {
 }
 
 
+_WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.([A-Za-z]\w*))?(?:-\d{5}-of-\d{5})?\.safetensors")
+"""Names of weights that diffusers and transformers save, with their variant."""
+
+
 class ModelError(Exception):
     """A model could not be loaded; the message is one sentence: what, why, what to try."""
 
@@ -67,7 +72,8 @@ def load_pipeline(
         device: None takes the first available of "cuda", "mps" and "cpu".
         dtype: dtype of the weights, or its name; None takes float16 on CUDA and float32 elsewhere.
         scheduler: a name from SCHEDULERS; None keeps the model's own.
-        **options: passed to `DiffusionPipeline.from_pretrained` (`variant="fp16"`, `revision=…`).
+        **options: passed to `DiffusionPipeline.from_pretrained` (`variant="fp16"`, `revision=…`). A folder with the
+            weights of one variant alone needs none.
 
     Returns:
         The pipeline on its device, unpatched.
@@ -96,6 +102,8 @@ def load_pipeline(
 def _load(model: str | Path, dtype: torch.dtype, options: dict[str, Any]) -> DiffusionPipeline:
     source = DEMO_MODEL if model == "demo" else model
     _refuse_code(Path(source))
+    if (variant := _variant(Path(source), dtype)) is not None:
+        options = {"variant": variant} | options
     quiet = _quiet() if model == "demo" else contextlib.nullcontext()
     try:
         with quiet:
@@ -104,6 +112,21 @@ def _load(model: str | Path, dtype: torch.dtype, options: dict[str, Any]) -> Dif
             )
     except Exception as error:  # diffusers raises many kinds here; all of them mean that there is no pipeline
         raise ModelError(_why_not_loaded(model, error)) from error
+
+
+def _variant(folder: Path, dtype: torch.dtype) -> str | None:
+    """The variant to load from a folder whose weights have no others, as unet/….fp16.safetensors; None for the usual.
+
+    Of several that all parts have, the one of this dtype, else the first by name.
+    """
+    found: dict[Path, set[str]] = {}  # of each part, "" for the usual ones
+    for file in folder.glob("*/*.safetensors"):
+        if named := _WEIGHTS.fullmatch(file.name):
+            found.setdefault(file.parent, set()).add(named[1] or "")
+    needed = [variants for variants in found.values() if "" not in variants]
+    common = sorted(set.intersection(*needed)) if needed else []
+    usual = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    return usual if usual in common else next(iter(common), None)
 
 
 def _read_trained(model: str | Path) -> Trained | None:
@@ -221,7 +244,9 @@ def _why_not_loaded(model: str | Path, error: Exception) -> str:
                 f"{path / 'model_index.json'} names no pipeline class (`_class_name`), so it is not what "
                 "pipe.save_pretrained(…) wrote: save or download the model again"
             )
-        return f"the pipeline in {model} cannot be loaded ({_first_line(error)}): save it again as safetensors"
+        pickled = any(path.glob("*/*.bin"))
+        remedy = "save it again as safetensors" if pickled else "download or save it again"
+        return f"the pipeline in {model} cannot be loaded ({_first_line(error)}): {remedy}"
     if path.is_file():
         return f"{model} is a file: give a folder in diffusers' format, or a Hugging Face id"
     looks_like_path = str(model).startswith((".", "/", "~")) or str(model).count("/") > 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import secrets
 import shutil
 from pathlib import Path
@@ -22,21 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .models import trained_tensors
+from .output import CHECKPOINTS, list_checkpoints, step_of
 from .settings import UsageError
-
-FOLDER = "checkpoints"
-_NAME = re.compile(r"step-(\d+)")
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    folders = [path for path in (output_dir / FOLDER).glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(folders, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """How many steps were done when a checkpoint was written."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
@@ -53,8 +39,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
             return path
     names = ", ".join(path.name for path in found) or "none at all"
     raise UsageError(
-        f"--resume-from-checkpoint {wanted}: {output_dir / FOLDER} has no such checkpoint, only {names}; give one of "
-        "these, or latest"
+        f"--resume-from-checkpoint {wanted}: {output_dir / CHECKPOINTS} has no such checkpoint, only {names}; give one "
+        "of these, or latest"
     )
 
 
@@ -72,7 +58,7 @@ def save_checkpoint(
     Raises:
         OSError: there is no room, or the folder cannot be written to. The checkpoints before stay.
     """
-    final = output_dir / FOLDER / f"step-{step}"
+    final = output_dir / CHECKPOINTS / f"step-{step}"
     temporary = final.parent / f".{final.name}-{secrets.token_hex(4)}.tmp"
     temporary.mkdir(parents=True)
     try:
@@ -127,7 +113,7 @@ def load_checkpoint(
 
 def remove_unfinished(output_dir: Path) -> None:
     """Remove what a killed process left of a checkpoint or an export."""
-    for path in [*(output_dir / FOLDER).glob(".step-*.tmp"), *output_dir.glob(".export-*.tmp")]:
+    for path in [*(output_dir / CHECKPOINTS).glob(".step-*.tmp"), *output_dir.glob(".export-*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
 

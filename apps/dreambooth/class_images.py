@@ -11,22 +11,26 @@ from tqdm import tqdm
 
 from agentsd.files import write_atomically
 
-from .data import find_images
+from .data import Found, find_images
 from .draws import number
 from .sampling import generate, ready_to_sample
 from .settings import DreamBoothSettings, UsageError
 
 
-def check_class_folder(settings: DreamBoothSettings) -> list[Path]:
-    """The images that are there already, at most num_class_images of them; the folder need not exist yet.
+def check_class_folder(settings: DreamBoothSettings) -> Found:
+    """What is in the folder already; of more than num_class_images the first ones by name. It need not exist yet.
 
     Raises:
-        UsageError: it is a file or cannot be listed.
+        UsageError: it is a file or cannot be listed, or an image in it is a link to nothing.
     """
     folder: Any = settings.class_data_dir
-    if not folder.exists():
-        return []
-    return find_images(folder, "class_data_dir")[0][: settings.num_class_images]
+    if not folder.exists() and not folder.is_symlink():
+        return Found([], {})
+    found = find_images(folder, "class_data_dir", (settings.instance_data_dir, settings.output_dir))
+    count = settings.num_class_images
+    if rest := found.images[count:]:
+        found.left_out[f"more than --num-class-images {count}"] = [path.name for path in rest]
+    return Found(found.images[:count], found.left_out)
 
 
 def complete_class_images(
@@ -54,16 +58,17 @@ def complete_class_images(
             "write to"
         ) from None
     accelerator.wait_for_everyone()
-    return check_class_folder(settings)
+    return check_class_folder(settings).images
 
 
 def _generate(pipe: Any, settings: DreamBoothSettings, accelerator: Accelerator, files: list[tuple[int, Path]]) -> None:
     seeds = [number(settings.seed, "class image", i) for i, _ in files]
     bar = tqdm(total=len(files), desc="class images", unit="image", disable=not accelerator.is_main_process)
-    with ready_to_sample(pipe, accelerator.device), accelerator.autocast(), bar:
+    with ready_to_sample(pipe, accelerator.device), bar:
         images = generate(
             pipe, settings.class_prompt, seeds, resolution=settings.resolution,
             steps=settings.class_inference_steps, guidance=settings.guidance_scale,
+            precision=accelerator.autocast,
         )  # fmt: skip
         for (_, path), image in zip(files, images):
             write_atomically(path, lambda file, image=image: image.save(file, format="PNG"))
@@ -72,7 +77,7 @@ def _generate(pipe: Any, settings: DreamBoothSettings, accelerator: Accelerator,
 
 def _missing(folder: Path, wanted: int) -> list[tuple[int, Path]]:
     """Number and path of each image to generate."""
-    found = find_images(folder, "class_data_dir")[0]
+    found = find_images(folder, "class_data_dir").images
     count = wanted - len(found)
     free = ((i, folder / f"class-{i:05d}.png") for i in range(wanted + len(found)))
     return [(i, path) for i, path in free if path not in found][: max(0, count)]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from agentsd.images.latents import scale_latents
+
 from .data import TrainingImage, read_image
 from .draws import generator
 
@@ -41,7 +43,7 @@ def encode_image(vae: nn.Module, pixels: Tensor, noise: torch.Generator) -> Tens
         noise: of that sample.
 
     Returns:
-        [C, h, w] float32, scaled by the autoencoder's own factor.
+        [C, h, w] float32, scaled as the autoencoder's configuration says.
     """
     parameter = next(vae.parameters())
     with torch.no_grad():
@@ -52,12 +54,7 @@ def encode_image(vae: nn.Module, pixels: Tensor, noise: torch.Generator) -> Tens
         latents = posterior.mean + posterior.std * drawn
     else:
         latents = encoded.latents  # AutoencoderTiny has no distribution
-    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
-    factor = vae.config.scaling_factor
-    if mean is not None and std is not None:
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, std))
-        return ((latents - mean) * factor / std)[0].float()
-    return (latents * factor)[0].float()
+    return scale_latents(vae, latents)[0].float()
 
 
 def encode_files(

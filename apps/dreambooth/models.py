@@ -11,6 +11,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline,
 from diffusers.training_utils import cast_training_params
 from torch import nn
 
+from agentsd.images.latents import has_statistics
+from agentsd.images.noise import why_not_ddpm
 from agentsd.images.pipelines import ModelError, load_pipeline
 
 from .draws import number
@@ -40,7 +42,7 @@ def load_model(settings: DreamBoothSettings) -> Model:
     """Load the pipeline and check that it can be trained here with these settings.
 
     Raises:
-        UsageError: it cannot be loaded, is of another kind, or predicts neither the noise nor the velocity.
+        UsageError: it cannot be loaded, is of another kind, or was trained with another kind of noise.
     """
     try:
         pipe = load_pipeline(settings.model, device="cpu", dtype="float32")
@@ -61,13 +63,7 @@ def load_model(settings: DreamBoothSettings) -> Model:
             f"--model {settings.model}: its UNet takes {pipe.unet.config.in_channels} channels, as for inpainting; "
             f"give a text-to-image model, whose UNet takes the {pipe.vae.config.latent_channels} of a latent"
         )
-    model = Model(pipe, DDPMScheduler.from_config(pipe.scheduler.config))
-    kind = model.noise_scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise UsageError(
-            f"--model {settings.model}: its scheduler says prediction_type={kind!r}; only 'epsilon' and 'v_prediction' "
-            "can be trained"
-        )
+    model = Model(pipe, _noise_scheduler(settings, pipe))
     if model.is_xl and settings.train_text_encoder:
         raise UsageError(
             "--train-text-encoder: is for models with one text encoder; leave it out for Stable Diffusion XL"
@@ -82,6 +78,36 @@ def load_model(settings: DreamBoothSettings) -> Model:
         module.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return model
+
+
+def _noise_scheduler(settings: DreamBoothSettings, pipe: Any) -> DDPMScheduler:
+    """The noise schedule of the model's own scheduler. Raises UsageError for a model that has another kind of noise."""
+    name = f"--model {settings.model}"
+    if (why := why_not_ddpm(pipe.scheduler)) is not None:
+        raise UsageError(
+            f"{name}: its scheduler {why}; only models that were trained with DDPM's noise to predict the noise or the "
+            "velocity, such as Stable Diffusion 1.5, 2.1 and XL, can be trained here"
+        )
+    if getattr(pipe.unet.config, "time_cond_proj_dim", None) is not None:
+        raise UsageError(
+            f"{name}: its UNet takes the guidance scale as an input, as distilled for few steps (LCM); give the model "
+            "that it was distilled from"
+        )
+    if pipe.unet.config.out_channels != pipe.unet.config.in_channels:
+        raise UsageError(
+            f"{name}: its UNet predicts {pipe.unet.config.out_channels} channels and not the "
+            f"{pipe.unet.config.in_channels} of the noise, as with a learned variance; give a model without"
+        )
+    if has_statistics(pipe.vae) and not isinstance(pipe, StableDiffusionXLPipeline):
+        raise UsageError(
+            f"{name}: its autoencoder has latents_mean and latents_std, which a {type(pipe).__name__} leaves out when "
+            "it decodes; give a model with an autoencoder without them"
+        )
+    config = pipe.scheduler.config
+    # The betas themselves: another class takes its own defaults for what a configuration does not say.
+    return DDPMScheduler(
+        config.num_train_timesteps, trained_betas=pipe.scheduler.betas.tolist(), prediction_type=config.prediction_type
+    )
 
 
 def text_encoders(pipe: DiffusionPipeline) -> list[nn.Module]:

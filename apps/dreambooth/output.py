@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 from agentsd.files import write_atomically
 
+from .schedules import ENDLESS
 from .settings import DreamBoothSettings, UsageError, option
 
 RECORD = "training.json"
+CHECKPOINTS = "checkpoints"
 
 _FREE = (
     "output_dir instance_data_dir class_data_dir resume_from_checkpoint device checkpointing_steps "
@@ -22,6 +25,25 @@ _FREE = (
 """Settings that may differ when a run goes on: none changes the weights. Images are compared by their content."""
 
 
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    paths = [path for path in (folder / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted((path for path in paths if path.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps were done when a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What to do about a run in a folder that has stopped: "go on with …", or "give the same command, …"."""
+    found = list_checkpoints(folder)
+    if not found:
+        return "give the same command, which begins anew, as there is no checkpoint yet; class images are kept"
+    return f"go on with --resume-from-checkpoint latest, after step {step_of(found[-1])}"
+
+
 def recorded_settings(settings: DreamBoothSettings, precision: str, processes: int) -> dict[str, Any]:
     """The settings as training.json has them."""
     return {**settings.as_json(), "mixed_precision": precision, "processes": processes}
@@ -29,6 +51,9 @@ def recorded_settings(settings: DreamBoothSettings, precision: str, processes: i
 
 def check_output(settings: DreamBoothSettings, recorded: dict[str, Any]) -> dict[str, Any] | None:
     """Make sure that nothing in --output-dir would be overwritten; returns the record of the run to go on with.
+
+    It is None where there is none yet, also with --resume-from-checkpoint latest: one command starts a job and restarts
+    it.
 
     Raises:
         UsageError: the folder has something else in it, another run, or this one without being asked to go on.
@@ -43,7 +68,7 @@ def check_output(settings: DreamBoothSettings, recorded: dict[str, Any]) -> dict
             raise UsageError(
                 f"{name}: has other files in it, which would be overwritten; give a new or an empty folder"
             )
-        if settings.resume_from_checkpoint:
+        if settings.resume_from_checkpoint not in (None, "latest"):
             raise UsageError(
                 f"--resume-from-checkpoint {settings.resume_from_checkpoint}: {folder} has no run to go on with; give "
                 "the --output-dir of that run, or leave --resume-from-checkpoint out"
@@ -51,14 +76,14 @@ def check_output(settings: DreamBoothSettings, recorded: dict[str, Any]) -> dict
         return None
     before = record.get("settings", {})
     for key, value in recorded.items():
-        if key in _FREE or (key == "max_train_steps" and settings.lr_scheduler.startswith("constant")):
+        if key in _FREE or (key == "max_train_steps" and settings.lr_scheduler in ENDLESS):
             continue
         if before.get(key) != value:
             raise UsageError(
                 f"{name}: has a run with another {key} ({_brief(before.get(key))}, not {_brief(value)}); give the "
                 f"settings of that run, or another --output-dir"
             )
-    if not settings.resume_from_checkpoint and (record.get("finished") or any(folder.glob("checkpoints/step-*"))):
+    if not settings.resume_from_checkpoint and (record.get("finished") or list_checkpoints(folder)):
         raise UsageError(
             f"{name}: has this very run already; add --resume-from-checkpoint latest to go on with it, or give another "
             "--output-dir"

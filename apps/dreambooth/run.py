@@ -15,7 +15,7 @@ from agentsd.images.measure import PeakMemory
 from .checkpoints import find_checkpoint, load_checkpoint, remove_unfinished, save_checkpoint
 from .export import export
 from .models import written_bytes
-from .output import check_output, check_room, claim_output, recorded_settings, write_record
+from .output import check_output, check_room, claim_output, how_to_go_on, recorded_settings, write_record
 from .settings import DreamBoothSettings, UsageError
 from .training import Trainer
 from .validation import write_validation
@@ -28,7 +28,7 @@ def run(settings: DreamBoothSettings) -> None:
 
     Raises:
         UsageError: something that the user can put right.
-        KeyboardInterrupt: Ctrl+C or SIGTERM came; a checkpoint of the last finished step was written.
+        KeyboardInterrupt: Ctrl+C or SIGTERM came; a checkpoint of the last finished step was written, if there was one.
     """
     trainer = Trainer(settings)
     trainer.check()
@@ -47,8 +47,8 @@ def run(settings: DreamBoothSettings) -> None:
         job.finish()
     except OSError as error:
         raise UsageError(
-            f"--output-dir {settings.output_dir}: could not be written to after step {trainer.done} ({error}); the "
-            "last checkpoint is as it was: make room, and go on with --resume-from-checkpoint latest"
+            f"--output-dir {settings.output_dir}: could not be written to after step {trainer.done} ({error}); make "
+            f"room, and {how_to_go_on(job.folder)}"
         ) from error
     trainer.accelerator.end_training()
 
@@ -93,11 +93,17 @@ class _Job:
             if self.record is None:
                 claim_output(self.folder, self.recorded)
             remove_unfinished(self.folder)
-        self.say(f"{len(trainer.files['instance'])} images of the subject in {settings.instance_data_dir}")
-        if trainer.other_files:
-            names = ", ".join(path.name for path in trainer.other_files[:5])
-            more = ", …" if len(trainer.other_files) > 5 else ""
-            self.say(f"left out, as they are no images: {names}{more}")
+        if self.settings.resume_from_checkpoint and self.checkpoint is None:
+            self.say(f"there is no checkpoint in {self.folder} yet, so the run begins anew")
+        for name, what, folder in (
+            ("instance", "subject", settings.instance_data_dir), ("class", "class", settings.class_data_dir)
+        ):  # fmt: skip
+            if name in trainer.files:
+                missing = settings.num_class_images - len(trainer.files[name]) if name == "class" else 0
+                more = f"; {missing} more are generated" if missing > 0 else ""
+                self.say(f"{len(trainer.files[name])} images of the {what} in {folder}{more}")
+                for sentence in trainer.left_out[name]:
+                    self.say(f"left out of {folder}, as they are {sentence}")
         config = settings.agent_config
         self.say(
             {
@@ -112,8 +118,6 @@ class _Job:
         """Load the checkpoint that there is to go on from."""
         trainer = self.trainer
         if self.checkpoint is None:
-            if self.settings.resume_from_checkpoint:
-                self.say("there is no checkpoint yet, so the run begins anew")
             return
         facts = load_checkpoint(self.checkpoint, trainer.parts, trainer.states(), trainer.accelerator.device)
         if facts["images"] != trainer.digest:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+
+from agentsd.images.latents import unscale_latents
 
 from .models import text_encoders
 
@@ -34,16 +37,35 @@ def ready_to_sample(pipe: DiffusionPipeline, device: torch.device) -> Iterator[N
 
 
 def generate(
-    pipe: DiffusionPipeline, prompt: str, seeds: Iterable[int], *, resolution: int, steps: int, guidance: float
+    pipe: DiffusionPipeline,
+    prompt: str,
+    seeds: Iterable[int],
+    *,
+    resolution: int,
+    steps: int,
+    guidance: float,
+    precision: Callable[[], AbstractContextManager] = contextlib.nullcontext,
 ) -> Iterator[Image.Image]:
-    """Generate one image for each seed, one at a time. The pipeline must be `ready_to_sample`."""
+    """Generate one image for each seed, one at a time. The pipeline must be `ready_to_sample`.
+
+    Args:
+        precision: makes the autocast that the model runs in. An autoencoder with `force_upcast` decodes outside of it,
+            in the dtype of its weights, as its values are too large for half precision.
+    """
+    vae = pipe.vae
+    upcast = getattr(vae.config, "force_upcast", False)
     for seed in seeds:
         with torch.no_grad():
-            yield pipe(
-                prompt,
-                height=resolution,
-                width=resolution,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=torch.Generator().manual_seed(seed),
-            ).images[0]
+            with precision():
+                latents = pipe(
+                    prompt,
+                    height=resolution,
+                    width=resolution,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    generator=torch.Generator().manual_seed(seed),
+                    output_type="latent",
+                ).images
+            with contextlib.nullcontext() if upcast else precision():
+                pixels = vae.decode(unscale_latents(vae, latents.to(vae.dtype)), return_dict=False)[0]
+            yield pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]

@@ -1,4 +1,4 @@
-"""DreamBoothSettings: the options of a training, checked when made; UsageError: what the user can put right."""
+"""DreamBoothSettings: the options of a training, checked when made."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from typing import Any
 
 from agentsd.config import AgentConfig
 
+from .errors import UsageError
+from .schedules import LR_SCHEDULERS, check_schedule
+
+__all__ = ["AGENTS", "LR_SCHEDULERS", "PRECISIONS", "DreamBoothSettings", "UsageError", "default_config", "option"]
+
 AGENTS = ("none", "sampling", "both")
 """What --agents can be: the rows of the paper's figure 8."""
 
 PRECISIONS = ("no", "fp16", "bf16")
-
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-"""Names of diffusers.optimization that need no more than numbers."""
-
-
-class UsageError(ValueError):
-    """Something the user can put right; its text is the one sentence that the command line prints."""
 
 
 def option(name: str) -> str:
@@ -48,7 +46,8 @@ class DreamBoothSettings:
         gradient_accumulation_steps: forward passes per optimizer step.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         max_train_steps: optimizer steps.
-        learning_rate, lr_scheduler, lr_warmup_steps, lr_num_cycles, lr_power: as diffusers.optimization.get_scheduler.
+        learning_rate, lr_scheduler, lr_warmup_steps, lr_num_cycles, lr_power, lr_step_rules: as
+            diffusers.optimization.get_scheduler.
         use_8bit_adam: bitsandbytes' AdamW8bit in place of torch's AdamW.
         adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon, max_grad_norm: of the optimizer.
         mixed_precision: "no", "fp16", "bf16"; None takes what `accelerate launch` was given, else "no".
@@ -89,6 +88,7 @@ class DreamBoothSettings:
     lr_warmup_steps: int = 0
     lr_num_cycles: int = 1
     lr_power: float = 1.0
+    lr_step_rules: str | None = None
     use_8bit_adam: bool = False
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -129,6 +129,7 @@ class DreamBoothSettings:
                 raise UsageError(f"{option(name)} {value!r}: must have at least one word, such as 'a photo of sks dog'")
         self._check_prior()
         self._check_useless()
+        check_schedule(self)
 
     @property
     def agent_config(self) -> AgentConfig | None:
@@ -181,11 +182,6 @@ class DreamBoothSettings:
             raise UsageError(
                 "settings of agent attention have no effect with --agents none: give --agents sampling or both, or "
                 "leave them out"
-            )
-        if self.lr_warmup_steps and self.lr_scheduler == "constant":
-            raise UsageError(
-                f"--lr-warmup-steps {self.lr_warmup_steps}: has no effect with --lr-scheduler constant; use "
-                "constant_with_warmup, or leave it out"
             )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 import agentsd
@@ -35,6 +34,7 @@ from .models import (
     trained_parts,
     trained_tensors,
 )
+from .schedules import check_rates, make_schedule
 from .settings import DreamBoothSettings, UsageError
 
 
@@ -48,6 +48,7 @@ class Trainer:
     Attributes:
         done: optimizer steps done.
         accelerator, files: set by `check`; the image files by "instance" and, with prior preservation, "class".
+        left_out: set by `check`; sentences on what else is in the folders, by the same names.
         model: set by `load`.
         images: what is kept of them, set by `encode`.
         digest: of all images, set by `encode`.
@@ -64,7 +65,7 @@ class Trainer:
         self.encode()
 
     def check(self) -> None:
-        """Check the device and read all images once. Writes nothing.
+        """Check the device and the learning rates, and read all images once. Writes nothing.
 
         Raises:
             UsageError: anything that the training could not be done with.
@@ -72,10 +73,15 @@ class Trainer:
         settings = self.settings
         self.accelerator = make_accelerator(settings)
         check_optimizer(settings, self.accelerator.device)
-        self.files: dict[str, list[Path]] = {}
-        self.files["instance"], self.other_files = find_instance_images(Path(settings.instance_data_dir))
+        check_rates(settings)
+        class_dir: Any = settings.class_data_dir
+        found = {
+            "instance": find_instance_images(Path(settings.instance_data_dir), (class_dir, Path(settings.output_dir)))
+        }
         if settings.with_prior_preservation:
-            self.files["class"] = check_class_folder(settings)
+            found["class"] = check_class_folder(settings)
+        self.files: dict[str, list[Path]] = {name: own.images for name, own in found.items()}
+        self.left_out = {name: own.sentences() for name, own in found.items()}
         for name, paths in self.files.items():
             for path in paths:
                 read_image(path, settings.resolution, f"{name}_data_dir")
@@ -134,14 +140,7 @@ class Trainer:
         self.wrapped: dict[str, nn.Module] = dict(zip(self.parts, prepared))
         self.optimizer = prepared[-1]
         # Not prepared by accelerate, which would step it once for each process.
-        self.lr_scheduler = get_scheduler(
-            settings.lr_scheduler,
-            optimizer=optimizer,
-            num_warmup_steps=settings.lr_warmup_steps,
-            num_training_steps=settings.max_train_steps,
-            num_cycles=settings.lr_num_cycles,
-            power=settings.lr_power,
-        )
+        self.lr_scheduler = make_schedule(settings, optimizer)
 
     def states(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the weights: objects with a state_dict, by name."""
