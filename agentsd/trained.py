@@ -110,11 +110,11 @@ def _checked(file: Path, found: dict[str, Any]) -> Trained:
         raise refuse("config", "null where agents is none")
     if agents != "none" and not isinstance(config, dict):
         raise refuse("config", "an object of fields of AgentConfig")
-    if isinstance(config, dict) and (unknown := sorted(set(config) - set(FIELD_NAMES))):
-        # make_config alone would take "preset" for its own argument.
-        named = "; a preset has a name in apply_patch alone, here its fields are written out" * ("preset" in unknown)
+    # make_config has arguments of these names, which are no fields.
+    if isinstance(config, dict) and (wrong := sorted({"config", "preset"} & set(config))):
         raise ValueError(
-            f"{file}: config: unknown setting {', '.join(unknown)}{named}; the settings are {', '.join(FIELD_NAMES)}"
+            f"{file}: config: unknown setting {', '.join(wrong)}; a preset has a name in apply_patch alone, here its "
+            f"fields are written out: the settings are {', '.join(FIELD_NAMES)}"
         )
     # A name alone: the file lies beside this one, and no other of the machine is to be opened.
     if lora is not None and not (isinstance(lora, str) and lora.endswith(".safetensors") and Path(lora).name == lora):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import diffusers
@@ -10,19 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import SD_BETAS, draw, make_pipeline, make_text_encoder, make_tokenizer, make_unet, make_vae
+from dreambooth import models, sampling
+from dreambooth.latents import encode_image
+from dreambooth.settings import DreamBoothSettings, UsageError
+from dreambooth.training import Trainer
 from PIL import Image
 
 from agentsd.images.latents import scale_latents, unscale_latents
 from agentsd.images.noise import why_not_ddpm
 from agentsd.images.pipelines import ModelError, load_pipeline
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "apps"))
-
-from dreambooth import models, sampling  # noqa: E402
-from dreambooth.latents import encode_image  # noqa: E402
-from dreambooth.settings import DreamBoothSettings, UsageError  # noqa: E402
-from dreambooth.training import Trainer  # noqa: E402
 
 SIDE = 64
 STATISTICS = dict(latents_mean=[0.5, -1.0, 2.0, 0.0], latents_std=[1.0, 2.0, 0.5, 4.0])

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers.optimization import SchedulerType
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "apps"))
-
-from dreambooth.schedules import LR_SCHEDULERS, check_rates, make_schedule, parse_rules  # noqa: E402
-from dreambooth.settings import DreamBoothSettings, UsageError  # noqa: E402
+from dreambooth.schedules import LR_SCHEDULERS, check_rates, make_schedule, parse_rules
+from dreambooth.settings import DreamBoothSettings, UsageError
 
 
 def settings(**changes) -> DreamBoothSettings:
