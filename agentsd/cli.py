@@ -120,6 +120,26 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(visualize)
     _add_patch(visualize)
 
+    tune = subparsers.add_parser(
+        "tune",
+        help="time the presets on this machine, and say which pay",
+        description="Time the UNet calls of the unpatched model and of every preset on this machine, in a minute or two "
+        "on a GPU, and say which settings pay. Changes nothing.",
+    )
+    # A folder's agentsd.json has no say here: every preset is timed as it is.
+    tune.set_defaults(run=commands.tune, parser=tune, preset="paper")
+    tune.add_argument("--size", type=_size, metavar="N|HEIGHTxWIDTH", help="in pixels; default: the model's own")
+    tune.add_argument("--steps", type=int, default=25, help="denoising steps of the run (default: %(default)s)")
+    tune.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once (default: %(default)s)")
+    tune.add_argument("--rounds", type=int, metavar="N", help="default: 5, or fewer, but 3, once a minute has passed")
+    tune.add_argument("--scheduler", help="plms, ddim, euler, dpm++2m-karras …; default: the model's own")
+    tune.add_argument("--json", metavar="FILE", help="also write everything there as JSON")
+    tune.add_argument(
+        "--share", action="store_true",
+        help="also print a row of a Markdown table for others: device, versions and figures, nothing that names you",
+    )  # fmt: skip
+    _add_model(tune)
+
     prompts = subparsers.add_parser(
         "prompts",
         help="list what the built-in demo model knows",
@@ -150,6 +170,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--device", help="cuda, mps or cpu; default: the first available of these")
     group.add_argument("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 elsewhere")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) from "512" or "512x768"."""
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of pixels, or HEIGHTxWIDTH as in 512x768")
+    return int(parts[0]), int(parts[-1])
 
 
 def add_settings(group: Any, prefix: str, names: Iterable[str], defaults: Mapping[str, object] | None = None) -> None:

@@ -58,6 +58,36 @@ def info(options: argparse.Namespace, config: AgentConfig) -> int:
     return 0
 
 
+def tune(options: argparse.Namespace, config: AgentConfig) -> int:
+    import json
+
+    from .files import write_atomically
+    from .images.tune import tune
+
+    height, width = options.size or (None, None)
+    if options.json is not None and not Path(options.json).resolve().parent.is_dir():
+        raise FileNotFoundError(f"json={options.json!r}: the folder {Path(options.json).parent} does not exist")
+    said: set[int] = set()
+
+    def on_round(name: str, number: int) -> None:
+        if number not in said:
+            said.add(number)
+            print(f"round {number} …" if number else "warm-up …", file=sys.stderr, flush=True)
+
+    pipe = _load(options)
+    tuning = tune(
+        pipe, height, width, steps=options.steps, batch_size=options.batch_size, rounds=options.rounds,
+        on_round=on_round,
+    )  # fmt: skip
+    print(tuning)
+    if options.json is not None:
+        write_atomically(options.json, json.dumps(tuning.to_dict(), indent=2) + "\n")
+        print(f"\n{options.json}")
+    if options.share:
+        print(f"\n{tuning.share()}")
+    return 0
+
+
 def prompts(options: argparse.Namespace, config: AgentConfig) -> int:
     import shutil
     import textwrap

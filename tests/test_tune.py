@@ -20,7 +20,9 @@ from diffusers import (
 )
 
 import agentsd
+from agentsd import cli
 from agentsd.config import PRESETS, AgentConfig, Phase
+from agentsd.images.tune import BESIDE_PRESETS
 from agentsd.images.tuning import LEAVE, Candidate, Tuning
 from agentsd.images.unet_calls import RandomInputs, plan_of_run, ran_whole, set_timesteps, timed_calls
 from agentsd.patch import get_patch
@@ -39,7 +41,7 @@ def tiny_tuning(**arguments):
 def test_every_preset_and_phase_is_timed_and_said():
     pipe, tuning = tiny_tuning(steps=12)
     names = [one.name for one in tuning.candidates]
-    assert names[: len(PRESETS)] == list(PRESETS) and len(names) > len(PRESETS)
+    assert names[: len(PRESETS)] == list(PRESETS) and set(BESIDE_PRESETS) < set(names)
     for one in tuning.candidates:
         assert set(one.plan) == set(one.calls) and all(seconds > 0 for seconds in one.calls.values())
         assert one.name in str(tuning)
@@ -155,6 +157,44 @@ def test_random_inputs_fit_the_unet(kind, batch_size):
     timesteps = set_timesteps(scheduler, 10)
     assert next(timed_calls(unet, scheduler, timesteps, inputs)).whole
     assert inputs.latents.shape == (batch_size, 4, 16, 24)
+
+
+def command(capsys, *arguments):
+    try:
+        code = cli.main(["tune", *map(str, arguments)])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+QUICK = ("--size", "64x128", "--steps", 3, "--rounds", 1)
+
+
+def test_the_command_prints_the_table_and_writes_json(capsys, tmp_path):
+    file = tmp_path / "tuning.json"
+    code, out, err = command(capsys, *QUICK, "--json", file, "--share")
+    assert code == 0, err
+    data = json.loads(file.read_text(encoding="utf-8"))
+    assert (data["height"], data["width"], data["steps"]) == (64, 128, 3)
+    assert data["code"] in out and out.rstrip().splitlines()[-1].startswith("| ") and str(file) in out
+    assert err.splitlines()[-2:] == ["warm-up …", "round 1 …"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", "64x64x64"), "64x64x64"),
+        (("--size", "large"), "large"),
+        (("--size", 60), "height=60"),
+        (("--rounds", 0), "rounds=0"),
+        (("--json", "no/such/folder/x.json"), "json="),
+        (("--preset", "fast"), "unrecognized"),
+        (("--model", "no-such-folder/x/y"), "no folder"),
+    ],
+)
+def test_wrong_input_of_the_command_is_one_sentence(capsys, arguments, message):
+    code, out, err = command(capsys, *arguments)
+    assert code == 2 and out == "" and message in err and len(err.splitlines()) <= 2 and "Traceback" not in err
 
 
 def test_random_inputs_of_inpainting_upscaling_and_distilled_models():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from ..config import DEFAULT_NUM_TRAIN_TIMESTEPS, PRESETS, AgentConfig, Phase
+from ..config import DEFAULT_NUM_TRAIN_TIMESTEPS, PRESETS, AgentConfig, Phase, make_config
 from ..patch import find_unet, patched
 from ..unet.layers import own_latent_size
 from .compare import refuse_compiled
@@ -31,6 +31,9 @@ _LEAST_ROUNDS = 3
 _QUICK = 0.3  # seconds of a call below which a round takes the median of several
 _CALLS_IF_QUICK = 5
 _MOST_CALLS = 60  # of one phase in one round, until whole and cached ones were enough
+
+BESIDE_PRESETS: dict[str, dict[str, Any]] = {"agents from a grid": {"agents": "grid"}}
+"""Settings that are timed as the presets are, by name."""
 
 Kind = tuple[Phase, bool]
 """Of a call: its phase, and whether it is whole."""
@@ -83,7 +86,8 @@ def tune(
     request = Request("-", steps=steps, height=height or own[0], width=width or own[1])
     _check(pipe, batch_size, rounds)
     methods = [_Method(UNPATCHED, None)]
-    methods += [_Method(name, AgentConfig(**fields)) for name, fields in PRESETS.items()]
+    tried = {**{name: {"preset": name} for name in PRESETS}, **BESIDE_PRESETS}
+    methods += [_Method(name, make_config(**settings)) for name, settings in tried.items()]
     with _scheduler_of_its_own(pipe) as scheduler:
         work = _Work(pipe, scheduler, request, batch_size)
         plans = {method.name: plan_of_run(scheduler, method.config, steps) for method in methods}
@@ -114,7 +118,7 @@ def tune(
     calls = plans[UNPATCHED].total()
     base = Candidate(UNPATCHED, None, _runs(unpatched, plans[UNPATCHED]), {"whole": call}, {"whole": calls})
     candidates = [
-        _candidate(name, {"preset": name}, times, plans[name]) for name, times in seconds.items() if name not in failed
+        _candidate(name, tried[name], times, plans[name]) for name, times in seconds.items() if name not in failed
     ]
     candidates += _one_phase_alone(seconds, unpatched, plans)
     return Tuning(
