@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -409,7 +410,7 @@ def test_a_loss_of_zero_is_told(judged, inputs, tmp_path, monkeypatch):
 
 
 def test_models_whose_loss_is_another_are_refused():
-    with pytest.raises(BenchError, match="predicts 'sample', but only epsilon and v_prediction"):
+    with pytest.raises(BenchError, match="prediction_type='sample', not 'epsilon' and 'v_prediction'"):
         judge("m", stable_diffusion("sample"))
     with pytest.raises(BenchError, match="takes 9 channels, which is not what a StableDiffusionPipeline"):
         judge("m", stable_diffusion(in_channels=9))
@@ -420,6 +421,64 @@ def test_models_whose_loss_is_another_are_refused():
     agentsd.apply_patch(pipe)
     with pytest.raises(BenchError, match="already patched"):
         losses_at(judge("m", pipe), Inputs(("a", "b"), torch.zeros(2, 4, 16, 16), torch.zeros(2, 7, 32)), SD, 500)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "why"),
+    [
+        ("EDMEuler", {}, "counts noise levels"),
+        ("EDMDPMSolverMultistep", {}, "counts noise levels"),
+        ("EulerDiscrete", dict(timestep_type="continuous", prediction_type="v_prediction"), "counts noise levels"),
+        ("FlowMatchEulerDiscrete", {}, "is one of flow matching"),
+        ("DPMSolverMultistep", dict(use_flow_sigmas=True), "is one of flow matching"),
+        ("CMStochasticIterative", {}, "has no schedule of betas"),
+    ],
+)
+def test_models_of_another_noise_are_refused_by_their_own_scheduler(tmp_path, scheduler, options, why):
+    """From a folder too, where another scheduler replaces the model's own before it is measured."""
+    pipe = stable_diffusion()
+    pipe.scheduler = getattr(diffusers, f"{scheduler}Scheduler")(**options)
+    with pytest.raises(BenchError, match=f"m: its scheduler {why}"):
+        judge("m", pipe)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(BenchError, match=f"its scheduler {why}"):
+        load_judged(str(tmp_path), device="cpu")
+
+
+def test_the_noise_of_a_model_is_that_of_its_own_scheduler(tmp_path):
+    pipe = stable_diffusion()
+    pipe.scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.001, beta_end=0.01, num_train_timesteps=500)
+    pipe.save_pretrained(tmp_path)
+    judged = load_judged(str(tmp_path), device="cpu")
+    assert torch.equal(judged.signal, pipe.scheduler.alphas_cumprod)
+    assert type(judged.pipe.scheduler).__name__ == "DDIMScheduler"
+
+
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [
+        (dict(time_cond_proj_dim=8), "takes the guidance scale as an input"),
+        (dict(out_channels=8), "predicts 8 channels"),
+    ],
+)
+def test_unets_that_predict_something_else_are_refused(unet, message):
+    with pytest.raises(BenchError, match=message):
+        judge("m", stable_diffusion(**unet))
+
+
+def test_latents_have_the_mean_and_deviation_that_the_autoencoder_says(tmp_path):
+    (tmp_path / "a cat").mkdir()
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "a cat" / f"{number}.png")
+    pipe = stable_diffusion()
+    plain = load_inputs(judge("tiny", pipe), tmp_path, None, 2, seed=0).latents / pipe.vae.config.scaling_factor
+    mean, std = [0.5, -1.0, 2.0, 0.0], [1.0, 2.0, 0.5, 4.0]
+    pipe.vae.register_to_config(latents_mean=mean, latents_std=std)
+    found = load_inputs(judge("tiny", pipe), tmp_path, None, 2, seed=0).latents
+    for channel in range(4):
+        expected = (plain[:, channel] - mean[channel]) / std[channel] * pipe.vae.config.scaling_factor
+        torch.testing.assert_close(found[:, channel], expected)
 
 
 def test_images_and_captions_that_do_not_match_are_told(tmp_path):

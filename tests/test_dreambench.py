@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pipeline, make_tokenizer
+from dreambooth.data import find_images
 from PIL import Image
+from scipy import stats
 
 from agentsd import AgentConfig
 from agentsd.images.generate import generate
@@ -24,7 +26,7 @@ from agentsd.images.request import Request
 from eval import dreambooth_bench
 from eval.common.protocol import BenchError
 from eval.dreambooth import run as bench_run
-from eval.dreambooth import trainings
+from eval.dreambooth import scoring, trainings
 from eval.dreambooth.networks import cosines, load_judges, sharpness
 from eval.dreambooth.plan import SUBJECT, plan_from
 from eval.dreambooth.report import make_costs, make_verdict
@@ -194,11 +196,13 @@ def test_a_stopped_run_resumes_and_another_one_is_refused(finished, monkeypatch,
     "arguments, message",
     [
         (["--images", "1"], "--images 1: must be at least 2"),
+        (["--prior-images", "1"], "--prior-images 1: has no interval; give at least 2, or 0"),
+        (["--timed-steps", "1"], "--timed-steps 1: must be at least 2"),
         (["--ratio", "2"], "ratio=2"),
         (["--scheduler", "fast"], "--scheduler 'fast': must be one of plms"),
         (["--features", "resnet"], "--features 'resnet': must be one of"),
         (["--clip", "nowhere"], "--clip nowhere: there is no such folder"),
-        (["--subject", "nowhere"], "is no folder with images"),
+        (["--subject", "nowhere"], "there is no such folder; give the folder that has the images"),
         (["--prompt", " "], "--prompt ' ': is empty"),
         (["--dtype", "int8"], "dtype='int8'"),
     ],
@@ -282,6 +286,61 @@ def test_paired_intervals():
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
     with pytest.raises(ValueError, match="2 values and 1 to compare"):
         paired_difference([1, 2], [1])
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8, 30])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_intervals_cover_what_they_say_at_few_seeds(seeds, prompts):
+    """Of 2,000 benchmarks with a known difference, about 95 % have it in their interval; a bootstrap had it in 50 %."""
+    draws = np.random.default_rng(seeds)
+    covered = ratios = 0
+    groups = [seed for seed in range(seeds) for _ in range(prompts)]
+    for _ in range(2000):
+        shared = np.repeat(draws.normal(0, 2, seeds), prompts)  # what the prompts of a seed have in common
+        base = draws.normal(0, 5, seeds * prompts)
+        values = base + 0.3 + shared + draws.normal(0, 1, seeds * prompts)
+        found = paired_difference(values, base, groups)
+        covered += found.low <= 0.3 <= found.high
+        if prompts == 1:
+            found = paired_ratio(2 * np.exp(values - 0.3), np.exp(base))
+            ratios += found.low <= 2 <= found.high
+    assert 0.93 < covered / 2000 < 0.97
+    assert prompts > 1 or 0.93 < ratios / 2000 < 0.97
+
+
+def test_one_seed_has_no_interval_also_with_many_prompts():
+    for values, groups in (([1.0], None), ([1.0, 2.0, 3.0], [7, 7, 7])):
+        with pytest.raises(ValueError, match="an interval needs at least 2"):
+            paired_difference(values, [0.0] * len(values), groups)
+    with pytest.raises(ValueError, match="1 seeds or rounds: an interval needs at least 2"):
+        paired_ratio([2.0], [1.0])
+
+
+def test_intervals_of_groups_of_one_size_are_those_of_their_means():
+    draws = np.random.default_rng(0)
+    values, base = draws.normal(size=(2, 12))
+    found = paired_difference(values, base, [seed for seed in range(4) for _ in range(3)])
+    means = (values - base).reshape(4, 3).mean(1)
+    theirs = stats.t.interval(0.95, 3, means.mean(), stats.sem(means))
+    assert (found.low, found.high) == pytest.approx(theirs)
+
+
+def test_the_subjects_images_are_those_that_are_trained_on(tmp_path, capsys):
+    """Whatever their format; what else lies there is no image of the subject, and alone it is refused."""
+    folder = tmp_path / "subject"
+    make_images(folder, 2)
+    Image.open(folder / "0.png").save(folder / "2.gif")
+    Image.open(folder / "0.png").save(folder / "3.tiff")
+    (folder / "notes.txt").write_text("")
+    (folder / "more").mkdir()
+    plan = bench_run.make_plan(dreambooth_bench._options(["--subject", str(folder)]))
+    assert [file.name for file in scoring.subject_files(plan)] == ["0.png", "1.png", "2.gif", "3.tiff"]
+    assert scoring.subject_files(plan) == find_images(folder, "instance_data_dir").images
+    (folder / "gone.png").symlink_to("nowhere")
+    assert dreambooth_bench.main(["--subject", str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert "gone.png is a link to nowhere, which is not there" in capsys.readouterr().err
+    assert dreambooth_bench.main(["--subject", str(folder / "more"), "--out", str(tmp_path / "out")]) == 2
+    assert "is no folder with images; give one with four to six" in capsys.readouterr().err
 
 
 def test_verdict_says_which_way_an_interval_points():

@@ -31,14 +31,14 @@ class ModelSpec:
     Attributes:
         model: what `agentsd generate --model` takes: "demo", a folder, a Hugging Face id.
         random_weights: a key of ARCHITECTURES, in place of `model`.
-        scheduler: a name from agentsd.images.pipelines.SCHEDULERS.
+        scheduler: a name from agentsd.images.pipelines.SCHEDULERS; None keeps the model's own.
         device, dtype: None takes the best there is.
         revision: of a Hugging Face id.
     """
 
     model: str = "demo"
     random_weights: str | None = None
-    scheduler: str = "plms"
+    scheduler: str | None = "plms"
     device: str | None = None
     dtype: str | None = None
     revision: str | None = None

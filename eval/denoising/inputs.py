@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from agentsd.images.latents import scale_latents
 from eval.common.models import native_size
 from eval.common.protocol import PROMPT, BenchError, imagenet_classes
 from eval.fid.images import _is_image, read_image
@@ -151,7 +152,7 @@ def _encode(judged: Judged, pixels: Tensor) -> Tensor:
     # AutoencoderTiny, the demo model's, has no spread.
     mean = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
     vae.to(before)
-    return (mean * vae.config.scaling_factor).float().cpu()
+    return scale_latents(vae, mean).float().cpu()
 
 
 def _masked(judged: Judged, pixels: Tensor) -> Tensor | None:

@@ -20,7 +20,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from agentsd.images.pipelines import choose_dtype
+from agentsd.images.noise import why_not_ddpm
+from agentsd.images.pipelines import choose_dtype, set_scheduler
 from eval.common.models import ModelSpec, load_model, pick_device
 from eval.common.protocol import BenchError
 
@@ -33,7 +34,6 @@ PATTERNS = "patterns.json"
 
 INPAINTING = (StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline)
 PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline, *INPAINTING)
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -133,16 +133,21 @@ def load_judged(model: str, device: str | None = None, dtype: str | None = None,
     if model in shipped or (folder / "model_index.json").is_file() and not (folder / "vae").is_dir():
         judged = judge(model, _load_probe(folder, device, dtype), is_probe=True, scale=_scale_of(folder))
     else:
-        pipe = load_model(ModelSpec(model=model, scheduler="ddim", device=device, dtype=dtype, revision=revision))
-        judged = judge(model, pipe)
+        pipe = load_model(ModelSpec(model=model, scheduler=None, device=device, dtype=dtype, revision=revision))
+        judged = judge(model, pipe)  # by the model's own scheduler, which says what it was trained for
+        set_scheduler(pipe, "ddim")
     return judged
 
 
 def judge(name: str, pipe: Any, is_probe: bool = False, scale: float = 1.0) -> Judged:
     """A pipeline as Judged. Raises BenchError where its loss cannot be measured."""
-    kind = getattr(pipe.scheduler.config, "prediction_type", None)
-    if kind not in PREDICTION_TYPES:
-        raise BenchError(f"{name}: predicts {kind!r}, but only {' and '.join(PREDICTION_TYPES)} are supported")
+    if (why := why_not_ddpm(pipe.scheduler)) is not None:
+        raise BenchError(
+            f"{name}: its scheduler {why}; only models that were trained with DDPM's noise to predict the noise or the "
+            "velocity are supported"
+        )
+    if getattr(pipe.unet.config, "time_cond_proj_dim", None) is not None:
+        raise BenchError(f"{name}: its UNet takes the guidance scale as an input, as distilled for few steps (LCM)")
     if not is_probe and not isinstance(pipe, PIPELINES):
         kinds = ", ".join(kind.__name__ for kind in PIPELINES)
         raise BenchError(f"{name}: is a {type(pipe).__name__}, but only {kinds} and the probe are supported")
@@ -154,6 +159,11 @@ def judge(name: str, pipe: Any, is_probe: bool = False, scale: float = 1.0) -> J
             raise BenchError(
                 f"{name}: its UNet takes {channels} channels, which is not what a {type(pipe).__name__} with an "
                 f"autoencoder of {own} channels gives it: {' or '.join(map(str, possible))}"
+            )
+        if pipe.unet.config.out_channels != own:
+            raise BenchError(
+                f"{name}: its UNet predicts {pipe.unet.config.out_channels} channels and not the {own} of the noise, "
+                "as with a learned variance"
             )
     return Judged(name, pipe, pipe.scheduler.alphas_cumprod.float().cpu(), is_probe, scale)
 

@@ -103,10 +103,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, low in (
-            ("images", 2), ("prior_images", 0), ("steps", 1), ("train_steps", 1), ("timed_steps", 1), ("seed", 0),
+            ("images", 2), ("prior_images", 0), ("steps", 1), ("train_steps", 1), ("timed_steps", 2), ("seed", 0),
         ):  # fmt: skip
             if getattr(self, name) < low:
                 raise BenchError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {low}")
+        if self.prior_images == 1:
+            raise BenchError("--prior-images 1: has no interval; give at least 2, or 0 for none")
         for prompt in self.prompts:
             if not prompt.strip():
                 raise BenchError(f"--prompt {prompt!r}: is empty; say what the image shall show")

@@ -204,7 +204,7 @@ def as_markdown(
         f"{plan.ratio:g}, α {plan.alpha:g}. {plan.images} images of each of: {prompts}; {plan.steps} "
         f"{plan.scheduler} steps, guidance {plan.guidance:g}.",
         "Every row has the same seeds, and rows take turns. Differences are paired by prompt and seed; in brackets "
-        "their 95 % bootstrap interval over seeds.",
+        "their 95 % interval over seeds, by Student's t.",
         *about["notes"],
         "## Cost",
         table(rows, COST),

@@ -93,10 +93,6 @@ def check(plan: Plan, options: argparse.Namespace) -> Any:
         folder = getattr(options, name)
         if folder and not Path(folder).is_dir():
             raise BenchError(f"--{name} {folder}: there is no such folder; give one that the model was saved to")
-    if not Path(plan.subject).is_dir() or not subject_files(plan):
-        raise BenchError(
-            f"--subject {plan.subject}: is no folder with images; give one with four to six of the subject"
-        )
     for file in subject_files(plan):
         read_image(file)
     return device

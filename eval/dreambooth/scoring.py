@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from eval.common.protocol import BenchError
 from eval.fid.similarity import similarity_of_pairs
 
 from .networks import Judges, cosines, sharpness
 from .plan import BASE, BOTH, UNTRAINED, Plan, Row
 from .sampling import Shot, shots_of
 from .statistics import paired_difference
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,23 @@ def score(plan: Plan, out: Path, judges: Judges) -> tuple[list[dict[str, Any]], 
 
 
 def subject_files(plan: Plan) -> list[Path]:
-    """The images of the subject."""
-    return sorted(path for path in Path(plan.subject).iterdir() if path.suffix.lower() in _SUFFIXES)
+    """The images of the subject: those that the training uses.
+
+    Raises:
+        BenchError: there is no such folder, or none in it.
+    """
+    from dreambooth.data import find_images
+
+    try:
+        found = find_images(Path(plan.subject), "subject")
+    except ValueError as error:
+        raise BenchError(str(error)) from error
+    if not found.images:
+        besides = f" ({'; '.join(found.sentences())})" if found.left_out else ""
+        raise BenchError(
+            f"--subject {plan.subject}: is no folder with images{besides}; give one with four to six of the subject"
+        )
+    return found.images
 
 
 def _measure(plan: Plan, out: Path, row: Row, judges: Judges, subject: dict[str, np.ndarray]) -> Measured:
