@@ -354,12 +354,14 @@ def test_stopped_after_a_checkpoint_the_advice_works(base, tmp_path, capsys, mon
     assert "going on after step 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("before", ["no folder", "an empty folder", "a run without checkpoint"])
+@pytest.mark.parametrize("before", ["no folder", "an empty folder", "a killed claim", "a run without checkpoint"])
 def test_latest_with_nothing_to_resume_says_so_and_begins_anew(base, tmp_path, capsys, monkeypatch, before):
     out = tmp_path / "out"
-    if before == "an empty folder":
+    if before in ("an empty folder", "a killed claim"):
         out.mkdir()
-    elif before == "a run without checkpoint":
+    if before == "a killed claim":
+        (out / ".agentsd-12345678.tmp").write_text("{")  # of the record that was being written
+    if before == "a run without checkpoint":
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "encode", lambda trainer: 1 / 0)
             with pytest.raises(ZeroDivisionError):
@@ -503,6 +505,10 @@ def test_floats_and_wide_integers_are_refused_and_sixteen_bits_read(tmp_path, fi
         assert np.abs(read_image(tmp_path / name, 64, field).pixels.numpy() - expected).max() < 0.005
     Image.fromarray((255 * ramp).round().astype(np.uint8)).save(tmp_path / "usual.tiff")
     assert np.abs(read_image(tmp_path / "usual.tiff", 64, field).pixels.numpy() - expected).max() < 0.005
+    for bits in (10, 12):  # in a file of 16, as cameras and microscopes write them
+        Image.fromarray(((2**bits - 1) * ramp).astype(np.uint16)).save(tmp_path / "camera.tiff")
+        with pytest.raises(UsageError, match=f"its 16-bit pixels reach {2**bits - 1} of 65535, so that it is black"):
+            read_image(tmp_path / "camera.tiff", 64, field)
     big_endian = Image.fromarray((65535 * ramp).round().astype(">u2"), "I;16B")
     big_endian.save(tmp_path / "big.tiff")
     assert np.abs(read_image(tmp_path / "big.tiff", 64, field).pixels.numpy() - expected).max() < 0.005

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import diffusers
@@ -17,7 +18,7 @@ from PIL import Image
 
 from agentsd.images.latents import scale_latents, unscale_latents
 from agentsd.images.noise import why_not_ddpm
-from agentsd.images.pipelines import ModelError, load_pipeline
+from agentsd.images.pipelines import ModelError, load_pipeline, set_scheduler
 
 SIDE = 64
 STATISTICS = dict(latents_mean=[0.5, -1.0, 2.0, 0.0], latents_std=[1.0, 2.0, 0.5, 4.0])
@@ -83,6 +84,16 @@ def test_models_of_another_noise_are_refused_and_not_trained_as_epsilon(load, na
     pipe.scheduler = kind(**options)
     with pytest.raises(UsageError, match=f"--model demo: its scheduler .*{why}.*; only models that were trained with"):
         load(pipe)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER_NOISE if name != "the image"])
+def test_a_model_of_another_noise_gets_no_scheduler_of_ddpms(name):
+    """It would sample noise in silence, with the few settings that both have in common."""
+    kind, options, why = OTHER_NOISE[name]
+    pipe = types.SimpleNamespace(scheduler=kind(**options))
+    with pytest.raises(ValueError, match=f"scheduler='ddim': is not for this model, as its scheduler {why}.*leave it"):
+        set_scheduler(pipe, "ddim")
+    assert type(pipe.scheduler) is kind
 
 
 def test_the_noise_of_training_is_that_of_the_models_own_scheduler(load):

@@ -16,6 +16,7 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from ..trained import Trained, attach_trained, read_trained
+from .noise import other_noise
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 """Folder of the built-in demo model, in Stable Diffusion's format."""
@@ -81,7 +82,8 @@ def load_pipeline(
     Raises:
         ModelError: the model is missing, cannot be fetched, is damaged (its agentsd.json too), or would run its own
             code.
-        ValueError: unknown scheduler or dtype, or a device that this machine does not have.
+        ValueError: unknown scheduler, or one that is not for the model's noise; unknown dtype, or a device that this
+            machine does not have.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
@@ -161,8 +163,14 @@ def _load_with_lora(folder: Path, trained: Trained, dtype: torch.dtype, options:
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
-    """Give a pipeline another scheduler with the same noise schedule. Raises ValueError for an unknown name."""
+    """Give a pipeline another scheduler with the same noise schedule.
+
+    Raises:
+        ValueError: an unknown name, or a model of another noise (EDM, flow matching), which none of them samples.
+    """
     class_name, changes = _check_scheduler(name)
+    if (why := other_noise(pipe.scheduler)) is not None:
+        raise ValueError(f"scheduler={name!r}: is not for this model, as its scheduler {why}: leave it out")
     # Keys of the old class that the new one does not know are dropped by from_config. Those listed as left at their
     # defaults would be dropped too, with what is set here: the list must go, and they with it.
     old = pipe.scheduler.config

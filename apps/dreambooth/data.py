@@ -27,6 +27,10 @@ _SIXTEEN_BITS = ("PNG", "PPM")
 """Formats that Pillow opens in its 32-bit mode for the sake of 16 bits, and scales to those."""
 
 
+_DARKEST = 4096
+"""Cameras and microscopes write 10 or 12 bits into 16: with fewer than so many levels an image is meant otherwise."""
+
+
 @dataclass(frozen=True)
 class TrainingImage:
     """One image as it is trained on.
@@ -171,7 +175,12 @@ def _check_range(image: Image.Image) -> None:
 def _on_white(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB, laid on white."""
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion cuts values above 255 off
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        values = np.asarray(image).clip(0, 65535)
+        if values.max() < _DARKEST:
+            raise ValueError(
+                f"its 16-bit pixels reach {values.max()} of 65535, so that it is black: scale it or save it with 8 bits"
+            )
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 

@@ -64,7 +64,7 @@ def check_output(settings: DreamBoothSettings, recorded: dict[str, Any]) -> dict
         raise UsageError(f"{name}: is a file; give the name of a folder")
     record = read_record(folder)
     if record is None:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not path.name.startswith(".agentsd-") for path in folder.iterdir()):
             raise UsageError(
                 f"{name}: has other files in it, which would be overwritten; give a new or an empty folder"
             )
