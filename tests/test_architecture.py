@@ -1,9 +1,10 @@
-"""The modules of agentsd: which may import which, what importing the light ones loads, and how long a file may be."""
+"""Which modules may import which, what importing the light ones loads, how long a file may be, and who sets paths."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 # What these import is bounded more closely than by the layers; what they hold themselves is always allowed.
 ONLY = {"agentsd": set(), "files": set(), "messages": set(), "fields": set(), "vision": {"attention", "messages"}}
 
+# Parts of agentsd in which an import that a type checker alone reads may still close a ring.
+RINGS_FOR_TYPES_ALLOWED = {"unet", "maps"}
+
 OUTSIDE = {"apps", "eval", "tests"}
 MOST_LINES = 400
 
@@ -43,24 +47,24 @@ def part_of(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Every import that runs, at the top or inside a function; what a type checker alone reads does not."""
+def statements(node: ast.AST, for_types: bool = False) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import, at the top or inside a function; those that a type checker alone reads only with `for_types`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.Import, ast.ImportFrom)):
             yield child
         elif isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            for alternative in child.orelse:
-                yield from statements(ast.Module([alternative], []))
+            for alternative in [*(child.body if for_types else []), *child.orelse]:
+                yield from statements(ast.Module([alternative], []), for_types)
         else:
-            yield from statements(child)
+            yield from statements(child, for_types)
 
 
-def imports(file: Path, root: Path, modules: set[str]) -> Iterator[str]:
+def imports(file: Path, root: Path, modules: set[str], for_types: bool = False) -> Iterator[str]:
     """The modules that a file imports, by their whole names."""
     package = module_name(file, root).split(".")
     if file.name != "__init__.py":
         package = package[:-1]
-    for statement in statements(ast.parse(file.read_text("utf-8"))):
+    for statement in statements(ast.parse(file.read_text("utf-8")), for_types):
         if isinstance(statement, ast.Import):
             yield from (alias.name for alias in statement.names)
             continue
@@ -82,7 +86,8 @@ def violations(root: Path) -> list[str]:
         if part not in RANK:
             found.append(f"{module} has no place in LAYERS")
             continue
-        arrows[module] = set()
+        types_count = part not in RINGS_FOR_TYPES_ALLOWED
+        arrows[module] = {target for target in imports(file, root, set(files), types_count) if target in files}
         for target in imports(file, root, set(files)):
             top = target.split(".")[0]
             if top in OUTSIDE:
@@ -90,23 +95,84 @@ def violations(root: Path) -> list[str]:
             if top != "agentsd":
                 continue
             other = part_of(target)
-            if target in files:
-                arrows[module].add(target)
             if part in ONLY and other != part and other not in ONLY[part]:
                 found.append(f"{module} imports {target}")
             elif other not in RANK:
                 found.append(f"{module} imports {target}, which is no module")
             elif RANK[other] > RANK[part]:
                 found.append(f"{module} imports {target}, which is in a later layer")
+    return found + ring(arrows)
+
+
+def ring(arrows: dict[str, set[str]]) -> list[str]:
+    """One ring of imports as a sentence; none where there is none."""
     try:
         TopologicalSorter(arrows).prepare()
     except CycleError as error:
-        found.append(f"cycle: {' -> '.join(error.args[1])}")
-    return found
+        return [f"cycle: {' -> '.join(error.args[1])}"]
+    return []
 
 
 def test_imports_run_one_way():
     assert violations(ROOT) == []
+
+
+def violations_of_commands(root: Path) -> list[str]:
+    """What is wrong with the imports between and inside the folders `eval` and `apps`.
+
+    eval imports what it measures from apps; apps import no eval. What all benchmarks share imports none of them.
+    """
+    files = {module_name(file, root): file for file in sorted((root / "eval").rglob("*.py"))}
+    # apps/ is no package: it is the place where its modules are found.
+    files |= {module_name(file, root / "apps"): file for file in sorted((root / "apps").rglob("*.py"))}
+    found, arrows = [], {}
+    for module, file in files.items():
+        app = file.is_relative_to(root / "apps")
+        arrows[module] = set(imports(file, root / "apps" if app else root, set(files), for_types=True)) & set(files)
+        for target in arrows[module]:
+            if app and target.split(".")[0] == "eval":
+                found.append(f"{module} imports {target}")
+            if module.startswith("eval.common.") and not target.startswith("eval.common"):
+                found.append(f"{module} imports {target}")
+    return found + ring(arrows)
+
+
+def test_eval_imports_apps_and_apps_import_no_eval():
+    assert violations_of_commands(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "message"),
+    [
+        ("apps/demo.py", "def f():\n    from eval.common.protocol import PROMPT", "demo imports eval.common.protocol"),
+        ("eval/common/protocol.py", "from eval.fid import scores", "eval.common.protocol imports eval.fid.scores"),
+        ("eval/common/protocol.py", "from playground import form", "eval.common.protocol imports playground.form"),
+        ("eval/fid/scores.py", "if TYPE_CHECKING:\n    from .report import a", "cycle: eval.fid."),
+        ("apps/playground/form.py", "from . import page", "cycle: playground."),
+    ],
+)
+def test_a_circle_of_apps_and_eval_is_found(tmp_path, file, code, message):
+    good = {
+        "apps/demo.py": "from playground import page",
+        "apps/playground/page.py": "from .form import Form",
+        "apps/playground/form.py": "import agentsd",
+        "eval/common/protocol.py": "import agentsd",
+        "eval/fid/scores.py": "from eval.common.protocol import PROMPT",
+        "eval/fid/report.py": "from . import scores\nfrom playground.form import Form",
+    }
+    for name, text in good.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, "utf-8")
+    assert violations_of_commands(tmp_path) == []
+    (tmp_path / file).write_text(code, "utf-8")
+    found = violations_of_commands(tmp_path)
+    assert any(one.startswith(message) for one in found), found
+
+
+def test_one_file_alone_changes_where_python_looks_for_modules():
+    files = [file for top in ("agentsd", "apps", "eval", "tests") for file in (ROOT / top).rglob("*.py")]
+    changing = [file for file in files if re.search(r"\bsys\.path\b", file.read_text("utf-8"))]
+    assert {file.relative_to(ROOT).as_posix() for file in changing} == {"eval/launch.py"}
 
 
 GOOD = {
@@ -134,6 +200,8 @@ GOOD = {
         ("unet/layers", "from .. import patch", "agentsd.unet.layers imports agentsd.patch, which is"),
         ("unet/layers", "try:\n    from .call import f\nexcept ImportError:\n    pass", "cycle: agentsd.unet."),
         ("unet/layers", "if TYPE_CHECKING:\n    f = 1\nelse:\n    from .call import f", "cycle: agentsd.unet."),
+        ("vision/swin", "if TYPE_CHECKING:\n    from . import Swin", "cycle: agentsd.vision"),
+        ("config", "if TYPE_CHECKING:\n    from .layer_plan import plan_layer", "cycle: agentsd."),
         ("vision/swin", "from ..merging import merge_tokens", "agentsd.vision.swin imports agentsd.merging"),
         ("vision/swin", "from . import Swin", "cycle: agentsd.vision"),
         ("files", "from .config import AgentConfig", "agentsd.files imports agentsd.config"),
