@@ -117,7 +117,10 @@ def _icon_set(path: Path | None) -> dict[str, Any]:
         path = folder / done.stdout.split()[-1]
     try:
         with tarfile.open(path) as archive:
-            return json.load(archive.extractfile("package/icons.json"))
+            file = archive.extractfile("package/icons.json")
+            if file is None:
+                raise KeyError("package/icons.json is no file")
+            return json.load(file)
     except (OSError, tarfile.TarError, KeyError, ValueError) as error:
         raise UsageError(f"--icons {path}: is not the package {PACKAGE} ({error})") from error
 
@@ -173,7 +176,7 @@ def _placed(icons: Tensor, angle: Tensor, scale: Tensor, x: Tensor, y: Tensor) -
     """[B, 4, 64, 64] icons turned, scaled to a part of the image, and moved by parts of half its side."""
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     rows = [torch.stack([cos, sin, -cos * x - sin * y], 1), torch.stack([-sin, cos, sin * x - cos * y], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), (len(icons), 4, SIZE, SIZE), align_corners=False)
+    grid = F.affine_grid(torch.stack(rows, 1), [len(icons), 4, SIZE, SIZE], align_corners=False)
     return F.grid_sample(icons, grid, align_corners=False)
 
 
@@ -200,7 +203,7 @@ class LinearAttention(nn.Module):
 def make_model(row: str, num_classes: int) -> nn.Module:
     """The model of a row of the table, initialized."""
     torch.manual_seed(0)
-    body = {**BODY, "num_classes": num_classes, "drop_path_rate": 0.0}
+    body: dict[str, Any] = {**BODY, "num_classes": num_classes, "drop_path_rate": 0.0}
     if row in ("deit", "linear"):
         model = VisionTransformer(**body, norm_layer=lambda dim, **factory: nn.LayerNorm(dim, eps=1e-6, **factory))
         if row == "linear":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .icons import load_index
 from .images import as_floats, training_images
@@ -16,6 +17,9 @@ from .models import build_autoencoder, seed_initial_weights, take_over
 from .run import Run, announce, claim_folder, file_digest, require, training_settings
 from .samples import as_grid, evenly
 from .training import finish, read_metadata, train
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
 
 
 def autoencoder_stage(run: Run) -> None:
@@ -84,13 +88,13 @@ def autoencoder_loss(restored: Tensor, target: Tensor, latents: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def encode_all(model: nn.Module, pixels: Tensor) -> Tensor:
+def encode_all(model: AutoencoderTiny, pixels: Tensor) -> Tensor:
     """The unscaled latents of uint8 images [P, 3, H, W], in float32."""
     return torch.cat([model.encode(as_floats(batch)).latents for batch in pixels.split(8)])
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, images: Tensor) -> Tensor:
+def reconstruct(model: AutoencoderTiny, images: Tensor) -> Tensor:
     """Encode and decode images [B, 3, H, W] in -1 … 1."""
     return model.decode(model.encode(images).latents).sample.clamp(-1, 1)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 def old_name(key: str, old_levels: int) -> str | None:
@@ -20,7 +25,7 @@ def old_name(key: str, old_levels: int) -> str | None:
 
 
 @torch.no_grad()
-def grow(unet: nn.Module, small: dict[str, Tensor], old_levels: int) -> set[str]:
+def grow(unet: UNet2DConditionModel, small: dict[str, Tensor], old_levels: int) -> set[str]:
     """Fill `unet` from the weights of a UNet2DConditionModel with one level less; returns the keys left fresh.
 
     Every weight whose name and shape agree is copied. The rest is set so that the network starts as the smaller one
@@ -63,10 +68,10 @@ def grow(unet: nn.Module, small: dict[str, Tensor], old_levels: int) -> set[str]
     return fresh
 
 
-def silence(layer: nn.Module) -> None:
+def silence(layer: nn.Conv2d | nn.Linear) -> None:
     """Make a layer give zeros until it has learned something."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def pass_first_channels(conv: nn.Conv2d) -> None:

@@ -68,7 +68,10 @@ def read_icon_set(path: Path) -> dict:
             icon_set = json.loads(path.read_bytes())
         else:
             with tarfile.open(path) as archive:
-                icon_set = json.load(archive.extractfile("package/icons.json"))
+                file = archive.extractfile("package/icons.json")
+                if file is None:
+                    raise KeyError("package/icons.json is no file")
+                icon_set = json.load(file)
         icon_set["prefix"], icon_set["icons"].items()
     except OSError as error:
         raise UsageError(f"--icons {path} cannot be read ({error.strerror or error})") from None

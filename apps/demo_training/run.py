@@ -104,8 +104,10 @@ def brief(value: object) -> str:
 
 def training_settings(run: Run, stage: str) -> dict:
     """What must stay the same for `stage` to be continued; the device may change."""
-    at_leisure = ("grid_steps", "checkpoint_seconds", "sample_steps", "guidance", "precision", "icon_size")
-    at_leisure += ("grid_samples", "grows")
+    at_leisure = (
+        "grid_steps", "checkpoint_seconds", "sample_steps", "guidance", "precision", "icon_size", "grid_samples",
+        "grows",
+    )  # fmt: skip
     other = {"autoencoder": ("unet_", "text_", "ema_", "phases"), "unet": ("autoencoder_", "latent_noise")}[stage]
     settings = {key: value for key, value in asdict(run.preset).items() if key not in at_leisure}
     if run.grow_from:

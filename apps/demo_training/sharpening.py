@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
 
 @torch.no_grad()
-def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
+def sharpen(attn: Attention, tokens: Tensor, share: float) -> None:
     """Set an Attention's projections so that it averages, for each token, those with similar features.
 
     From random weights, attention in a small network settles near the mean over all tokens, where its gradient is
@@ -44,7 +49,7 @@ def sharpen(attn: nn.Module, tokens: Tensor, share: float) -> None:
 
 
 @torch.no_grad()
-def calibrate(attn: nn.Module, tokens: Tensor, share: float) -> None:
+def calibrate(attn: Attention, tokens: Tensor, share: float) -> None:
     """Scale queries and keys so that the median query again has `share` of the keys.
 
     Projections that stay fixed do not keep attention sharp while the features that they compare are trained.
@@ -59,7 +64,7 @@ def calibrate(attn: nn.Module, tokens: Tensor, share: float) -> None:
         linear.weight.mul_(scale)
 
 
-def scale_for(share: float, tokens: Tensor, projection: Tensor, attn: nn.Module) -> float:
+def scale_for(share: float, tokens: Tensor, projection: Tensor, attn: Attention) -> float:
     """By bisection, what to multiply the projection by so that the median query spreads over `share` of the keys.
 
     Args:
@@ -82,7 +87,7 @@ def scale_for(share: float, tokens: Tensor, projection: Tensor, attn: nn.Module)
     return scale
 
 
-def keep_sharp(attn: nn.Module, keep: bool) -> None:
+def keep_sharp(attn: Attention, keep: bool) -> None:
     """Fix the projections of queries and keys, or lets them be trained.
 
     Trained, the weights flatten out within some hundred steps; fixed, more slowly, as the features still change.
@@ -91,7 +96,7 @@ def keep_sharp(attn: nn.Module, keep: bool) -> None:
         linear.requires_grad_(not keep)
 
 
-def median_share(queries: Tensor, keys: Tensor, projection: Tensor, scale: float, attn: nn.Module) -> float:
+def median_share(queries: Tensor, keys: Tensor, projection: Tensor, scale: float, attn: Attention) -> float:
     """Effective number of keys of the median query, as a share of all keys.
 
     Args:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -21,6 +23,10 @@ from .samples import contact_sheet, evenly
 from .sharpening import calibrate, keep_sharp, sharpen
 from .tokenizer import build_tokenizer, tokenise
 from .training import finish, train
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
 
 CAPTIONS = (("a {}", 0.3), ("a high quality photograph of a {}.", 0.4), ("{}", 0.2), ("", 0.1))
 """Caption templates with their probabilities; the empty one is what classifier-free guidance compares with."""
@@ -55,7 +61,7 @@ def unet_stage(run: Run) -> None:
     seed_initial_weights(run, "unet")
     trained = {"unet": build_unet(preset), "text_encoder": build_text_encoder(preset, tokenizer)}
     if run.grow_from:
-        grow_models(run, trained)
+        grow_models(run, run.grow_from, trained)
     averages = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in trained.items()}
     for module in (*trained.values(), *averages.values()):
         module.to(run.device)
@@ -78,7 +84,7 @@ def unet_stage(run: Run) -> None:
         noise, timesteps = noise.to(run.device), timesteps.to(run.device)
         noisy = scheduler.add_noise(latents[picks.to(run.device)], noise, timesteps)
         stride = preset.phases[phase].key_stride
-        subset.chosen = stride and one_per_cell(latents.shape[-1], stride, generator).to(run.device)
+        subset.chosen = one_per_cell(latents.shape[-1], stride, generator).to(run.device) if stride else None
         for layer in self_attention_layers(trained["unet"]):  # in every step: a resumed run begins within a phase
             keep_sharp(layer, preset.phases[phase].sharpen is not None)
         with run.autocast():
@@ -132,13 +138,12 @@ def loss_weight(alphas: Tensor) -> Tensor:
     return ((1 - alphas) / alphas).sqrt().clamp(0.15, 6)
 
 
-def grow_models(run: Run, models: dict[str, nn.Module]) -> None:
-    """Fill UNet and text encoder from the model folder that this one grows from.
+def grow_models(run: Run, folder: Path, models: dict[str, nn.Module]) -> None:
+    """Fill UNet and text encoder from the folder of the model that this one grows from.
 
     Raises:
         UsageError: that model's format does not fit.
     """
-    folder = run.grow_from
     config = json.loads((folder / "unet" / "config.json").read_text())
     weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     try:
@@ -153,7 +158,7 @@ def grow_models(run: Run, models: dict[str, nn.Module]) -> None:
 @torch.no_grad()
 def change_attention(
     models: dict[str, nn.Module],
-    change: Callable[[nn.Module, Tensor, float], object],
+    change: Callable[[Attention, Tensor, float], object],
     share: float,
     noisy: Tensor,
     timesteps: Tensor,
@@ -182,12 +187,12 @@ def change_attention(
         change(layer, given[0], share)
 
 
-def self_attention_layers(unet: nn.Module) -> list[nn.Module]:
+def self_attention_layers(unet: UNet2DConditionModel) -> list[Attention]:
     """The UNet's self-attention layers, in the order in which they are called: down blocks, then up blocks."""
     return [layer for name, layer in unet.named_modules() if name.endswith("attn1") and not layer.is_cross_attention]
 
 
-def use_key_subset(unet: nn.Module, subset: SubsetAttnProcessor) -> None:
+def use_key_subset(unet: UNet2DConditionModel, subset: SubsetAttnProcessor) -> None:
     """Give the full-resolution self-attention layers that processor."""
     tops = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
     for name, module in unet.named_modules():

@@ -128,7 +128,10 @@ def _variants(model):
     """What is timed, by name: (model, timestep), with no node, with ComfyUI's ToMe node and with ours."""
     from comfy_extras.nodes_tomesd import TomePatchModel
 
-    spec = importlib.util.spec_from_file_location("agentsd_nodes", REPOSITORY / "apps" / "comfyui" / "__init__.py")
+    place = REPOSITORY / "apps" / "comfyui" / "__init__.py"  # as ComfyUI itself loads a folder of custom_nodes
+    spec = importlib.util.spec_from_file_location("agentsd_nodes", place)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(place)
     nodes = importlib.util.module_from_spec(spec)
     sys.modules["agentsd_nodes"] = nodes
     spec.loader.exec_module(nodes)
@@ -161,7 +164,7 @@ def _rounds(variants, size, options, dtype):
         model.apply_model(latent, sigma, c_crossattn=text, transformer_options=wrapped, y=y).sum().item()
         return time.perf_counter() - start, time.process_time() - cpu
 
-    times = {variant: [] for variant in variants}
+    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     with torch.inference_mode():
         for patcher, timestep in variants.values():
             call(patcher, timestep, size if options.device == "cuda" else 256)  # warm-up

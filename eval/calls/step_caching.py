@@ -11,7 +11,7 @@ import argparse
 import csv
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import date
 from importlib.metadata import version
 from itertools import product
@@ -36,7 +36,7 @@ except ModuleNotFoundError:  # it has no wheels for Python 3.14 yet; the column 
     flip_evaluator = None
 
 SUBJECTS = ("zebra", "castle", "goldfish", "mushroom", "bee", "sailboat", "pretzel", "school bus")
-NO_AGENTS = {"ratio": 0.0, "early": 0.0}  # the cache alone
+NO_AGENTS: dict[str, Any] = {"ratio": 0.0, "early": 0.0}  # the cache alone
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -137,12 +137,13 @@ def method_of(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
     elif method == "fewer steps":
         yield
     else:
-        fields = {} if "agents" in method else dict(NO_AGENTS)
+        fields: dict[str, Any] = {} if "agents" in method else dict(NO_AGENTS)
         if "cache" in method:
             fields |= {"cache_interval": row["interval"], "cache_order": row["order"]}
             fields["cache_depth"] = row.get("depth", "auto")
         with agentsd.patched(pipe, **fields):
-            patch, change = get_patch(pipe), nullcontext()
+            patch: Any = get_patch(pipe)
+            change: AbstractContextManager[None] = nullcontext()
             if "dense early" in method:
                 change = dense_early(patch.cache, row["interval"])
             elif "last call cached" in method:
@@ -161,8 +162,8 @@ def distances(images: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
     """
     error = ((images - originals) ** 2).mean(axis=(1, 2, 3)).clip(1e-10)
     psnr = -10 * np.log10(error)
-    batches = (torch.from_numpy(one).permute(0, 3, 1, 2) for one in (images, originals))
-    ssim = structural_similarity_index_measure(*batches, data_range=1.0)
+    ours, theirs = (torch.from_numpy(one).permute(0, 3, 1, 2) for one in (images, originals))
+    ssim = torch.as_tensor(structural_similarity_index_measure(ours, theirs, data_range=1.0))
     flip = None
     if flip_evaluator is not None:
         pairs = zip(originals, images)

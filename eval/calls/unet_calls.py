@@ -98,7 +98,7 @@ def measure(
         controlled: the same pipeline with a ControlNet, to time its call before each of the UNet.
     """
     inputs = call_inputs(pipe, size)
-    control = ()
+    control: tuple[Any, ...] = ()
     if controlled is not None:
         control = (controlled.controlnet, torch.rand(2, 3, size, size).to(pipe.unet.device, pipe.unet.dtype))
     unets = {name: pipe.unet for name in ("sdpa", *methods)}
@@ -124,7 +124,7 @@ def measure(
             with nullcontext() if compile else agentsd.patched(target, **methods[method]):
                 for name, timestep in kinds_of_calls(method):
                     taken[name] = timed(unet, timestep, inputs, *control)
-                    assert get_patch(unet).cached == ("cached" in name)
+                    assert _is_cached(unet) == ("cached" in name)
         said = json.dumps({name: round(value, 2) for name, value in taken.items()})
         print(f"round {number + 1}: {said}" if number >= 0 else f"warm-up: {said}", flush=True)
         for name, value in taken.items() if number >= 0 else ():
@@ -168,10 +168,15 @@ def calls_of_a_run(settings: dict[str, Any], interval: int, steps: int = 50) -> 
     with torch.no_grad():
         for timestep in scheduler.timesteps:
             unet(sample, timestep, text)
-            patch = get_patch(unet)
             early = timestep >= 600  # also where the settings have no agents: the calls are timed there
-            calls["cached" if patch.cached else "whole", "agent" if early else "merge"] += 1
+            calls["cached" if _is_cached(unet) else "whole", "agent" if early else "merge"] += 1
     return calls
+
+
+def _is_cached(unet: Any) -> bool:
+    """Whether the last call of a patched UNet was cached."""
+    patch = get_patch(unet)
+    return patch is not None and patch.cached
 
 
 def _tiny_unet() -> Any:

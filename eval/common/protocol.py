@@ -113,6 +113,13 @@ class Scenario:
             raise ValueError(f"method {self.method!r} takes no interval")
 
     @property
+    def settings(self) -> AgentConfig:
+        """The config of a method that has one. Raises ValueError for the others."""
+        if self.config is None:
+            raise ValueError(f"method {self.method!r} has no config")
+        return self.config
+
+    @property
     def name(self) -> str:
         """Short and unique among scenarios: method, ratio, what differs from the defaults. Serves as folder name."""
         parts = [self.method]
@@ -300,7 +307,7 @@ def make_scenarios(
                 # ToMeSD has no early phase; one value for it keeps its scenarios equal whatever --early says.
                 scenarios.append(Scenario(method, _config(ratio, 0.0 if method == "tomesd" else early)))
             if method == "agentsd":
-                base = scenarios[-1].config
+                base = scenarios[-1].settings
                 scenarios += [Scenario(method, replace(base, cache_interval=interval)) for interval in intervals]
     for name in ablate:
         if name not in ABLATIONS:
@@ -324,7 +331,7 @@ def rivals_of(scenarios: Iterable[Scenario]) -> dict[tuple[str, str], str]:
                 and ours.cache_interval == other.cache_interval
                 and (
                     other.method == "deepcache"
-                    or (other.method == "tomesd" and ours.config.ratio == other.config.ratio)
+                    or (other.method == "tomesd" and ours.settings.ratio == other.settings.ratio)
                 )
             ):
                 found[ours.name, other.method] = other.name

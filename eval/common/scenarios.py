@@ -50,7 +50,7 @@ def use_scenario(pipe: Any, scenario: Scenario) -> Iterator[Callable[..., Any]]:
         elif scenario.method == "limit":
             stack.enter_context(_limit(pipe))
         elif scenario.method != "sd":
-            stack.enter_context(use_method(pipe, scenario.method, scenario.config))
+            stack.enter_context(use_method(pipe, scenario.method, scenario.settings))
         yield call
 
 
@@ -107,7 +107,7 @@ def _control(pipe: Any, scenario: Scenario) -> Iterator[None]:
     with agentsd.patched(pipe, scenario.config):
         layers = _patched_layers(pipe.unet)
         # Its hook runs after the patch's own pre-hook, which looks whether its processors are still there.
-        with in_agent_phase(pipe, scenario.config, {layer: stand_in for layer in layers.values()}):
+        with in_agent_phase(pipe, scenario.settings, {layer: stand_in for layer in layers.values()}):
             yield
 
 

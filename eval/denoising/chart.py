@@ -33,8 +33,8 @@ def cost_chart(rows: Sequence[dict[str, Any]], path: Path, title: str, footer: s
     kinds: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: abs((row["ratio"] or 0) - AgentConfig.ratio)):
         # Of several ratios the one nearest to the default: lines of one colour could not be told apart.
-        if (label := _label(row)) is not None and kinds.setdefault(*label) == label[1]:
-            lines.setdefault(label, []).append(row)
+        if (key := _label(row)) is not None and kinds.setdefault(*key) == key[1]:
+            lines.setdefault(key, []).append(row)
     if not lines:
         return False
     figure, axes = pyplot.subplots(figsize=(7.5, 4.6))

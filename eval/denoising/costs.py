@@ -49,7 +49,7 @@ class Cost:
 
 def phase_of(scenario: Scenario) -> Phase:
     """The phase that a scenario is measured in at every timestep."""
-    return Phase.AGENT if scenario.method == "agentsd" and scenario.config.early else Phase.MERGE
+    return Phase.AGENT if scenario.method == "agentsd" and scenario.settings.early else Phase.MERGE
 
 
 def costs_of(scenarios: Sequence[Scenario], times: dict[str, list[float]]) -> dict[str, Cost]:
@@ -62,8 +62,10 @@ def costs_of(scenarios: Sequence[Scenario], times: dict[str, list[float]]) -> di
 
 
 def _cost(scenario: Scenario, ratios: list[float] | None) -> Cost:
-    low, time, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist() if ratios else (None, None, None)
-    spread = (high - low) / 2 if ratios else None
+    time = spread = None
+    if ratios:
+        low, time, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+        spread = (high - low) / 2
     if scenario.method not in ("sd", "tomesd", "agentsd"):
         return Cost(time, spread)
     # ToMeSD's own code is not counted; it merges as the later phase does.

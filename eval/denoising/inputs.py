@@ -64,7 +64,7 @@ def load_inputs(judged: Judged, images: Path | None, captions: Path | None, samp
         torch.cat([batch.latents for batch in batches]),
         torch.cat([batch.text for batch in batches]),
         {name: torch.cat([batch.added[name] for batch in batches]) for name in batches[0].added},
-        None if batches[0].beside is None else torch.cat([batch.beside for batch in batches]),
+        torch.cat(masked) if (masked := [batch.beside for batch in batches if batch.beside is not None]) else None,
     )
 
 
@@ -81,14 +81,14 @@ def captioned_files(folder: Path, captions: Path | None) -> list[tuple[str, str]
         raise BenchError(f"--images {folder}: has no images in it")
     if captions is not None:
         known = _read_captions(captions)
-        names = [file.as_posix() for file in files]
-        if missing := [name for name in names if name not in known]:
+        listed = [file.as_posix() for file in files]
+        if missing := [name for name in listed if name not in known]:
             raise BenchError(
                 f"--captions {captions}: has no caption for {missing[0]} and {len(missing) - 1} other images: add them"
             )
-        if extra := sorted(set(known) - set(names)):
+        if extra := sorted(set(known) - set(listed)):
             raise BenchError(f"--captions {captions}: names {extra[0]}, which is not in {folder}: remove it")
-        return [(name, known[name]) for name in names]
+        return [(name, known[name]) for name in listed]
     if flat := [file for file in files if len(file.parts) == 1]:
         raise BenchError(
             f"--images {folder}: {flat[0]} has no caption: put the images into one folder per class, or give --captions"

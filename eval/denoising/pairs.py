@@ -49,10 +49,10 @@ def make_pairs(
         share = sum(map(in_agent_phase, sampled)) / len(sampled)
         for first in agents if early else [None]:
             for second in later if early < 1 else [None]:
-                names = [name_of(one) if one else None for one in (first, second)]
+                names = [name_of(one) if one else "" for one in (first, second)]
                 chosen = [names[0] if in_agent_phase(timestep) else names[1] for timestep in timesteps]
                 rise = mean_rise([(cells[name, t], cells["sd", t]) for name, t in zip(chosen, timesteps)], weights)
-                row: dict[str, Any] = {"agents": names[0], "later": names[1], "early": early}
+                row: dict[str, Any] = {"agents": names[0] or None, "later": names[1] or None, "early": early}
                 row |= {"rise": rise.value, "standard_error": rise.standard_error}
                 for field in ("time", "unet"):
                     ends = [getattr(costs[name], field) if name else 0.0 for name in names]

@@ -107,10 +107,10 @@ def make_runs(
     for scenario in scenarios:
         own, later = name_of(scenario), partner_of(scenario, scenarios)
         if later is None:
-            add(scenario, scenario.config.early if scenario.method == "agentsd" else None, [own] * len(timesteps))
+            add(scenario, scenario.settings.early if scenario.method == "agentsd" else None, [own] * len(timesteps))
             continue
         for early in EARLY:
-            config = replace(scenario.config, early=early)
+            config = replace(scenario.settings, early=early)
             # The cost at a timestep stands for all timesteps around it, as the weights do.
             names = [
                 own if config.phase_at(timestep, num_train_timesteps) is Phase.AGENT else name_of(later)

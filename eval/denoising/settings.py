@@ -80,11 +80,11 @@ def _combinations(name: str) -> list[dict[str, Any]]:
 
 def name_of(scenario: Scenario) -> str:
     """Short and unique: the protocol's name, and the settings that it leaves out."""
-    name, config = scenario.name, scenario.config
+    name = scenario.name
     if scenario.method == "agentsd":
         for field in ("agent_ratio", "agent_stride"):
-            if getattr(config, field) != getattr(AgentConfig, field):
-                name += f"-{field.replace('_', '-')}{getattr(config, field)}"
+            if getattr(scenario.config, field) != getattr(AgentConfig, field):
+                name += f"-{field.replace('_', '-')}{getattr(scenario.config, field)}"
     return name
 
 
@@ -93,8 +93,10 @@ def partner_of(scenario: Scenario, scenarios: Iterable[Scenario]) -> Scenario | 
 
     At ratio 0 that is the unpatched model.
     """
-    config = scenario.config
-    if scenario.method != "agentsd" or config.early != 1 or config.late != "merge":
+    if scenario.method != "agentsd":
+        return None
+    config = scenario.settings
+    if config.early != 1 or config.late != "merge":
         return None
     if config.ratio == 0:
         return SD
@@ -104,7 +106,7 @@ def partner_of(scenario: Scenario, scenarios: Iterable[Scenario]) -> Scenario | 
 
 def _acts(scenario: Scenario) -> bool:
     """Whether a scenario differs from sd at all."""
-    config = scenario.config
+    config = scenario.settings
     return config.ratio > 0 or config.early > 0 or config.late == "downsample"
 
 

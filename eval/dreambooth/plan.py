@@ -142,7 +142,7 @@ class Plan:
     def prior_rows(self) -> tuple[Row, ...]:
         """The same class prompt before and after; the last one without prior preservation, as a control."""
         kept = "prior preserved" if self.prior_preservation else "no prior preservation"
-        rows = (
+        rows: tuple[Row, ...] = (
             Row("prior-before", "the model before training", None, prior=True),
             Row("prior-dreambooth", f"DreamBooth, {kept}", "none", prior=True),
             Row("prior-both", f"agents in all steps, trained so, {kept}", "both", self.config(1.0), prior=True),

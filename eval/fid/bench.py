@@ -127,7 +127,7 @@ class _Bench:
                 check_space(self.folder, images, side**2)
                 if not options.speed_only:
                     open_folders(pipe, self.job)
-            results = {"run": self._describe(pipe, side), "scored": {}, "rows": []}
+            results: dict[str, Any] = {"run": self._describe(pipe, side), "scored": {}, "rows": []}
             if first:
                 report.write_report(self.folder, results, charts=False)  # the figures of an earlier run are gone
             if not options.speed_only:
@@ -298,7 +298,7 @@ def score_two(options: argparse.Namespace) -> str:
         scores.load_statistics(path, network) if own is None else scores.statistics_of(network.of_files(own, tqdm))
         for path, own in zip(paths, files)
     )
-    row = {"scenario": f"{paths[0]} to {paths[1]}", "images": a.count or None}
+    row: dict[str, Any] = {"scenario": f"{paths[0]} to {paths[1]}", "images": a.count or None}
     row["fid" if network.name == "inception" else "fd"] = scores.frechet_distance(a, b)
     if a.features is not None and b.features is not None:
         row["kid"], row["kid_deviation"] = scores.kernel_distance(a.features, b.features)

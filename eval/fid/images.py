@@ -28,9 +28,9 @@ def read_image(path: Path) -> Image.Image:
         BenchError: the file is no readable image, or its pixels are floats or 32-bit integers of unknown range.
     """
     try:
-        with Image.open(path) as image:
-            _check_mode(image)
-            image = ImageOps.exif_transpose(image)
+        with Image.open(path) as file:
+            _check_mode(file)
+            image: Image.Image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):
                 values = np.asarray(image, dtype=np.float64)
                 image = Image.fromarray(np.round(values / 257).clip(0, 255).astype(np.uint8))

@@ -259,11 +259,13 @@ class _TimedUNet:
 
 @contextlib.contextmanager
 def _stopwatch(pipe: Any, compiled: bool) -> Iterator[list[_Lap]]:
-    unet, laps, deep = pipe.unet, [], None
+    unet = pipe.unet
+    laps: list[_Lap] = []
+    deep: list[bool] | None = None
     with contextlib.ExitStack() as stack:
         if not compiled and unet.mid_block is not None:
             deep = []  # every caching method skips the deepest layers in a cached call
-            hook = unet.mid_block.resnets[0].register_forward_pre_hook(lambda *_: deep.append(True))
+            hook = unet.mid_block.resnets[0].register_forward_pre_hook(lambda *_, deep=deep: deep.append(True))
             stack.callback(hook.remove)
         vars(pipe)["unet"] = _TimedUNet(unet, laps, deep)  # past the setter, which expects a class to save
         stack.callback(vars(pipe).__setitem__, "unet", unet)

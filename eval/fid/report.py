@@ -125,7 +125,7 @@ def scenario_row(scenario: Scenario) -> dict[str, Any]:
     """A scenario as the first columns of its row: every setting of the patch that its method uses."""
     row = {"scenario": scenario.name, "method": scenario.method, "cache_interval": scenario.cache_interval}
     if scenario.method == "agentsd":
-        row = {**asdict(scenario.config), **row}
+        row = {**asdict(scenario.settings), **row}
     elif scenario.config is not None:
         row |= {"ratio": scenario.config.ratio}
         row |= {"early": scenario.config.early} if scenario.method in CONTROLS else {}
@@ -299,7 +299,7 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
         "compiled": "compiled" if workload.compile else None,
         "seconds": timing.seconds,
         "seconds_per_image": timing.seconds_per_image,
-        "speedup_vs_sd": _ratio(sd and sd.seconds_per_image, timing.seconds_per_image),
+        "speedup_vs_sd": _ratio(sd.seconds_per_image if sd else None, timing.seconds_per_image),
         "peak_gb": timing.peak_gb,
         "peak_gb_per_image": timing.peak_gb_per_image,
         "note": timing.failed or _unstable(timing.seconds),
@@ -313,7 +313,7 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
     for phase in Phase:
         seconds = timing.unet_median(phase)
         out[f"unet_{phase.value}_ms"] = seconds and seconds * 1000
-        out[f"unet_{phase.value}_speedup"] = _ratio(sd and sd.unet_median(phase), seconds)
+        out[f"unet_{phase.value}_speedup"] = _ratio(sd.unet_median(phase) if sd else None, seconds)
     return out
 
 

@@ -62,7 +62,7 @@ def load_statistics(path: Path, network: FeatureNetwork) -> Statistics:
                 count = int(file["count"]) if "count" in file else 0
                 found = Statistics(file["mu"].astype(np.float64), file["sigma"].astype(np.float64), count, features)
             else:
-                found = statistics_of(features)
+                found = statistics_of(file["features"])
     except Exception as error:  # zipfile, OSError, KeyError, AttributeError …: none of them is a file of statistics
         raise BenchError(f"{path}: is no .npz file with mu and sigma ({first_line(error)})") from error
     size = len(found.mean)
@@ -125,14 +125,17 @@ def load_named_features(path: Path, network: FeatureNetwork) -> NamedFeatures:
 
 def save_statistics(path: Path, statistics: Statistics, network: FeatureNetwork) -> None:
     """Write a .npz that pytorch-fid reads too; with up to 10,000 of the features, in half precision, for KID."""
-    step = max(1, -(-len(statistics.features) // _KEPT_FEATURES))
+    features = statistics.features
+    if features is None:
+        raise ValueError("statistics without features, as a file of mean and covariance alone gives them")
+    step = max(1, -(-len(features) // _KEPT_FEATURES))
     with open(path, "wb") as file:
         np.savez_compressed(
             file,
             mu=statistics.mean,
             sigma=statistics.covariance,
             count=statistics.count,
-            features=statistics.features[::step].astype(np.float16),
+            features=features[::step].astype(np.float16),
             network=np.array(network.name),
         )
 
@@ -183,8 +186,8 @@ class _Resampled:
 
     def of(self, picked: np.ndarray) -> float:
         """Row numbers [N], with repetitions -> the distance of those rows."""
-        rows, counts = np.unique(picked, return_counts=True)
-        rows = torch.as_tensor(rows, device=self.rooted.device)
+        different, counts = np.unique(picked, return_counts=True)
+        rows = torch.as_tensor(different, device=self.rooted.device)
         weights = torch.as_tensor(counts, dtype=torch.float64, device=self.rooted.device)
         total, x = weights.sum(), self.features[rows]
         mean = weights @ x / total
@@ -319,7 +322,7 @@ def _float64_device(device: Any) -> torch.device:
 
 def score_sets(
     features: dict[str, np.ndarray],
-    files: dict[str, Sequence[Path]],
+    files: Mapping[str, Sequence[Path]],
     network: FeatureNetwork,
     reference: Statistics,
     resamples: int = 200,
@@ -383,7 +386,7 @@ class ClipScore:
 
         try:
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-            self.model: nn.Module = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+            self.model: Any = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
         except Exception as error:  # transformers raises many kinds
             raise BenchError(
                 f"--clip {folder}: is no CLIP model that transformers can load ({first_line(error)}): give a folder "

@@ -32,7 +32,7 @@ def similarity_of_pairs(files: Sequence[Path], baseline_files: Sequence[Path]) -
         ours, theirs = (torch.from_numpy(x).permute(2, 0, 1)[None].float() for x in (a, b))
         ssim = structural_similarity_index_measure(ours, theirs, data_range=255.0)
         psnr = float(peak_signal_noise_ratio(ours, theirs, data_range=255.0))
-        return min(psnr, _HIGHEST_PSNR), float(ssim)
+        return min(psnr, _HIGHEST_PSNR), float(torch.as_tensor(ssim))
 
     with ThreadPoolExecutor(4) as pool:
         return np.array(list(pool.map(compare, zip(files, baseline_files))))

@@ -98,13 +98,13 @@ def run(options: argparse.Namespace, command: str) -> int:
         side = plan.size or native_size(pipe)
         check_space(folder, missing_images(job), side**2)
         open_folders(pipe, job)
-        config = next(scenario.config for scenario in scenarios if scenario.method == "agentsd")
+        config = next(scenario.settings for scenario in scenarios if scenario.method == "agentsd")
         prompts = tqdm(_spread_over(plan, options.prompts), desc="effective keys", unit="image")
         spreads = measure_effective_keys(pipe, plan, prompts, config)
         generate_all(pipe, job, options.processes)
         rows = _score(job, network, reference, trained)
         bars = judge(spreads[0], {row["method"]: row for row in rows})
-        found = {
+        found: dict[str, Any] = {
             "title": f"demo_gate: {spec.name}",
             "command": command,
             "environment": environment(pipe.unet.device, pipe.unet.dtype),

@@ -13,7 +13,7 @@ import timm
 import torch
 from accelerate import PartialState
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from agentsd.files import write_atomically
@@ -43,7 +43,7 @@ def evaluate_checkpoint(options: Any, out: Path, dtype: torch.dtype) -> dict[str
         BenchError: the folder or the checkpoint is another than said.
     """
     state = PartialState(cpu=options.device == "cpu")
-    model = timm.create_model(options.model)
+    model: Any = timm.create_model(options.model)
     try:
         loaded = load_official_checkpoint(model, options.checkpoint)
     except (ValueError, OSError) as error:
@@ -84,7 +84,7 @@ def open_folder(folder: Path, num_classes: int, transform: Any) -> ImageFolder:
 
 
 def evaluate(
-    model: nn.Module, data: Dataset, settings: dict[str, Any], out: Path, state: PartialState, workers: int = 0
+    model: nn.Module, data: ImageFolder, settings: dict[str, Any], out: Path, state: PartialState, workers: int = 0
 ) -> dict[str, Any] | None:
     """Count the images whose class is the model's first choice, and among its first five.
 
@@ -109,8 +109,8 @@ def evaluate(
     starts = [start for start in range(0, len(data), chunk) if start not in _finished(folder)]
     mine = starts[state.process_index :: state.num_processes]
     with open(folder / f"done-{state.process_index}.jsonl", "a", encoding="utf-8") as lines:
-        for start, images, labels in _chunks(data, mine, chunk, workers):
-            line = {"start": start, "images": len(labels), **_hits(model, images, labels, state.device)}
+        for start, pixels, labels in _chunks(data, mine, chunk, workers):
+            line = {"start": start, "images": len(labels), **_hits(model, pixels, labels, state.device)}
             lines.write("\n" + json.dumps(line))  # first the newline: the line before may have been cut off
             lines.flush()
             print(f"{start + len(labels)} of {len(data)} images …", file=sys.stderr)
@@ -143,11 +143,11 @@ def _finished(folder: Path) -> dict[int, dict[str, int]]:
 
 
 def _chunks(
-    data: Dataset, starts: Sequence[int], chunk: int, workers: int
+    data: ImageFolder, starts: Sequence[int], chunk: int, workers: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(first image, images, labels) of each chunk."""
     groups = [list(range(start, min(start + chunk, len(data)))) for start in starts]
-    loader = DataLoader(data, batch_sampler=groups, num_workers=workers)
+    loader: DataLoader[Any] = DataLoader(data, batch_sampler=groups, num_workers=workers)
     for start, (images, labels) in zip(starts, loader):
         yield start, images, labels
 

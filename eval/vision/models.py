@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from timm.layers import DropPath
@@ -37,7 +39,9 @@ class ReducedAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        read = x if self.sr is None else self.norm(from_image(self.sr(to_image(x, grid))))
+        read = x
+        if self.sr is not None and self.norm is not None:
+            read = self.norm(from_image(self.sr(to_image(x, grid))))
         key, value = self.kv(read).chunk(2, dim=-1)
         split = lambda t: t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # noqa: E731
         out = softmax_attention(split(self.q(x)), split(key), split(value))
@@ -52,7 +56,8 @@ def pvt_v1(depths: tuple[int, ...], size: int) -> nn.Module:
     model = AgentPvt(img_size=size, depths=depths)
     for i in range(4):
         blocks = model.blocks_of(i)
-        for number, block in enumerate(blocks):
+        for number in range(len(blocks)):
+            block: Any = blocks[number]
             heads, dim = block.attn.num_heads, block.norm1.normalized_shape[0]
             attention = ReducedAttention(dim, heads, _REDUCTION[i])
             ratio = block.mlp.fc1.out_features / dim
@@ -75,4 +80,9 @@ def build(name: str, size: int, device: torch.device | str = "meta", dtype: torc
 
 def published_size(name: str) -> int:
     """Side of the images that a model was trained with, in pixels."""
-    return 224 if name in PVT_DEPTHS else timm.get_pretrained_cfg(name).input_size[-1]
+    if name in PVT_DEPTHS:
+        return 224
+    published = timm.get_pretrained_cfg(name)
+    if published is None:
+        raise BenchError(f"{name}: timm knows no size that it was trained with")
+    return published.input_size[-1]

@@ -64,7 +64,7 @@ class Pair(NamedTuple):
 _SAME = "same size"
 _ACCURACY = "larger, of at most equal accuracy"
 
-PAIRS = {
+PAIRS: dict[str, tuple[Pair, ...]] = {
     "small": (
         Pair("deit_tiny_patch16_224", "agent_deit_tiny_patch16_224", _SAME),
         Pair("deit_small_patch16_224", "agent_deit_small_patch16_224", _SAME),
