@@ -27,8 +27,8 @@ def _widget(name: str) -> tuple[Any, dict[str, Any]]:
     if setting.kind == "choice":
         return [written(choice) for choice in setting.choices], {"default": written(default), **options}
     if setting.kind == "number":
-        high = _MOST_RATIO if name == "ratio" else setting.high
-        return "FLOAT", {"default": default, "min": float(setting.low), "max": float(high), "step": 0.01, **options}
+        low, high = setting.low or 0.0, _MOST_RATIO if name == "ratio" else setting.high or 1.0
+        return "FLOAT", {"default": default, "min": float(low), "max": float(high), "step": 0.01, **options}
     if setting.optional:
         options["tooltip"] += f" {_NO_LIMIT} is None, no limit."
         return "INT", {"default": _NO_LIMIT, "min": _NO_LIMIT, "max": _MOST, **options}

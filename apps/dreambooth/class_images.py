@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,17 @@ def complete_class_images(
 
 
 def _generate(pipe: Any, settings: DreamBoothSettings, accelerator: Accelerator, files: list[tuple[int, Path]]) -> None:
+    prompt: Any = settings.class_prompt  # there is one: checked with the other settings
     seeds = [number(settings.seed, "class image", i) for i, _ in files]
     bar = tqdm(total=len(files), desc="class images", unit="image", disable=not accelerator.is_main_process)
     with ready_to_sample(pipe, accelerator.device), bar:
         images = generate(
-            pipe, settings.class_prompt, seeds, resolution=settings.resolution,
+            pipe, prompt, seeds, resolution=settings.resolution,
             steps=settings.class_inference_steps, guidance=settings.guidance_scale,
             precision=accelerator.autocast,
         )  # fmt: skip
         for (_, path), image in zip(files, images):
-            write_atomically(path, lambda file, image=image: image.save(file, format="PNG"))
+            write_atomically(path, partial(image.save, format="PNG"))
             bar.update()
 
 

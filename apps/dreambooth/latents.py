@@ -6,15 +6,19 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from agentsd.images.latents import scale_latents
 
 from .data import TrainingImage, read_image
 from .draws import generator
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Encoded:
     digest: str
 
 
-def encode_image(vae: nn.Module, pixels: Tensor, noise: torch.Generator) -> Tensor:
+def encode_image(vae: AutoencoderKL | AutoencoderTiny, pixels: Tensor, noise: torch.Generator) -> Tensor:
     """Encode one image as the UNet sees it.
 
     An AutoencoderKL gives a normal distribution. It is sampled here, once for all steps: its standard deviation is
@@ -58,7 +62,12 @@ def encode_image(vae: nn.Module, pixels: Tensor, noise: torch.Generator) -> Tens
 
 
 def encode_files(
-    vae: nn.Module, paths: Sequence[Path], resolution: int, seed: int, name: str, quiet: bool = True
+    vae: AutoencoderKL | AutoencoderTiny,
+    paths: Sequence[Path],
+    resolution: int,
+    seed: int,
+    name: str,
+    quiet: bool = True,
 ) -> Encoded:
     """Read and encode images one at a time, so that none depends on its companions and few are in memory.
 

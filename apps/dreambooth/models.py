@@ -150,7 +150,7 @@ def make_trainable(pipe: DiffusionPipeline, settings: DreamBoothSettings, frozen
             set_checkpointing(module, True)
 
 
-def set_checkpointing(module: nn.Module, on: bool) -> None:
+def set_checkpointing(module: Any, on: bool) -> None:
     """Turn gradient checkpointing of a diffusers or transformers model on or off, as its version calls it."""
     if hasattr(module, "enable_gradient_checkpointing"):  # diffusers
         module.enable_gradient_checkpointing() if on else module.disable_gradient_checkpointing()
@@ -165,7 +165,7 @@ def set_checkpointing(module: nn.Module, on: bool) -> None:
         getattr(module, f"{name}_disable")()
 
 
-def trained_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def trained_tensors(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a module that are trained, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 

@@ -167,7 +167,7 @@ class _Job:
         """Write a checkpoint."""
         trainer = self.trainer
         if self.main:
-            facts = {"images": trainer.digest, "losses": self.losses, "seconds": self.seconds}
+            facts: dict[str, Any] = {"images": trainer.digest, "losses": self.losses, "seconds": self.seconds}
             facts["peak_bytes"] = self.peak or None
             limit = self.settings.checkpoints_total_limit
             save_checkpoint(self.folder, trainer.done, trainer.parts, trainer.states(), facts, limit)

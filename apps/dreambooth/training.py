@@ -221,7 +221,7 @@ class Trainer:
             target = schedule.get_velocity(latents, noise, timesteps)
 
         prompts = self.prompts
-        if not prompts:
+        if self.ids is not None and not prompts:
             prompts = {"text": encode_ids(self.wrapped["text_encoder"], self.ids, device)}
         told = {name: value.repeat_interleave(len(samples), dim=0) for name, value in prompts.items()}
         added = None

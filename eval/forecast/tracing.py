@@ -110,13 +110,13 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[-1]
         source = args[0] if args and isinstance(args[0], Tensor) else None
-        on_device = source is not None and source.device.type == "meta"
-        if on_device and name == "_local_scalar_dense":
-            self.found.operations.append(Operation(name, "read", source.element_size(), 0))
-            return True if source.dtype is torch.bool else 1.0 if source.is_floating_point() else 1
-        if on_device and name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type == "cpu":
-            self.found.operations.append(Operation(name, "read", _bytes(source), 0))
-            return torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        read = source if source is not None and source.device.type == "meta" else None
+        if read is not None and name == "_local_scalar_dense":
+            self.found.operations.append(Operation(name, "read", read.element_size(), 0))
+            return True if read.dtype is torch.bool else 1.0 if read.is_floating_point() else 1
+        if read is not None and name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type == "cpu":
+            self.found.operations.append(Operation(name, "read", _bytes(read), 0))
+            return torch.ones(read.shape, dtype=kwargs.get("dtype") or read.dtype)
         output = func(*args, **kwargs)
         if name == "_to_copy" and source is not None and self._is_there(source):
             return output
@@ -175,7 +175,8 @@ def _operation(name: str, args: tuple, kwargs: dict, output: Any) -> Operation:
     plain = name.rstrip("_") if not name.startswith("_") or name.endswith("_") else name
     read, written = sum(map(_bytes, inputs)), sum(map(_bytes, outputs))
     first = inputs[0] if inputs else outputs[0]
-    kind, sizes = "elementwise", ()
+    kind = "elementwise"
+    sizes: tuple[int, ...] = ()
     if (product := _product_sizes(plain, args, output)) is not None:
         kind, sizes = "convolution" if plain == "convolution" else "matmul", product
     elif "sort" in plain or plain == "topk":
