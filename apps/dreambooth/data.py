@@ -66,7 +66,7 @@ class Found:
         ]
 
 
-def find_images(folder: Path, field: str, apart: Sequence[Path | None] = ()) -> Found:
+def find_images(folder: Path, field: str, apart: Sequence[str | Path | None] = ()) -> Found:
     """The images in a folder, and all else that is there.
 
     Args:
@@ -84,7 +84,7 @@ def find_images(folder: Path, field: str, apart: Sequence[Path | None] = ()) -> 
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise UsageError(f"{name}: cannot be listed ({error.strerror}); give a folder that you may read") from None
-    others = {path.resolve() for path in apart if path is not None}
+    others = {Path(path).resolve() for path in apart if path is not None}
     found = Found([], {})
     for path in entries:
         if path.is_dir():
@@ -109,7 +109,7 @@ def find_images(folder: Path, field: str, apart: Sequence[Path | None] = ()) -> 
     return found
 
 
-def find_instance_images(folder: Path, apart: Sequence[Path | None] = ()) -> Found:
+def find_instance_images(folder: Path, apart: Sequence[str | Path | None] = ()) -> Found:
     """`find_images` of --instance-data-dir, which must have one at least. Raises UsageError."""
     found = find_images(folder, "instance_data_dir", apart)
     if not found.images:
