@@ -123,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     tune = subparsers.add_parser(
         "tune",
         help="time the presets on this machine, and say which pay",
-        description="Time the UNet calls of the unpatched model and of every preset on this machine, in a minute or two "
-        "on a GPU, and say which settings pay. Changes nothing.",
+        description="Time the UNet calls of the unpatched model and of every preset on this machine, in a minute or "
+        "two on a GPU, and say which settings pay. Changes nothing.",
     )
     # A folder's agentsd.json has no say here: every preset is timed as it is.
     tune.set_defaults(run=commands.tune, parser=tune, preset="paper")

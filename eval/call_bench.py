@@ -44,16 +44,21 @@ def _options(command: list[str]) -> argparse.Namespace:
     add("--intervals", type=at_least(1), nargs="+", default=[1, 2, 3, 5], help="default: 1 2 3 5")
     add("--skip", nargs="*", default=[], choices=list(METHODS), help="methods that are not timed")
     add("--compile", action="store_true", help="torch.compile every method, the unpatched UNet too")
+    add("--mode", choices=("default", "reduce-overhead", "max-autotune"),
+        help="of torch.compile, with --compile; reduce-overhead takes CUDA graphs")  # fmt: skip
     add("--controlnet", action="store_true", help="with a ControlNet before every call of the UNet")
     add("--dtype", default="bfloat16", help="default: %(default)s")
     add("--device", help="cuda, mps or cpu; default: the best there is")
     add("--threads", type=at_least(1), help="CPU threads; default: as PyTorch chooses")
     add("--out", type=Path, metavar="DIR", help="also write the tables and all times there")
+    add("--dry-run", action="store_true", help="say what would be timed, and stop")
     options = parser.parse_args(command)
     if options.controlnet and options.compile:
         parser.error("--controlnet and --compile: a compiled ControlNet is never skipped; give one of the two")
     if options.controlnet and options.random_weights == "sdxl":
         parser.error("--controlnet: with --random-weights sd15 or sd21 alone")
+    if options.mode and not options.compile:
+        parser.error("--mode: belongs to --compile")
     return options
 
 

@@ -86,6 +86,7 @@ def measure(
     methods: dict[str, dict[str, Any]],
     compile: bool = False,
     controlled: Any = None,
+    mode: str | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every kind of call by round: "sdpa", "METHOD, whole|cached, PHASE", and "outside" the UNet.
 
@@ -96,6 +97,7 @@ def measure(
         methods: settings by name.
         compile: compile a copy of the UNet for each method, as one graph for each kind of call.
         controlled: the same pipeline with a ControlNet, to time its call before each of the UNet.
+        mode: of torch.compile.
     """
     inputs = call_inputs(pipe, size)
     control: tuple[Any, ...] = ()
@@ -106,7 +108,7 @@ def measure(
         torch._dynamo.config.recompile_limit = 64  # the copies share their code
         unets = {name: copy.deepcopy(pipe.unet) for name in unets}
         for name, unet in unets.items():
-            unet.compile(fullgraph=True)
+            unet.compile(fullgraph=True, mode=mode)
             if name != "sdpa":
                 agentsd.apply_patch(unet, **methods[name])
     # Apart from the rounds, as the call after the autoencoder's work is a slow one.
@@ -235,16 +237,21 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     methods = {name: fields for name, fields in METHODS.items() if name not in options.skip}
+    if options.dry_run:
+        for name in ("sdpa", *methods):
+            kinds = [kind for kind, _ in kinds_of_calls(name)] if name in methods else [name]
+            print(f"{options.random_weights}, {options.size} px, {options.rounds} rounds: {'; '.join(kinds)}")
+        return
     pipe = random_pipeline(options.random_weights, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     counts = {} if options.controlnet else operations(pipe, options.size, methods)
     controlled = with_controlnet(pipe) if options.controlnet else None
     if options.controlnet and "agents" in methods:
         methods[CONTROLNET_WHOLE] = methods["agents"]
-    seconds = measure(pipe, options.size, options.rounds, methods, options.compile, controlled)
+    seconds = measure(pipe, options.size, options.rounds, methods, options.compile, controlled, options.mode)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     device = f"{device_name(pipe.unet.device)}, commit {commit()}"
-    kind = ", compiled" * options.compile + ", with a ControlNet" * options.controlnet
+    kind = f", compiled ({options.mode or 'default'})" * options.compile + ", with a ControlNet" * options.controlnet
     said = (
         f"`{command}`, {date.today()}, {device}, {torch.get_num_threads()} "
         f"threads, {versions}. UNet of {options.random_weights} with random weights, {options.size} px, guidance, "
@@ -256,6 +263,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         name = f"{options.random_weights}-{options.size}"
-        name += "-compiled" * options.compile + "-controlnet" * options.controlnet
+        name += (
+            f"-compiled{'-' + options.mode if options.mode else ''}" * options.compile
+            + "-controlnet" * options.controlnet
+        )
         (options.out / f"{name}.md").write_text(f"# UNet calls, {options.random_weights}, {options.size} px\n\n{text}")
         (options.out / f"{name}.json").write_text(json.dumps(seconds, indent=1))
