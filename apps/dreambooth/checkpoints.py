@@ -105,8 +105,8 @@ def load_checkpoint(
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UsageError(
-            f"--resume-from-checkpoint: {checkpoint} cannot be read ({reason}); remove that folder and resume from an "
-            "earlier one"
+            f"--resume-from-checkpoint: {checkpoint} cannot be read ({reason}); remove that folder: "
+            "--resume-from-checkpoint latest then goes on from an earlier one, or begins anew"
         ) from None
     return facts
 
