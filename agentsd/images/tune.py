@@ -163,9 +163,8 @@ class _Work:
         begin = starts[phase]
         end = min([start for start in starts.values() if start > begin], default=len(timesteps))
         seconds: dict[bool, list[float]] = {whole: [] for whole in kinds}
-        for call in itertools.islice(
-            timed_calls(self.pipe.unet, self.scheduler, timesteps[begin:end], self.inputs), _MOST_CALLS
-        ):
+        calls = timed_calls(self.pipe.unet, self.scheduler, timesteps, self.inputs, begin)
+        for call in itertools.islice(calls, min(end - begin, _MOST_CALLS)):
             seconds.setdefault(call.whole, []).append(call.seconds)
             enough = _CALLS_IF_QUICK if call.seconds < _QUICK else 1
             if all(len(seconds[whole]) >= enough for whole in kinds):

@@ -100,7 +100,9 @@ class RandomInputs:
         return cls(random(batch_size, config.out_channels, height, width), beside, others, guided)
 
 
-def timed_calls(unet: Any, scheduler: Any, timesteps: Tensor, inputs: RandomInputs) -> Iterator[UNetCall]:
+def timed_calls(
+    unet: Any, scheduler: Any, timesteps: Tensor, inputs: RandomInputs, begin: int = 0
+) -> Iterator[UNetCall]:
     """Denoise along some timesteps as a pipeline does, and time each UNet call, synchronised with its device.
 
     The latents of a next call are the scheduler's, so that a patch sees a run as in a pipeline. Ask for no more calls
@@ -108,12 +110,13 @@ def timed_calls(unet: Any, scheduler: Any, timesteps: Tensor, inputs: RandomInpu
 
     Args:
         unet: called as `unet(sample, timestep, …)`, patched or not.
-        scheduler: set to those timesteps or to more of them.
-        timesteps: a slice of `scheduler.timesteps`.
+        scheduler: set to those timesteps.
+        timesteps: `scheduler.timesteps`, by which a patch knows the whole run.
         inputs: random ones.
+        begin: position of the first call, where the run begins in its midst, as img2img does.
     """
-    latents = _noisy(scheduler, inputs.latents, timesteps[:1])
-    for timestep in timesteps:
+    latents = _noisy(scheduler, inputs.latents, timesteps[begin])
+    for timestep in timesteps[begin:]:
         given = scheduler.scale_model_input(torch.cat([latents] * (2 if inputs.guided else 1)), timestep)
         if inputs.beside is not None:
             given = torch.cat([given, inputs.beside], dim=1)
@@ -131,7 +134,7 @@ def _noisy(scheduler: Any, latents: Tensor, timestep: Tensor) -> Tensor:
     """Latents of a timestep's noise level, where a run may begin in its midst."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(latents)
     if hasattr(scheduler, "add_noise"):
-        return scheduler.add_noise(latents, noise, timestep.expand(len(latents)))
+        return scheduler.add_noise(latents, noise, timestep.repeat(len(latents)))
     return noise * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
