@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 from . import commands
 from .config import PRESET_NOTES, PRESETS, SETTINGS, AgentConfig
 from .fields import written
-from .messages import did_you_mean
+from .images.model_files import ModelError
+from .images.names import DTYPES, SCHEDULERS
+from .messages import did_you_mean, install_hint
 from .trained import Trained, read_trained, start_from
 
 _METHODS = ("sd", "tomesd", "agentsd")
@@ -37,11 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except (ValueError, TypeError, OSError) as error:
         return _fail(str(error), 2)
+    except ModelError as error:
+        return _fail(str(error), 2)
     except Exception as error:
-        from .images.pipelines import ModelError
-
-        if isinstance(error, ModelError):
-            return _fail(str(error), 2)
         if type(error).__name__ == "OutOfMemoryError":
             return _fail("out of memory: try a smaller --height and --width, or --dtype float16", 1)
         raise
@@ -57,6 +57,32 @@ class _Parser(argparse.ArgumentParser):
         self.error(unrecognized(self, unknown))
 
 
+class _PrintCompletion(argparse.Action):
+    """Print a shell's completion script, made by shtab from the parser."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"--print-completion needs shtab: {install_hint('completion')}")
+        for one in (parser, *parser._subparsers._group_actions[0].choices.values()):  # type: ignore[union-attr, index]
+            _name_values(one, shtab)
+        print(shtab.complete(parser, values))
+        parser.exit(0)
+
+
+def _name_values(parser: argparse.ArgumentParser, shtab: Any) -> None:
+    """Note at the options of a parser what can follow them; the values are checked elsewhere, with better errors."""
+    files = {"output": shtab.FILE, "model": shtab.FILE, "model_config": shtab.DIRECTORY}
+    words = {"scheduler": list(SCHEDULERS), "dtype": list(dict.fromkeys(DTYPES.values()))}
+    words |= {f"patch_{name}": list(map(written, setting.choices)) for name, setting in SETTINGS.items()}
+    for action in parser._actions:
+        if action.dest in files:
+            action.complete = files[action.dest]  # type: ignore[attr-defined]
+        if words.get(action.dest):
+            action.choices = words[action.dest]
+
+
 def unrecognized(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
     """Name arguments that a parser does not take, and the option that was perhaps meant."""
     meant = did_you_mean(unknown[0].split("=")[0], parser._option_string_actions)
@@ -69,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Faster Stable Diffusion without training, by token-merged agent attention.",
     )
     parser.add_argument("--version", action="version", version=f"agentsd {_version()}")
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=("bash", "zsh", "tcsh"),
+        help="print the completion of this command for a shell; agentsd/README.md says where to put it",
+    )  # fmt: skip
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     generate = subparsers.add_parser(
@@ -76,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=commands.generate, parser=generate)
     generate.add_argument("prompt", help="what the image shows")
-    generate.add_argument("-o", "--output", required=True, metavar="FILE.png", help="where to save it")
+    generate.add_argument(
+        "-o", "--output", required=True, metavar="FILE.png",
+        help="where to save it; a file that is there is kept, and the new one gets a number: FILE-2.png",
+    )  # fmt: skip
+    generate.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     method = generate.add_mutually_exclusive_group()
     method.add_argument("--method", choices=_METHODS, default="agentsd", help="default: %(default)s")
     method.add_argument(
@@ -111,8 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     visualize.set_defaults(run=commands.visualize, parser=visualize)
     visualize.add_argument("prompt", help="what the image shows")
     visualize.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="folder for the images; made if missing"
-    )
+        "-o", "--output", required=True, metavar="DIR",
+        help="folder for the images; made if missing. If there are such images in it, they are kept, and the new ones "
+        "go to DIR-2",
+    )  # fmt: skip
+    visualize.add_argument("--overwrite", action="store_true", help="replace images that are there")
     visualize.add_argument("--layer", default="0", help="number or name of a patched layer (default: 0)")
     visualize.add_argument("--call", type=int, default=0, help="number of the UNet call, from 0 (default: 0)")
     visualize.add_argument("--agents", type=int, default=16, help="how many agents' maps to show (default: 16)")
@@ -157,7 +194,6 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
     group.add_argument("--height", type=int, help="in pixels; default: the model's own")
     group.add_argument("--width", type=int, help="in pixels; default: the model's own")
-    # A wrong name is checked against pipelines.SCHEDULERS; importing it takes seconds.
     group.add_argument("--scheduler", help="plms, ddim, euler, dpm++2m-karras …; default: the model's own")
 
 
@@ -165,8 +201,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model")
     group.add_argument(
         "--model", default="demo",
-        help="demo (built in), a folder, or a Hugging Face id (default: %(default)s); a folder's agentsd.json sets the "
-        "defaults of the patch",
+        help="demo (built in), a folder, a .safetensors checkpoint, or a Hugging Face id (default: %(default)s); a "
+        "folder's agentsd.json sets the defaults of the patch",
+    )  # fmt: skip
+    group.add_argument(
+        "--model-config", metavar="DIR",
+        help="of a checkpoint: folder (or Hugging Face id) with its tokenizer, scheduler and sizes; default: the "
+        "folder of its name beside it, or else that of its kind from the hub",
     )  # fmt: skip
     group.add_argument("--device", help="cuda, mps or cpu; default: the first available of these")
     group.add_argument("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 elsewhere")

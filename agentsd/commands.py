@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ def generate(options: argparse.Namespace, config: AgentConfig) -> int:
         raise ValueError(f"rounds={options.rounds}: must lie in 1 … 100")
     if options.rounds is not None and not options.compare:
         raise ValueError("rounds: belongs to --compare; a single image is generated once")
-    from .images import compare, png, progress
-    from .images.methods import METHODS
+    from .images import png
 
     request = _request(options)
     output = png.check_output(options.output)
+    _check_loading(options)
+    from .images import compare, progress
+    from .images.methods import METHODS
+
     pipe = _load(options)
     if not options.compare:
         progress.Progress(pipe, request.steps).single(METHODS[options.method])
         result = compare.generate(pipe, request, options.method, config)
+        output = _place(output, options.overwrite)
         png.save_image(result.image, output, result.settings)
         calls = result.settings.get("unet_calls")
         said = f", {calls['whole']} whole + {calls['cached']} cached UNet calls" if calls else ""
@@ -33,16 +38,34 @@ def generate(options: argparse.Namespace, config: AgentConfig) -> int:
     shown = progress.ComparisonProgress(pipe, request.steps, tuple(METHODS), options.rounds)
     comparison = compare.compare_methods(pipe, request, config, tuple(METHODS), options.rounds, shown)
     shown.finish()
+    output = _place(output, options.overwrite)
     comparison.save(output)
     print(comparison)
     print(output)
     return 0
 
 
+def _place(output: Path, overwrite: bool, taken: Callable[[Path], bool] = Path.exists) -> Path:
+    """Where to write: the path asked for, or the next free number where something is there that may not be replaced."""
+    from .images import png
+
+    place = output if overwrite else png.free_path(output, taken)
+    if place != output:
+        print(
+            f"agentsd: {output} exists and is kept, so this is {place.name}; --overwrite replaces it", file=sys.stderr
+        )
+    return place
+
+
 def info(options: argparse.Namespace, config: AgentConfig) -> int:
     import json
     import shutil
 
+    from .images.request import check_size
+
+    for name in ("height", "width"):
+        check_size(name, getattr(options, name))
+    _check_loading(options)
     from .patch import apply_patch
     from .report import describe
     from .report_text import USUAL_WIDTH, as_text, every_layer
@@ -102,24 +125,32 @@ def prompts(options: argparse.Namespace, config: AgentConfig) -> int:
     return 0
 
 
+_SHEETS = ("image", "merge_map", "agents")
+"""What `agentsd visualize` writes: names of the files without .png."""
+
+
 def visualize(options: argparse.Namespace, config: AgentConfig) -> int:
     if options.call < 0:
         raise ValueError(f"call={options.call}: must be 0 or more, the number of a UNet call")
     if not 1 <= options.agents <= 256:
         raise ValueError(f"agents={options.agents}: must lie in 1 … 256")
-    from . import visualize
-    from .images import png, progress
-    from .images.generate import settings_of
+    from .images import png
 
     request = _request(options)
     folder = Path(options.output)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output={options.output!r}: is a file; give a folder")
+    _check_loading(options)
+    folder = _place(folder, options.overwrite, lambda path: any((path / f"{name}.png").exists() for name in _SHEETS))
     made_by_us = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        for name in ("image", "merge_map", "agents"):
+        for name in _SHEETS:
             png.check_output(folder / f"{name}.png")
+        from . import visualize
+        from .images import progress
+        from .images.generate import settings_of
+
         pipe = _load(options)
         progress.Progress(pipe, request.steps).single("AgentSD")
         layer = int(options.layer) if options.layer.isdigit() else options.layer
@@ -160,6 +191,18 @@ def _request(options: argparse.Namespace) -> Any:
     )
 
 
+def _check_loading(options: argparse.Namespace) -> None:
+    """Refuse a model, scheduler, type or device that cannot be, before torch is imported. Raises as load_pipeline."""
+    from .images.model_files import check_config, check_model
+    from .images.names import check_device, check_dtype, check_scheduler
+
+    for name, check in (("scheduler", check_scheduler), ("dtype", check_dtype), ("device", check_device)):
+        if (value := getattr(options, name, None)) is not None:
+            check(value)
+    check_model(options.model)
+    check_config(options.model_config, options.model)
+
+
 def _load(options: argparse.Namespace) -> Any:
     # Deprecations between libraries are nothing that a user of the command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -175,7 +218,9 @@ def _load(options: argparse.Namespace) -> Any:
     if not sys.stderr.isatty():
         _no_bars()
     scheduler = getattr(options, "scheduler", None)
-    return load_pipeline(options.model, device=options.device, dtype=options.dtype, scheduler=scheduler)
+    return load_pipeline(
+        options.model, device=options.device, dtype=options.dtype, scheduler=scheduler, config=options.model_config
+    )
 
 
 def _no_bars() -> None:

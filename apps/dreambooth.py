@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         group.add_argument(option, help=help, **arguments)
 
     data = parser.add_argument_group("the subject")
-    add(data, "--model", "demo (built in), a folder, or a Hugging Face id", metavar="MODEL")
+    add(data, "--model", "demo (built in), a folder, a .safetensors checkpoint, or a Hugging Face id", metavar="MODEL")
     add(data, "--instance-data-dir", "folder with the images of the subject", type=Path, required=True, metavar="DIR")
     add(data, "--instance-prompt", "what they show: 'a photo of sks dog'", required=True, metavar="TEXT")
     add(data, "--output-dir", "folder for the model", type=Path, required=True, metavar="DIR")

@@ -46,6 +46,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from agentsd.files import write_atomically
+from agentsd.messages import install_hint
 from agentsd.vision import AgentDeit
 
 PACKAGE = "@iconify-json/noto@1.2.9"
@@ -79,7 +80,7 @@ def read_icons(path: Path | None, count: int) -> Tensor:
         import resvg_py
         from PIL import Image
     except ImportError:
-        raise UsageError("resvg-py is not installed: pip install 'agentsd[train]'") from None
+        raise UsageError(f"resvg-py is not installed: {install_hint('train')}") from None
     icon_set = _icon_set(path)
     names = sorted(
         name

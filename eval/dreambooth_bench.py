@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="DIR", help="default: out/dreambooth_bench-PRESET")
 
     subject = parser.add_argument_group("the subject")
-    subject.add_argument("--model", help="demo, a folder, or a Hugging Face id")
+    subject.add_argument("--model", help="demo, a folder, a .safetensors checkpoint, or a Hugging Face id")
     subject.add_argument("--subject", metavar="DIR", help="its images; default: the shipped ones")
     subject.add_argument("--instance-prompt", metavar="TEXT", help="what they show, with the identifier sks")
     subject.add_argument("--class-prompt", metavar="TEXT", help="what the class is called")

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", help="demo, a folder, or a Hugging Face id")
+    model.add_argument("--model", help="demo, a folder, a .safetensors checkpoint, or a Hugging Face id")
     model.add_argument("--revision", help="of a Hugging Face id")
     model.add_argument("--random-weights", metavar="NAME", help="sd15, sd21 or sdxl with random weights (--speed-only)")
     model.add_argument("--scheduler", default="plms", help="default: %(default)s")

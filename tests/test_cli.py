@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from PIL import Image
 
 from agentsd import AgentConfig, cli
 from agentsd.config import PRESET_NOTES, PRESETS, SETTINGS
-from agentsd.images.png import read_settings
+from agentsd.images.png import free_path, read_settings
+from agentsd.messages import install_hint
 
 QUICK = ["--steps", "4", "--height", "64", "--width", "64"]
 
@@ -78,7 +81,7 @@ def test_info(capsys):
 
 def test_every_setting_has_an_option_with_help():
     """Options and their help follow the fields of AgentConfig by themselves."""
-    commands = next(action for action in cli._parser()._actions if action.choices)
+    commands = cli._parser()._subparsers._group_actions[0]
     for command in ("generate", "info", "visualize"):
         told = commands.choices[command].format_help()
         unbroken = "".join(told.split())  # lines are broken at hyphens too
@@ -112,7 +115,7 @@ def test_a_prompt_that_the_demo_model_does_not_know(capsys, tmp_path):
     path = tmp_path / "a.png"
     code, _, err = run(capsys, "generate", "an astronaut riding a horse", "-o", path, "--steps", "1", *QUICK[2:])
     assert code == 0 and "the demo model knows 121 things" in err and "agentsd prompts" in err
-    code, _, err = run(capsys, "generate", "a zebra", "-o", path, "--steps", "1", *QUICK[2:])
+    code, _, err = run(capsys, "generate", "a zebra", "-o", path, "--steps", "1", *QUICK[2:], "--overwrite")
     assert "knows" not in err
     code, out, _ = run(capsys, "prompts")
     assert code == 0 and "121 things" in out and "zebra" in out
@@ -127,12 +130,12 @@ def test_visualize(capsys, tmp_path):
     assert sorted(os.listdir(folder)) == ["agents.png", "image.png", "merge_map.png"]
     view = read_settings(folder / "merge_map.png")["view"]
     assert view["layer"].startswith("up_blocks.3.attentions.1") and view["call"] == 0
-    code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--call", "4")
+    code, out, _ = run(capsys, "visualize", "a zebra", "-o", folder, *QUICK, "--call", "4", "--overwrite")
     assert code == 0 and sorted(os.listdir(folder)) == ["image.png", "merge_map.png"]  # no agents, none left over
     assert "no agents\n--call: only call 0 has agents, of 0 … 4" in out
     (folder / "agents.png").mkdir()
     before = (folder / "image.png").read_bytes()
-    code, _, err = run(capsys, "visualize", "a frog", "-o", folder, *QUICK, "--call", "0")
+    code, _, err = run(capsys, "visualize", "a frog", "-o", folder, *QUICK, "--call", "0", "--overwrite")
     assert code == 2 and "agents.png" in err and (folder / "image.png").read_bytes() == before
 
 
@@ -214,13 +217,141 @@ def test_wrong_outputs_and_prompts(capsys, tmp_path):
     assert code == 2 and os.listdir(tmp_path) == ["file"]  # with the folders above it
 
 
-def test_a_refused_setting_answers_before_anything_heavy_is_loaded(tmp_path):
+CHEAP_MISTAKES = {
+    "a setting out of its range": "generate x -o x.png --ratio 2",
+    "a preset that is none": "generate x -o x.png --preset fats",
+    "no steps": "generate x -o x.png --steps 0",
+    "a guidance that is no number": "generate x -o x.png --guidance nan",
+    "a negative seed": "generate x -o x.png --seed -1",
+    "a height that is no multiple of 8": "generate x -o x.png --height 500",
+    "a width of a giant": "generate x -o x.png --width 80000",
+    "a height for info": "info --height 500",
+    "an empty prompt": "generate  -o x.png",
+    "another format": "generate x -o f.jpg",
+    "a missing folder": "generate x -o missing/f.png",
+    "a folder for a file": "generate x -o folder.png",
+    "a file for a folder": "visualize x -o file",
+    "a missing model": "generate x -o x.png --model ./nowhere",
+    "a missing model for info": "info --model ./nowhere",
+    "a missing model for visualize": "visualize x -o maps --model ./nowhere",
+    "a missing checkpoint": "generate x -o x.png --model v1-5-pruned-emaonly.safetensors",
+    "a pickle": "generate x -o x.png --model model.ckpt",
+    "a folder that is no model": "generate x -o x.png --model folder.png",
+    "a configuration of no file": "generate x -o x.png --model-config folder.png",
+    "a scheduler": "generate x -o x.png --scheduler plsm",
+    "a type": "generate x -o x.png --dtype int8",
+    "a device": "generate x -o x.png --device gpu",
+    "rounds of one image": "generate x -o x.png --rounds 2",
+    "a negative call": "visualize x -o maps --call -1",
+    "no agents to show": "visualize x -o maps --agents 0",
+    "a setting that the method has not": "generate x -o x.png --method sd --ratio 0.3",
+}
+
+
+def test_cheap_mistakes_are_answered_before_torch_is_imported(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "model.ckpt").write_bytes(b"pickle")
+    before = sorted(os.listdir(tmp_path))
     code = (
-        "import sys\nfrom agentsd.cli import main\n"
-        "code = main(['generate', 'x', '-o', 'x.png', '--ratio', '2'])\n"
-        "assert code == 2 and 'torch' not in sys.modules"
+        "import json, sys\nfrom agentsd.cli import main\n"
+        "for kind, line in json.loads(sys.argv[1]).items():\n"
+        "    try:\n        code = main(line.split(' '))\n"
+        "    except SystemExit as stop:\n        code = stop.code\n"
+        "    heavy = {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "    assert code == 2 and not heavy, (kind, code, heavy)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    arguments = [sys.executable, "-c", code, json.dumps(CHEAP_MISTAKES)]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout, done.stderr
+    assert len(done.stderr.splitlines()) == len(CHEAP_MISTAKES) and sorted(os.listdir(tmp_path)) == before
+
+
+def test_an_image_that_is_there_is_kept_unless_told_otherwise(capsys, tmp_path):
+    """The same command twice, as one tries prompts: no image is lost, and the line says where the new one is."""
+    path = tmp_path / "frog.png"
+    path.write_bytes(b"another image")
+    quick = [*QUICK[2:], "--steps", "1"]
+    code, out, err = run(capsys, "generate", "a frog", "-o", path, *quick)
+    assert code == 0 and out.startswith(f"{tmp_path / 'frog-2.png'}: ") and path.read_bytes() == b"another image"
+    assert "frog.png exists and is kept, so this is frog-2.png; --overwrite replaces it" in err
+    code, out, err = run(capsys, "generate", "a frog", "-o", path, *quick, "--compare", "--rounds", "1")
+    assert code == 0 and out.splitlines()[-1] == str(tmp_path / "frog-3.png")
+    code, out, err = run(capsys, "generate", "a frog", "-o", path, *quick, "--overwrite")
+    assert code == 0 and out.startswith(f"{path}: ") and "exists" not in err and read_settings(path)["steps"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["frog-2.png", "frog-3.png", "frog.png"]
+
+
+def test_maps_that_are_there_are_kept_unless_told_otherwise(capsys, tmp_path):
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    quick = [*QUICK[2:], "--steps", "1"]
+    code, out, _ = run(capsys, "visualize", "a frog", "-o", folder, *quick)
+    assert code == 0 and str(folder / "image.png") in out  # nothing of ours was in it
+    before = (folder / "image.png").read_bytes()
+    code, out, err = run(capsys, "visualize", "a castle", "-o", folder, *quick)
+    assert code == 0 and str(tmp_path / "maps-2" / "image.png") in out and "--overwrite replaces it" in err
+    assert (folder / "image.png").read_bytes() == before
+    code, out, _ = run(capsys, "visualize", "a castle", "-o", folder, *quick, "--overwrite")
+    assert code == 0 and (folder / "image.png").read_bytes() != before
+
+
+def test_a_free_path_is_the_first_that_nothing_is_lost_by(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert free_path("a.b.png") == Path("a.b.png")
+    for name in ("a.b.png", "a.b-2.png"):
+        Path(name).touch()
+    assert free_path("a.b.png") == Path("a.b-3.png")
+    assert free_path(".", lambda path: path.name == tmp_path.name).name == f"{tmp_path.name}-2"
+
+
+def completed(script, *words):
+    """What bash offers for the last of these words."""
+    line = " ".join(f"'{word}'" for word in words)
+    code = (
+        f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        f"_shtab_agentsd agentsd '{words[-1]}' '{words[-2]}'; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    )
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert not done.stderr, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_completion_offers_commands_options_and_the_words_of_settings(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("shtab", reason=install_hint("completion"))
+    code, script, _ = run(capsys, "--print-completion", "bash")
+    assert code == 0
+    (tmp_path / "agentsd.bash").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    assert set(completed("agentsd.bash", "agentsd", "")) >= {"generate", "info", "visualize", "prompts"}
+    offered = set(completed("agentsd.bash", "agentsd", "generate", "--"))
+    assert offered >= {"--no-rand", "--overwrite", "--model"} | {cli.option_of(name) for name in SETTINGS}
+    assert completed("agentsd.bash", "agentsd", "generate", "--late", "") == ["merge", "downsample", "full"]
+    assert completed("agentsd.bash", "agentsd", "info", "--preset", "pa") == ["paper"]
+    assert set(completed("agentsd.bash", "agentsd", "generate", "--scheduler", "dpm")) == {"dpm++2m", "dpm++2m-karras"}
+    code, script, _ = run(capsys, "--print-completion", "zsh")
+    assert code == 0 and script.startswith("#compdef agentsd") and "--cache-interval" in script
+
+
+def test_completion_without_its_package_says_how_to_install_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    code, out, err = run(capsys, "--print-completion", "bash")
+    assert code == 2 and not out and install_hint("completion") in err
+
+
+@pytest.mark.parametrize("root", ["agentsd", "apps", "eval", "tests"])
+def test_nobody_is_sent_to_a_package_index_for_agentsd(root):
+    """The name may belong to someone else there, today or tomorrow."""
+    folder = Path(__file__).parents[1]
+    files = [*(folder / root).rglob("*.py"), *(folder / root).rglob("*.md"), *folder.glob("*.md")]
+    sends = re.compile(r"pip install (-U |--upgrade )?[\"'`]?agentsd\b")
+    found = [str(file.relative_to(folder)) for file in files if sends.search(file.read_text("utf-8"))]
+    assert found == [] or set(found) == {VISION}, found
+
+
+VISION = "agentsd/vision/README.md"
 
 
 def test_installed_command_help_and_version():

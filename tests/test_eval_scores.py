@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from agentsd.messages import install_hint
 from eval.common.protocol import BenchError
 from eval.fid import scores
 from eval.fid.features import FeatureNetwork, load_features
 from eval.fid.similarity import similarity_of_pairs
 
-pytest.importorskip("pytorch_fid", reason="pip install agentsd[eval]")
+pytest.importorskip("pytorch_fid", reason=install_hint("eval"))
 
 RANDOM = np.random.default_rng(0)
 

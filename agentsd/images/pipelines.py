@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,25 +15,23 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from ..trained import Trained, attach_trained, read_trained
+from .model_files import ModelError, check_config, check_model
+from .names import SCHEDULERS, check_dtype, check_scheduler
 from .noise import other_noise
+from .single_file import load_checkpoint
+
+__all__ = [
+    "DEMO_MODEL",
+    "SCHEDULERS",
+    "ModelError",
+    "choose_device",
+    "choose_dtype",
+    "load_pipeline",
+    "set_scheduler",
+]
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 """Folder of the built-in demo model, in Stable Diffusion's format."""
-
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
-    "dpm++2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-}
-"""Scheduler names of the command line: diffusers class and what to change in the model's own scheduler settings."""
-
 
 # DDIM and DDPM clip predicted images to ±1 unless told otherwise, which latents exceed; a pipeline turns that off
 # only in the scheduler that it is built with. Karras and other sigmas of an earlier choice must not linger.
@@ -50,16 +47,13 @@ _WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.([A-Za-z]\w*))?(?:-\d{5
 """Names of weights that diffusers and transformers save, with their variant."""
 
 
-class ModelError(Exception):
-    """A model could not be loaded; the message is one sentence: what, why, what to try."""
-
-
 def load_pipeline(
     model: str | Path = "demo",
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     scheduler: str | None = None,
+    config: str | Path | None = None,
     **options: Any,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline with a UNet.
@@ -67,14 +61,18 @@ def load_pipeline(
     Weights are read from safetensors files only. Code that comes with a model is not run.
 
     Args:
-        model: "demo" (the built-in model, no network), a folder saved by `save_pretrained`, or a Hugging Face id. If
-            the folder has an agentsd.json, as `apps/dreambooth.py` writes, `apply_patch` starts from the settings in
-            it; and where it names a LoRA, its base model is loaded with that LoRA.
+        model: "demo" (the built-in model, no network), a folder saved by `save_pretrained`, a Hugging Face id, or a
+            single-file checkpoint in the original layout (`v1-5-pruned-emaonly.safetensors`). If a folder has an
+            agentsd.json, as `apps/dreambooth.py` writes, `apply_patch` starts from the settings in it; and where it
+            names a LoRA, its base model is loaded with that LoRA.
         device: None takes the first available of "cuda", "mps" and "cpu".
         dtype: dtype of the weights, or its name; None takes float16 on CUDA and float32 elsewhere.
         scheduler: a name from SCHEDULERS; None keeps the model's own.
-        **options: passed to `DiffusionPipeline.from_pretrained` (`variant="fp16"`, `revision=…`). A folder with the
-            weights of one variant alone needs none.
+        config: of a single-file checkpoint: a folder in diffusers' format, or a Hugging Face id, that has its
+            tokenizer, scheduler and sizes. None takes the folder `model/` beside `model.safetensors`, or else that of
+            its architecture from the hub or the hub's cache.
+        **options: passed to `DiffusionPipeline.from_pretrained` (`variant="fp16"`, `revision=…`) or `from_single_file`. A
+            folder with the weights of one variant alone needs none.
 
     Returns:
         The pipeline on its device, unpatched.
@@ -82,16 +80,18 @@ def load_pipeline(
     Raises:
         ModelError: the model is missing, cannot be fetched, is damaged (its agentsd.json too), or would run its own
             code.
-        ValueError: unknown scheduler, or one that is not for the model's noise; unknown dtype, or a device that this
-            machine does not have.
+        ValueError: unknown scheduler, or one that is not for the model's noise; unknown dtype, a device that this
+            machine does not have, or a config that belongs to no file.
     """
+    check_model(model)
+    check_config(config, model)
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     if scheduler is not None:
-        _check_scheduler(scheduler)
+        check_scheduler(scheduler)
     trained = None if model == "demo" else _read_trained(model)
     if trained is None or trained.lora is None:
-        pipe = _load(model, dtype, options)
+        pipe = _load(model, dtype, options, config)
     else:
         pipe = _load_with_lora(Path(model), trained, dtype, options)
     if trained is not None and getattr(pipe, "unet", None) is not None:
@@ -101,9 +101,14 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def _load(model: str | Path, dtype: torch.dtype, options: dict[str, Any]) -> DiffusionPipeline:
+def _load(
+    model: str | Path, dtype: torch.dtype, options: dict[str, Any], config: str | Path | None = None
+) -> DiffusionPipeline:
+    if model != "demo" and Path(model).is_file():
+        with _quiet():
+            return load_checkpoint(Path(model), config, dtype, options)
+    check_model(model)
     source = DEMO_MODEL if model == "demo" else model
-    _refuse_code(Path(source))
     if (variant := _variant(Path(source), dtype)) is not None:
         options = {"variant": variant} | options
     quiet = _quiet() if model == "demo" else contextlib.nullcontext()
@@ -168,7 +173,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     Raises:
         ValueError: an unknown name, or a model of another noise (EDM, flow matching), which none of them samples.
     """
-    class_name, changes = _check_scheduler(name)
+    class_name, changes = check_scheduler(name)
     if (why := other_noise(pipe.scheduler)) is not None:
         raise ValueError(f"scheduler={name!r}: is not for this model, as its scheduler {why}: leave it out")
     # Keys of the old class that the new one does not know are dropped by from_config. Those listed as left at their
@@ -199,38 +204,10 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     """The dtype meant; None: float16 on CUDA, float32 elsewhere. Raises ValueError for any but these and bfloat16."""
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
-    names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-    chosen = getattr(torch, names.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    chosen = getattr(torch, check_dtype(dtype)) if isinstance(dtype, str) else dtype
     if chosen not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype={dtype!r}: must be float32, float16 or bfloat16")
     return chosen
-
-
-def _refuse_code(folder: Path) -> None:
-    """Raise ModelError where loading a folder would run code that lies in it.
-
-    diffusers asks before it runs such code only when it comes from the hub; its older releases run a folder's unasked.
-    """
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # not a pipeline's folder, or a damaged one: from_pretrained raises
-    files = [folder / "None.py"]  # what they make of the name of no custom pipeline
-    for part, named in index.items() if isinstance(index, dict) else ():
-        if isinstance(named, list) and named:
-            files.append((folder if part == "_class_name" else folder / part) / f"{named[0]}.py")
-    for file in files:
-        if file.is_file():
-            raise ModelError(
-                f"{file} is the model's own code, which agentsd does not run: give a model whose parts are all "
-                "classes of diffusers and transformers"
-            )
-
-
-def _check_scheduler(name: str) -> tuple[str, dict[str, Any]]:
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler={name!r}: must be one of {', '.join(SCHEDULERS)}")
-    return SCHEDULERS[name]
 
 
 def _dtype_argument() -> str:
@@ -239,40 +216,14 @@ def _dtype_argument() -> str:
 
 
 def _why_not_loaded(model: str | Path, error: Exception) -> str:
-    path = Path(model)
-    named = bool(str(model).strip())  # Path("") is the working folder
-    if named and path.is_dir():
-        if not (path / "model_index.json").is_file():
-            return (
-                f"{model} is a folder without model_index.json, so it is not a diffusers pipeline: give the folder "
-                "that pipe.save_pretrained(…) wrote"
-            )
-        if not _names_a_pipeline(path / "model_index.json"):
-            return (
-                f"{path / 'model_index.json'} names no pipeline class (`_class_name`), so it is not what "
-                "pipe.save_pretrained(…) wrote: save or download the model again"
-            )
-        pickled = any(path.glob("*/*.bin"))
-        remedy = "save it again as safetensors" if pickled else "download or save it again"
+    if model == "demo" or Path(model).is_dir():
+        remedy = "save it again as safetensors" if any(Path(model).glob("*/*.bin")) else "download or save it again"
         return f"the pipeline in {model} cannot be loaded ({_first_line(error)}): {remedy}"
-    if path.is_file():
-        return f"{model} is a file: give a folder in diffusers' format, or a Hugging Face id"
-    looks_like_path = str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
-    if looks_like_path or "must use alphanumeric" in str(error) or not named:
-        return f"there is no folder {str(model)!r}: give a folder in diffusers' format, a Hugging Face id, or demo"
     return (
         f"{model} is not a folder here and could not be fetched from the Hugging Face hub "
         f"({_first_line(_root(error))}): check the id and the network connection, or give demo or a folder in "
         "diffusers' format"
     )
-
-
-def _names_a_pipeline(index: Path) -> bool:
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "_class_name" in content
 
 
 def _root(error: BaseException) -> BaseException:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,21 @@ def check_output(path: str | Path) -> Path:
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"output={str(path)!r}: the file exists and is write-protected")
     return path
+
+
+def free_path(path: str | Path, taken: Callable[[Path], bool] = Path.exists) -> Path:
+    """A path that nothing is lost by writing to: itself, or `name-2`, `name-3`, … where it is taken.
+
+    Args:
+        path: of a file or a folder.
+        taken: whether something is there that must stay.
+
+    Example:
+        >>> free_path("frog.png")  # with frog.png and frog-2.png in the folder
+        PosixPath('frog-3.png')
+    """
+    path = Path(path)
+    if path.name in ("", ".."):  # the working folder, or one above it
+        path = path.resolve()
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not taken(candidate))

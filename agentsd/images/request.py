@@ -45,11 +45,15 @@ class Request:
         if not math.isfinite(self.guidance) or not 0 <= self.guidance <= 100:
             raise ValueError(f"guidance={self.guidance}: must be a number in 0 … 100")
         for name in ("height", "width"):
-            value = getattr(self, name)
-            if value is not None:
-                _check_integer(name, value, 8, 8192)
-                if value % 8:
-                    raise ValueError(f"{name}={value}: must be a multiple of 8 (one latent pixel is 8 × 8 pixels)")
+            check_size(name, getattr(self, name))
+
+
+def check_size(name: str, value: int | None) -> None:
+    """Check a height or width in pixels; None is the model's own. Raises TypeError or ValueError as Request."""
+    if value is not None:
+        _check_integer(name, value, 8, 8192)
+        if value % 8:
+            raise ValueError(f"{name}={value}: must be a multiple of 8 (one latent pixel is 8 × 8 pixels)")
 
 
 def unread_part(pipe: Any, prompt: str) -> str:

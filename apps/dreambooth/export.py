@@ -55,7 +55,7 @@ def _trained_for(settings: DreamBoothSettings) -> dict[str, Any]:
     """What agentsd.json says; its fields are those that `agentsd.load_pipeline` reads."""
     config = settings.agent_config
     model = str(settings.model)
-    if Path(model).is_dir():
+    if Path(model).exists():
         model = str(Path(model).resolve())
     return {
         "format": 1,

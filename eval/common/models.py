@@ -29,7 +29,7 @@ class ModelSpec:
     """Which pipeline to make; a plain value that other processes can be handed.
 
     Attributes:
-        model: what `agentsd generate --model` takes: "demo", a folder, a Hugging Face id.
+        model: what `agentsd generate --model` takes: "demo", a folder, a checkpoint's file, a Hugging Face id.
         random_weights: a key of ARCHITECTURES, in place of `model`.
         scheduler: a name from agentsd.images.pipelines.SCHEDULERS; None keeps the model's own.
         device, dtype: None takes the best there is.

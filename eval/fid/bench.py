@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from agentsd.images.pipelines import SCHEDULERS
+from agentsd.images.model_files import ModelError, check_model
+from agentsd.images.names import SCHEDULERS
 from eval.common.environment import environment
 from eval.common.models import ModelSpec, load_model, native_size, pick_device
 from eval.common.protocol import (
@@ -161,7 +162,7 @@ class _Bench:
         print(f"scenarios: {len(self.timed)}, of which {len(scored)} are scored")
         for scenario in self.timed:
             print(f"  {scenario.name}" + ("" if scenario in scored else " (timed only)"))
-        local = options.model == "demo" or options.random_weights or Path(options.model).is_dir()
+        local = options.model == "demo" or options.random_weights or Path(options.model).exists()
         try:
             pipe = load_model(self.spec, **({} if local else {"local_files_only": True}))
         except BenchError as error:
@@ -196,9 +197,11 @@ class _Bench:
         )
 
     def _check_model(self) -> None:
-        model = self.options.model
-        if not self.options.random_weights and model.startswith((".", "/", "~")) and not Path(model).is_dir():
-            raise BenchError(f"--model {model}: there is no such folder")
+        if not self.options.random_weights:
+            try:
+                check_model(self.options.model)
+            except ModelError as error:
+                raise BenchError(f"--model {self.options.model}: {error}") from None
         if self.spec.scheduler not in SCHEDULERS:
             raise BenchError(f"scheduler={self.spec.scheduler!r}: must be one of {', '.join(SCHEDULERS)}")
         pick_device(self.spec.device, self.spec.dtype)
