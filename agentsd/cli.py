@@ -65,7 +65,7 @@ class _PrintCompletion(argparse.Action):
             import shtab
         except ImportError:
             parser.error(f"--print-completion needs shtab: {install_hint('completion')}")
-        for one in (parser, *parser._subparsers._group_actions[0].choices.values()):  # type: ignore[union-attr, index]
+        for one in (parser, *parser._subparsers._group_actions[0].choices.values()):  # type: ignore[union-attr]
             _name_values(one, shtab)
         print(shtab.complete(parser, values))
         parser.exit(0)
@@ -170,7 +170,10 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once (default: %(default)s)")
     tune.add_argument("--rounds", type=int, metavar="N", help="default: 5, or fewer, but 3, once a minute has passed")
     tune.add_argument("--scheduler", help="plms, ddim, euler, dpm++2m-karras …; default: the model's own")
-    tune.add_argument("--json", metavar="FILE", help="also write everything there as JSON")
+    tune.add_argument(
+        "--json", metavar="FILE", help="also write everything there as JSON; a file that is there is kept"
+    )
+    tune.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     tune.add_argument(
         "--share", action="store_true",
         help="also print a row of a Markdown table for others: device, versions and figures, nothing that names you",

@@ -85,9 +85,14 @@ def tune(options: argparse.Namespace, config: AgentConfig) -> int:
     import json
 
     from .files import write_atomically
-    from .images.tune import tune
+    from .images.request import Request
 
     height, width = options.size or (None, None)
+    Request("-", steps=options.steps, height=height, width=width)  # raises for what it would refuse later
+    for name, value, most in (("batch_size", options.batch_size, 64), ("rounds", options.rounds, 100)):
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{name}={value}: must lie in 1 … {most}")
+    _check_loading(options)
     if options.json is not None and not Path(options.json).resolve().parent.is_dir():
         raise FileNotFoundError(f"json={options.json!r}: the folder {Path(options.json).parent} does not exist")
     said: set[int] = set()
@@ -97,6 +102,8 @@ def tune(options: argparse.Namespace, config: AgentConfig) -> int:
             said.add(number)
             print(f"round {number} …" if number else "warm-up …", file=sys.stderr, flush=True)
 
+    from .images.tune import tune
+
     pipe = _load(options)
     tuning = tune(
         pipe, height, width, steps=options.steps, batch_size=options.batch_size, rounds=options.rounds,
@@ -104,8 +111,9 @@ def tune(options: argparse.Namespace, config: AgentConfig) -> int:
     )  # fmt: skip
     print(tuning)
     if options.json is not None:
-        write_atomically(options.json, json.dumps(tuning.to_dict(), indent=2) + "\n")
-        print(f"\n{options.json}")
+        output = _place(Path(options.json), options.overwrite)
+        write_atomically(output, json.dumps(tuning.to_dict(), indent=2) + "\n")
+        print(f"\n{output}")
     if options.share:
         print(f"\n{tuning.share()}")
     return 0

@@ -369,7 +369,8 @@ def test_what_the_training_writes_is_what_is_read(tmp_path, folder, rank):
 def test_the_command_uses_them_says_so_and_records_what_it_used(capsys, tmp_path, folder, lora):
     def settings(*arguments, model=folder):
         file = tmp_path / "image.png"
-        assert cli.main(["generate", "a", "-o", str(file), "--model", str(model), *CPU, *arguments]) == 0
+        command = ["generate", "a", "-o", str(file), "--overwrite", "--model", str(model)]
+        assert cli.main([*command, *CPU, *arguments]) == 0
         return read_settings(file), capsys.readouterr().err
 
     found, said = settings()

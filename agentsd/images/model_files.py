@@ -13,6 +13,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..trained import Trained, read_trained
+
 _FORMATS = "give a folder in diffusers' format, a .safetensors checkpoint, a Hugging Face id, or demo"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own limit
@@ -112,13 +114,39 @@ def pipeline_class_name(folder: Path) -> str:
     return str(index["_class_name"])
 
 
+def trained_settings(folder: str | Path) -> Trained | None:
+    """The agentsd.json of a model's folder; None where there is none. Raises ModelError where it is damaged."""
+    if not str(folder).strip() or not Path(folder).is_dir():
+        return None
+    try:
+        return read_trained(folder)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
 def _check_folder(folder: Path) -> None:
+    trained = trained_settings(folder)
+    if trained is not None and trained.lora is not None:
+        return _check_lora(folder, trained)
     if not (folder / "model_index.json").is_file():
         raise ModelError(
             f"{folder} is a folder without model_index.json, so it is not a diffusers pipeline: give the folder "
             "that pipe.save_pretrained(…) wrote"
         )
     pipeline_class_name(folder)
+
+
+def _check_lora(folder: Path, trained: Trained) -> None:
+    """Raise ModelError where a folder's agentsd.json names a LoRA or a base model that is missing."""
+    base = trained.base_model
+    if not (folder / str(trained.lora)).is_file():
+        raise ModelError(f"{trained.file}: names the LoRA {trained.lora}, which is not beside it: train again")
+    if base != "demo" and (below := trained_settings(base)) is not None and below.lora is not None:
+        raise ModelError(f"{trained.file}: its base_model {base!r} is a LoRA too: give one with whole weights")
+    try:
+        check_model(base)
+    except ModelError as error:
+        raise ModelError(f"{trained.file}: its base_model cannot be loaded: {error}") from error
 
 
 def refuse_code(folder: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
-from ..trained import Trained, attach_trained, read_trained
-from .model_files import ModelError, check_config, check_model
+from ..trained import Trained, attach_trained
+from .model_files import ModelError, check_config, check_model, trained_settings
 from .names import SCHEDULERS, check_dtype, check_scheduler
 from .noise import other_noise
 from .single_file import load_checkpoint
@@ -71,8 +71,8 @@ def load_pipeline(
         config: of a single-file checkpoint: a folder in diffusers' format, or a Hugging Face id, that has its
             tokenizer, scheduler and sizes. None takes the folder `model/` beside `model.safetensors`, or else that of
             its architecture from the hub or the hub's cache.
-        **options: passed to `DiffusionPipeline.from_pretrained` (`variant="fp16"`, `revision=…`) or `from_single_file`. A
-            folder with the weights of one variant alone needs none.
+        **options: passed to `DiffusionPipeline.from_pretrained` (`variant="fp16"`, `revision=…`) or to
+            `from_single_file`. A folder with the weights of one variant alone needs none.
 
     Returns:
         The pipeline on its device, unpatched.
@@ -89,7 +89,7 @@ def load_pipeline(
     dtype = choose_dtype(dtype, device)
     if scheduler is not None:
         check_scheduler(scheduler)
-    trained = None if model == "demo" else _read_trained(model)
+    trained = None if model == "demo" else trained_settings(model)
     if trained is None or trained.lora is None:
         pipe = _load(model, dtype, options, config)
     else:
@@ -136,23 +136,10 @@ def _variant(folder: Path, dtype: torch.dtype) -> str | None:
     return usual if usual in common else next(iter(common), None)
 
 
-def _read_trained(model: str | Path) -> Trained | None:
-    if not str(model).strip() or not Path(model).is_dir():
-        return None
-    try:
-        return read_trained(model)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
-
-
 def _load_with_lora(folder: Path, trained: Trained, dtype: torch.dtype, options: dict[str, Any]) -> DiffusionPipeline:
     """The base model with the LoRA of a folder. Raises ModelError where either is missing or does not fit."""
     assert trained.lora is not None
     base = trained.base_model
-    if not (folder / trained.lora).is_file():
-        raise ModelError(f"{trained.file}: names the LoRA {trained.lora}, which is not beside it: train again")
-    if base != "demo" and (below := _read_trained(base)) is not None and below.lora is not None:
-        raise ModelError(f"{trained.file}: its base_model {base!r} is a LoRA too: give one with whole weights")
     try:
         pipe = _load(base, dtype, options)
     except ModelError as error:
