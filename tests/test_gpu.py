@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import call_unet, make_unet
+from conftest import call_unet, make_pipeline, make_unet
 
 import agentsd
 from agentsd.layer_plan import draw_offsets
@@ -76,6 +76,20 @@ def test_compiled_with_inductor(gpu):
     for timestep, eager in zip((900, 100), expected):
         compiled = call_unet(unet, timestep=torch.tensor(timestep, device=gpu))
         torch.testing.assert_close(compiled, eager, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_tune_times_the_device_and_changes_nothing(gpu, offloads):
+    pipe = make_pipeline()
+    if offloads:
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to(gpu)
+    state = torch.cuda.get_rng_state()
+    tuning = agentsd.tune(pipe, 128, 128, steps=12, rounds=2)
+    assert torch.equal(torch.cuda.get_rng_state(), state) and get_patch(pipe) is None
+    assert "CUDA" in tuning.machine["driver"] and tuning.machine["device"] == torch.cuda.get_device_name()
+    assert all(seconds > 0 for one in tuning.candidates for seconds in one.rounds)
 
 
 def test_model_offload(gpu):

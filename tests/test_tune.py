@@ -207,9 +207,12 @@ def test_random_inputs_of_inpainting_upscaling_and_distilled_models():
 
 
 def test_a_unet_whose_inputs_cannot_be_made_up_is_refused():
-    unet = make_unet(class_embed_type="projection", projection_class_embeddings_input_dim=8)
-    with pytest.raises(ValueError, match="class_embed_type='projection'.*agentsd.compare"):
-        RandomInputs.of(unet, 16, 16)
+    for overrides, said in (
+        (dict(class_embed_type="projection", projection_class_embeddings_input_dim=8), "class_embed_type='projection'"),
+        (dict(addition_embed_type="text"), "addition_embed_type='text'"),
+    ):
+        with pytest.raises(ValueError, match=f"{said}.*agentsd.compare"):
+            RandomInputs.of(make_unet(**overrides), 16, 16)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda kind: kind.__name__)

@@ -88,8 +88,9 @@ def tune(
     methods = [_Method(UNPATCHED, None)]
     tried = {**{name: {"preset": name} for name in PRESETS}, **BESIDE_PRESETS}
     methods += [_Method(name, make_config(**settings)) for name, settings in tried.items()]
-    with _scheduler_of_its_own(pipe) as scheduler:
-        work = _Work(pipe, scheduler, request, batch_size)
+    device = torch.device(getattr(pipe, "_execution_device", None) or pipe.unet.device)  # where offloading takes it
+    with _scheduler_of_its_own(pipe, device) as scheduler:
+        work = _Work(pipe, scheduler, request, batch_size, device)
         plans = {method.name: plan_of_run(scheduler, method.config, steps) for method in methods}
         seconds: dict[str, list[dict[Kind, float]]] = {method.name: [] for method in methods}
         failed: dict[str, str] = {}
@@ -122,7 +123,7 @@ def tune(
     ]
     candidates += _one_phase_alone(seconds, unpatched, plans)
     return Tuning(
-        machine=machine(pipe, work.device), height=work.height, width=work.width, steps=steps,
+        machine=machine(pipe, device), height=work.height, width=work.width, steps=steps,
         scheduler=type(scheduler).__name__, batch_size=batch_size, unpatched=base, candidates=tuple(candidates),
         failed=failed,
     )  # fmt: skip
@@ -131,11 +132,11 @@ def tune(
 class _Work:
     """Times one method in one round."""
 
-    def __init__(self, pipe: Any, scheduler: Any, request: Request, batch_size: int):
+    def __init__(self, pipe: Any, scheduler: Any, request: Request, batch_size: int, device: torch.device):
         assert request.height is not None and request.width is not None
         self.pipe, self.scheduler, self.steps = pipe, scheduler, request.steps
         self.height, self.width = request.height, request.width
-        self.device = torch.device(getattr(pipe, "_execution_device", None) or pipe.unet.device)
+        self.device = device
         scale = getattr(pipe, "vae_scale_factor", 8)
         size = self.height // scale, self.width // scale
         self.inputs = RandomInputs.of(pipe.unet, *size, batch_size, self.device)
@@ -173,10 +174,9 @@ class _Work:
 
 
 @contextlib.contextmanager
-def _scheduler_of_its_own(pipe: Any) -> Iterator[Any]:
+def _scheduler_of_its_own(pipe: Any, device: torch.device) -> Iterator[Any]:
     """A copy of the pipeline's scheduler in its place, and the global random state as it was afterwards."""
     scheduler = pipe.scheduler
-    device = pipe.unet.device
     devices = [device] if device.type == "cuda" else []
     # Past the pipeline's own setter, which records the class of its parts for save_pretrained.
     vars(pipe)["scheduler"] = copy.deepcopy(scheduler)
@@ -185,6 +185,8 @@ def _scheduler_of_its_own(pipe: Any) -> Iterator[Any]:
             yield pipe.scheduler
     finally:
         vars(pipe)["scheduler"] = scheduler
+        if hasattr(pipe, "maybe_free_model_hooks"):  # an offloaded UNet goes back to the CPU, as after an image
+            pipe.maybe_free_model_hooks()
 
 
 def _runs(rounds: list[dict[Kind, float]], plan: Counter[Kind]) -> tuple[float, ...]:

@@ -70,8 +70,13 @@ class RandomInputs:
             ValueError: the UNet needs what cannot be made up here (images of an adapter, projected classes).
         """
         config = unet.config
-        for name, allowed in (("encoder_hid_dim_type", None), ("class_embed_type", None)):
-            if config.get(name) is not allowed:
+        known = {
+            "encoder_hid_dim_type": (None,),
+            "class_embed_type": (None,),
+            "addition_embed_type": (None, "text_time"),
+        }
+        for name, kinds in known.items():
+            if config.get(name) not in kinds:
                 raise ValueError(
                     f"this UNet has {name}={config[name]!r}, whose inputs cannot be made up here: time whole images "
                     "with agentsd.compare"
@@ -82,10 +87,12 @@ class RandomInputs:
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(device, unet.dtype)
 
+        widths = config.cross_attention_dim
+        text_width = widths[0] if isinstance(widths, (tuple, list)) else widths
         # A model that was distilled from guidance (LCM) takes the guidance's scale in place of a second half.
         guided = config.time_cond_proj_dim is None
         batch = batch_size * (2 if guided else 1)
-        others: dict[str, Any] = {"encoder_hidden_states": random(batch, TEXT_TOKENS, config.cross_attention_dim)}
+        others: dict[str, Any] = {"encoder_hidden_states": random(batch, TEXT_TOKENS, text_width)}
         if not guided:
             others["timestep_cond"] = random(batch, config.time_cond_proj_dim)
         if config.addition_embed_type == "text_time":
