@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import statistics
 import time
@@ -82,9 +83,10 @@ def tune(
         >>> tuning = agentsd.tune(pipe, height=512, width=512)
         >>> agentsd.apply_patch(pipe, **tuning.recommended)  # where it is not None: nothing pays
     """
-    own = [8 * side for side in own_latent_size(find_unet(pipe))]
-    request = Request("-", steps=steps, height=height or own[0], width=width or own[1])
+    request = Request("-", steps=steps, height=height, width=width)
     _check(pipe, batch_size, rounds)
+    own = [8 * side for side in own_latent_size(find_unet(pipe))]
+    request = dataclasses.replace(request, height=request.height or own[0], width=request.width or own[1])
     methods = [_Method(UNPATCHED, None)]
     tried = {**{name: {"preset": name} for name in PRESETS}, **BESIDE_PRESETS}
     methods += [_Method(name, make_config(**settings)) for name, settings in tried.items()]
