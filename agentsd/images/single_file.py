@@ -13,6 +13,9 @@ from diffusers import DiffusionPipeline
 
 from .model_files import Checkpoint, ModelError, config_beside, pipeline_class_name, read_checkpoint
 
+_PATTERNS = ["*.json", "*.txt"]
+"""Files of a model on the hub that are no weights; a star of the hub's patterns crosses folders."""
+
 
 def load_checkpoint(
     file: Path, config: str | Path | None, dtype: torch.dtype, options: dict[str, Any]
@@ -23,7 +26,7 @@ def load_checkpoint(
         file: a safetensors file with the weights of text encoder, UNet and autoencoder.
         config: folder in diffusers' format, or hub id, that has tokenizer, scheduler and the parts' sizes. None
             takes the folder of the file's name beside it, or that of its
-            architecture from the hub (3 MB, kept in the hub's cache).
+            architecture from the hub (a few MB, kept in the hub's cache).
         dtype: of the weights.
         options: passed to diffusers' `from_single_file`.
 
@@ -72,12 +75,18 @@ def _fetched(checkpoint: Checkpoint, hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(hub_id), allow_patterns=["*.json", "**/*.json", "*.txt", "**/*.txt"]))
+        return Path(snapshot_download(str(hub_id), allow_patterns=_PATTERNS))
     except Exception as error:  # no network, offline mode, no such model, no access
         folder = checkpoint.file.with_suffix("")
         raise ModelError(
             f"{checkpoint.file} holds the weights of a {checkpoint.name} alone; its tokenizer and sizes could not be "
-            f"fetched from {hub_id} on the Hugging Face hub. Go online once, or run `hf download {hub_id} "
-            f'--include "*.json" "*.txt" --local-dir {folder.name}` where there is a network and put that folder '
-            "beside the file, or name any folder of such a model by config= (--model-config)"
+            f"fetched from {hub_id} on the Hugging Face hub. Go online once, or run `{_fetching(hub_id, folder.name)}` "
+            "where there is a network and put that folder beside the file, or name any folder of such a model by "
+            "config= (--model-config)"
         ) from error
+
+
+def _fetching(hub_id: str | Path, folder: str) -> str:
+    """A command that fetches what _fetched does; `hf download` takes several patterns otherwise in each version."""
+    call = f"get('{hub_id}', allow_patterns={_PATTERNS}, local_dir='{folder}')"
+    return f'python -c "from huggingface_hub import snapshot_download as get; {call}"'
