@@ -41,17 +41,17 @@ def empty(*shape, dtype=torch.float16):
 
 def test_a_traced_call_has_the_operators_that_a_run_one_has():
     unet, called = make_unet(), []
-    inputs = dict(timestep=10, encoder_hidden_states=torch.zeros(2, 7, 32), return_dict=False)
+    inputs = dict(timestep=torch.tensor(10), encoder_hidden_states=torch.zeros(2, 7, 32), return_dict=False)
     sample = torch.zeros(2, 4, 16, 16)
     handle = register_module_forward_pre_hook(lambda *_: called.append(1))
     with torch.no_grad():
         ran = count_operations(lambda: unet(sample, **inputs))
     handle.remove()
     unet.to("meta")
-    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].to("meta")
+    inputs = {name: one.to("meta") if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
     sample = sample.to("meta")
     found = traced(lambda: unet(sample, **inputs), unet)
-    assert (found.operators, found.modules, found.reads) == (ran, len(called), 0)
+    assert (found.operators, found.modules, found.waits) == (ran, len(called), 0)
 
 
 def test_attention_is_one_operator_with_its_sizes():
@@ -81,10 +81,26 @@ def test_views_cost_the_host_alone_and_expanded_tensors_are_read_once():
 
 
 @pytest.mark.parametrize(
-    "read", [lambda x: x.sum().item(), lambda x: bool((x > 0).any()), lambda x: x.tolist(), lambda x: x.cpu()]
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: torch.zeros(3).to(x.device),
+        lambda x: x.copy_(torch.zeros(3)),
+        lambda x: torch.tensor([1, 2], device=x.device),
+    ],
 )
-def test_every_way_of_waiting_for_the_device_is_counted(read):
-    assert traced(lambda: read(empty(3, dtype=torch.float32))).reads == 1
+def test_every_way_of_waiting_for_the_device_is_counted(wait):
+    assert traced(lambda: wait(empty(3, dtype=torch.float32))).waits == 1
+
+
+def test_an_upload_that_blocks_nothing_is_an_operator_and_no_wait():
+    x = empty(3, dtype=torch.float32)
+    for upload in (lambda: torch.zeros(3).to("meta", non_blocking=True), lambda: x.copy_(torch.zeros(3), True)):
+        found = traced(upload)
+        assert (found.operators, found.waits) == (1, 0)
 
 
 def test_what_lies_on_the_host_is_not_the_devices():
@@ -132,8 +148,8 @@ def test_the_host_is_hidden_behind_the_gpu_or_not():
     large = CallTrace([Operation("x", "elementwise", 10**10, 10**10)])
     hidden = [call_seconds(large, gpu, host, hooks=1e-3).total for host in (FAST_HOST, SLOW_HOST)]
     assert hidden[0] == hidden[1] == call_seconds(large, gpu, FAST_HOST).total
-    # What the host does after it has read from the device is waited for.
-    waits = CallTrace([*large.operations, Operation("x", "read", 8, 0)])
+    # What the host does after it has waited for the device, the device waits for.
+    waits = CallTrace([*large.operations, Operation("x", "wait", 8, 0)])
     assert call_seconds(waits, gpu, FAST_HOST, hooks=1e-3).total > hidden[0] + 0.6e-3
 
 

@@ -39,11 +39,11 @@ SPEED_UPS: dict[Shape, dict[str, dict[str, float]]] = {
 OPERATORS: dict[Shape, dict[str, str]] = {
     Shape("sd15", 512): {
         "unpatched": "728", "agents": "999", "merge": "909", "cached": "177 / 159", "cached alone": "90",
-        "hooks": "3.0", "reads": "1",
+        "hooks": "3.0", "waits": "1",
     },
     Shape("sdxl", 1024): {
         "unpatched": "1866", "agents": "2367", "merge": "2187", "cached": "117", "cached alone": "76",
-        "hooks": "7.6", "reads": "1",
+        "hooks": "7.6", "waits": "1",
     },
 }  # fmt: skip
 """Of a UNet call: operators, the host's milliseconds in the hooks with step caching (2 CPU cores, the least of a run),

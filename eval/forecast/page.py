@@ -38,10 +38,10 @@ def as_data(costs: dict[Shape, Costs], predictions: list[Prediction], about: dic
         ],
         "calls": {
             str(shape): {
-                "unpatched": {"operators": of.unpatched.operators, "reads": of.unpatched.reads},
+                "unpatched": {"operators": of.unpatched.operators, "waits": of.unpatched.waits},
                 **{
                     f"{run}: {_kind(kind)}": {
-                        "operators": call.operators, "reads": call.reads, "hooks_ms": 1e3 * of.hooks[run][kind],
+                        "operators": call.operators, "waits": call.waits, "hooks_ms": 1e3 * of.hooks[run][kind],
                         "of_a_run": of.plans[run][kind],
                     }
                     for run, calls in of.calls.items()
@@ -167,7 +167,7 @@ def _calls(costs: dict[Shape, Costs]) -> list[str]:
     )
     names = {
         "unpatched": "unpatched", "agents": "agent phase", "merge": "later phase", "cached": "cached, agent / later",
-        "cached alone": "cached, nothing merged", "hooks": "hooks with caching, ms", "reads": "waits for the device",
+        "cached alone": "cached, nothing merged", "hooks": "hooks with caching, ms", "waits": "waits for the device",
     }  # fmt: skip
     shapes = [shape for shape in costs if shape in before.OPERATORS]
     rows = []
@@ -188,7 +188,7 @@ def _counted(of: Costs) -> dict[str, str]:
         "cached": " / ".join(map(str, dict.fromkeys(both))),
         "cached alone": str(alone[merge, False].operators),
         "hooks": f"{1e3 * max(of.hooks[_CACHED_RUN].values()):.2f}",
-        "reads": str(max(call.reads for call in cached.values())),
+        "waits": str(max(call.waits for call in cached.values())),
     }
 
 

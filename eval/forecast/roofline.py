@@ -58,7 +58,7 @@ _ATTENTION_TILE = 128
 _HEAD_DIMS = (32, 64, 96, 128, 160, 192, 256)  # FlashAttention pads to these
 _GRAPH_CALL_US = 100.0  # what stays of a call's launch and of Python with a CUDA graph
 _EAGER_CALL_US = 150.0  # between the end of a call on the GPU and the beginning of the next one
-_READ_US = 8.0
+_WAIT_US = 8.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def call_seconds(
     on_gpu = 1e-6 * _gpu_us(call, gpu, mode, efficiencies)
     hooks *= host.relative
     issued = host.call + (_GRAPH_CALL_US if mode == GRAPH else _issue_us(call, host))
-    waits = call.reads > 0  # the GPU is idle while the hooks work on what was read
+    waits = call.waits > 0  # then the GPU is idle while the hooks work
     side_by_side = max(on_gpu, 1e-6 * issued + (0 if waits else hooks))
     between = 1e-6 * (_EAGER_CALL_US if mode == EAGER else _GRAPH_CALL_US)
     return CallTime(on_gpu, 1e-6 * issued, hooks, side_by_side + between + (hooks if waits else 0))
@@ -126,8 +126,8 @@ def _operation_us(operation: Operation, gpu: GPU, efficiencies: Efficiencies) ->
     kernel = efficiencies.kernel_us
     moved = operation.bytes_in + operation.bytes_out
     stream = efficiencies.bandwidth
-    if operation.kind == "read":
-        return _READ_US
+    if operation.kind == "wait":
+        return _WAIT_US
     if operation.kind == "attention":
         return _attention_us(operation, gpu, efficiencies)
     if operation.kind == "matmul":

@@ -2,7 +2,7 @@
 
 unet = UNet2DConditionModel(**config).to("meta")
 call = trace(lambda: unet(sample, timestep, text), unet)
-len(call.operations), call.reads
+call.operators, call.waits
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Operation:
     Attributes:
         name: of the operator in ATen, or "attention" for fused attention.
         kind: "matmul", "convolution", "attention", "sort", "gather", "norm", "reduction", "copy", "elementwise", or
-            "read": the host waits for a value of the device.
+            "wait": the host waits for the device, as it reads a value or uploads one without `non_blocking`.
         bytes_in, bytes_out: read and written at least.
         sizes: of a matmul or convolution (batch, m, n, k); of attention (batch, heads, queries, keys, head_dim); of a
             sort (segments, length, bytes of a key).
@@ -62,12 +62,12 @@ class CallTrace:
     @property
     def operators(self) -> int:
         """Number of operators that compute something, as `count_operations` counts them."""
-        return sum(one.kind != "read" for one in self.operations)
+        return sum(one.kind != "wait" for one in self.operations)
 
     @property
-    def reads(self) -> int:
-        """How often the host waits for a value of the device."""
-        return sum(one.kind == "read" for one in self.operations)
+    def waits(self) -> int:
+        """How often the host waits for the device."""
+        return sum(one.kind == "wait" for one in self.operations)
 
 
 def trace(call: Callable[[], Any], network: nn.Module, there: Tensor | None = None) -> CallTrace:
@@ -112,14 +112,18 @@ class _Recorder(TorchDispatchMode):
         source = args[0] if args and isinstance(args[0], Tensor) else None
         read = source if source is not None and source.device.type == "meta" else None
         if read is not None and name == "_local_scalar_dense":
-            self.found.operations.append(Operation(name, "read", read.element_size(), 0))
+            self.found.operations.append(Operation(name, "wait", read.element_size(), 0))
             return True if read.dtype is torch.bool else 1.0 if read.is_floating_point() else 1
         if read is not None and name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type == "cpu":
-            self.found.operations.append(Operation(name, "read", _bytes(read), 0))
+            self.found.operations.append(Operation(name, "wait", _bytes(read), 0))
             return torch.ones(read.shape, dtype=kwargs.get("dtype") or read.dtype)
         output = func(*args, **kwargs)
         if name == "_to_copy" and source is not None and self._is_there(source):
             return output
+        if _is_upload(name, args, output) and not (
+            kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+        ):
+            self.found.operations.append(Operation(name, "wait", 0, 0))  # copied at once where the device may be busy
         if launches_nothing(func, output):
             self.found.views += 1
         elif any(one.device.type == "meta" for one in _tensors(output)):  # what is small and on the CPU is the host's
@@ -143,6 +147,8 @@ class _GPUFunctions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            self.found.operations.append(Operation("tensor", "wait", 0, 0))  # made on the host and uploaded
         if func is torch.randint:  # with a generator of a device that has none
             return func(*args, **{key: value for key, value in kwargs.items() if key != "generator"})
         return func(*args, **kwargs)
@@ -196,6 +202,14 @@ def _operation(name: str, args: tuple, kwargs: dict, output: Any) -> Operation:
         if plain == "copy":
             read = _bytes(inputs[1]) if len(inputs) > 1 else 0
     return Operation(name, kind, read, written, sizes, first.dtype is torch.float32)
+
+
+def _is_upload(name: str, args: tuple, output: Any) -> bool:
+    """Whether an operator copies a tensor of the host to the device."""
+    if name not in ("_to_copy", "copy_") or not isinstance(output, Tensor) or output.device.type != "meta":
+        return False
+    source = args[1] if name == "copy_" else args[0]
+    return isinstance(source, Tensor) and source.device.type == "cpu"
 
 
 def _product_sizes(name: str, args: tuple, output: Any) -> tuple[int, int, int, int] | None:
