@@ -84,6 +84,7 @@ def as_page(costs: dict[Shape, Costs], predictions: list[Prediction], about: dic
     ]
     for shape, of in costs.items():
         lines += [f"### {shape}", "", *_speed_ups(of), ""]
+    lines += ["## Where it would be slower than the unpatched model", "", *_slower(costs), ""]
     lines += ["## Before and after", "", *_before_and_after(costs), ""]
     lines += ["## What a call runs", "", *_calls(costs), ""]
     lines += ["## Against public figures", "", *_validation(predictions), ""]
@@ -143,6 +144,18 @@ def _speed_ups(of: Costs) -> list[str]:
         for run in runs
     ]
     return table(["", "unpatched, ms", *runs], [["whole calls", "", *whole], *rows])
+
+
+def _slower(costs: dict[Shape, Costs]) -> list[str]:
+    found = [
+        f"- {shape}, {gpu}, {case}: "
+        + ", ".join(f"{run} {speed_up:.2f}" for run, speed_up in speed_ups.items() if speed_up < 1)
+        for shape, of in costs.items()
+        for gpu in FORECAST
+        for case, host, mode in CASES
+        if min((speed_ups := {run: of.speed_up(run, GPUS[gpu], host, mode) for run in of.calls}).values()) < 1
+    ]
+    return found or ["Nowhere in the tables above."]
 
 
 def _before_and_after(costs: dict[Shape, Costs]) -> list[str]:
