@@ -1,4 +1,4 @@
-"""vision/attention.py and vision/bias.py: the module against naive arithmetic, its kept biases, compile and export."""
+"""vision/attention.py: the module against naive arithmetic; compile, export and autocast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 import vision_reference as reference
 
-from agentsd.vision import AgentAttention, SeparateAgentAttention, bias
+from agentsd.attention import agent_attention
+from agentsd.vision import AgentAttention, SeparateAgentAttention
 from agentsd.vision.attention import AgentCore
 from agentsd.vision.cswin import StripeBranch
 
@@ -59,7 +60,19 @@ def test_weights_are_those_of_the_output():
     aggregation, broadcast = module.weights(query, key, GRID)
     torch.testing.assert_close(aggregation.sum(-1), torch.ones(2, 2, 4))
     out = (broadcast @ (aggregation @ module.split(value))).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(module.attend(query, key, value, GRID, None), out)
+    torch.testing.assert_close(module.attend(query, key, value, GRID), out)
+
+
+@torch.no_grad()
+def test_attention_is_the_function_of_the_package():
+    module = make(agent_grid=3)
+    query, key, value = module.project(tokens())
+    split = [module.split(part) for part in (query, module.pool_agents(query, GRID), key, value)]
+    first, second = module.biases(GRID, torch.float32)
+    out = agent_attention(
+        *split, alpha=0, broadcast_exponent=-0.5, aggregation_bias=first, broadcast_bias=second
+    ).transpose(1, 2)
+    torch.testing.assert_close(module.attend(query, key, value, GRID), out.flatten(2))
 
 
 @torch.no_grad()
@@ -78,107 +91,6 @@ def test_gradients_reach_every_parameter():
     module = make(class_token=True, agent_grid=3).train()
     module(tokens(extra=1), GRID).square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in module.parameters())
-
-
-# ---- the kept biases ----
-
-
-@torch.no_grad()
-def change_by_step(module):
-    module.an_bias.add_(1.0)
-
-
-def change_by_load(module):
-    module.load_state_dict({name: value + 1 for name, value in module.state_dict().items()})
-
-
-def change_by_assigning_load(module):
-    module.load_state_dict({name: value + 1 for name, value in module.state_dict().items()}, assign=True)
-
-
-def change_by_dtype(module):
-    module.to(torch.float64)
-
-
-def change_by_replacing(module):
-    module.an_bias = torch.nn.Parameter(module.an_bias.detach() + 1)
-
-
-def change_by_average(module):
-    with torch.no_grad():
-        torch._foreach_lerp_(list(module.parameters()), [torch.ones_like(p) for p in module.parameters()], 0.5)
-
-
-def change_in_inference_mode(module):
-    with torch.inference_mode():
-        module.an_bias.mul_(3.0)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "change",
-    [
-        change_by_step,
-        change_by_load,
-        change_by_assigning_load,
-        change_by_dtype,
-        change_by_replacing,
-        change_by_average,
-        change_in_inference_mode,
-    ],
-    ids=lambda f: f.__name__,
-)
-def test_kept_biases_follow_the_parameters(change):
-    module = make()
-    first = module.biases(GRID, torch.float32)
-    assert module.biases(GRID, torch.float32)[0] is first[0], "kept in eval"
-    change(module)
-    dtype = module.an_bias.dtype
-    for kept, fresh in zip(module.biases(GRID, dtype), module._compute(GRID, dtype)):
-        assert torch.equal(kept, fresh)
-    assert not torch.equal(module.biases(GRID, torch.float32)[0], first[0]) or dtype == torch.float64
-
-
-def test_biases_are_not_kept_where_gradients_flow_or_in_training():
-    module = make()
-    first = module.biases(GRID, torch.float32)[0]
-    assert first.requires_grad and module.biases(GRID, torch.float32)[0] is not first
-    with torch.no_grad():
-        module.biases(GRID, torch.float32)
-        assert module._kept is not None
-        assert copy.deepcopy(module)._kept is None
-        module.train()
-        assert module._kept is None
-        module.biases(GRID, torch.float32)
-    assert module._kept is None
-
-
-@torch.no_grad()
-def test_large_biases_are_not_kept(monkeypatch):
-    module = make()  # 2 heads, 4 agents, 30 tokens
-    monkeypatch.setattr(bias, "MOST_KEPT", 2 * 4 * 30)
-    module.biases(GRID, torch.float32)
-    assert module._kept is not None
-    module.drop_biases()
-    monkeypatch.setattr(bias, "MOST_KEPT", 2 * 4 * 30 - 1)
-    torch.testing.assert_close(module(tokens(), GRID), naive(module, tokens(), GRID), rtol=1e-4, atol=1e-4)
-    assert module._kept is None
-
-
-def test_biases_made_in_inference_mode_serve_a_backward_pass():
-    module = make().requires_grad_(False)
-    with torch.inference_mode():
-        module(tokens(), GRID)
-    x = tokens().requires_grad_()
-    module(x, GRID).sum().backward()
-    assert x.grad.any()
-
-
-@torch.no_grad()
-def test_another_grid_gets_its_own_biases():
-    module = make()
-    for grid in (GRID, (4, 4), GRID):
-        torch.testing.assert_close(module(tokens(grid), grid), naive(module, tokens(grid), grid), rtol=1e-4, atol=1e-4)
 
 
 # ---- how it is run ----
@@ -240,12 +152,12 @@ def test_needs_timm_and_says_so_and_loads_no_diffusers():
     code = (
         "import sys; sys.modules['diffusers'] = None; sys.modules['timm'] = None\n"
         "try: import agentsd.vision\n"
-        'except ImportError as error: assert "agentsd[vision]" in str(error), error\n'
+        'except ImportError as error: assert ".[vision]" in str(error) and "clone" in str(error), error\n'
         "else: raise SystemExit('no error')\n"
         "del sys.modules['timm']\n"
         "import agentsd.vision\n"
         "ours = {n for n in sys.modules if n.startswith('agentsd') and not n.startswith('agentsd.vision')}\n"
-        "assert ours == {'agentsd', 'agentsd.attention'}, ours\n"
+        "assert ours == {'agentsd', 'agentsd.messages'}, ours  # the latter for the message\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

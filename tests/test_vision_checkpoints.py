@@ -228,3 +228,142 @@ def test_timm_loads_the_file_itself(tmp_path):
     save_safetensors(source, tmp_path / "ours.safetensors")
     model = timm.create_model(name, checkpoint_path=str(tmp_path / "ours.safetensors"), **small)
     assert same(model, source)
+
+
+# ---- tensors that cannot be the weights ----
+
+
+def refused(tmp_path, family, settings, name, value, said, **changed):
+    """A file of the family with one tensor exchanged is refused, and the model is as before."""
+    state = official_state_dict(make(family, settings))
+    assert name in state
+    state[name] = value(state[name]) if callable(value) else value
+    torch.save({"model": state}, tmp_path / "f.pth")
+    model = make(family, settings, seed=1, **changed)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=said):
+        load_official_checkpoint(model, tmp_path / "f.pth")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+SHAPES = {
+    "no_dimension": torch.tensor(1.0),
+    "one_dimension": torch.ones(8),
+    "two_dimensions": torch.ones(17, 8),
+    "more_dimensions": torch.ones(1, 1, 1, 1, 17, 8),
+    "empty": torch.ones(0),
+    "empty_tokens": torch.ones(1, 0, 8),
+    "empty_channels": torch.ones(1, 17, 0),
+    "fewer_tokens_than_the_class_token": torch.ones(1, 1, 8),
+    "tokens_of_no_square": torch.ones(1, 13, 8),
+    "two_images": torch.ones(2, 17, 8),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("changed", [{}, {"img_size": 64}])
+def test_positions_of_impossible_shape_are_refused(tmp_path, shape, changed):
+    refused(tmp_path, AgentDeit, DEIT, "pos_embed", SHAPES[shape], "of other shape, such as pos_embed", **changed)
+    if SHAPES[shape].shape != (1, 1, 8):  # a grid of one token, where there is no class token
+        refused(tmp_path, AgentPvt, PVT, "pos_embed2", SHAPES[shape], "of other shape, such as pos_embed2", **changed)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (5,), (1, 2, 4, 4), (1, 2, 4, 0, 1), (2, 2, 4, 4, 1), (1, 1, 1, 2, 4, 4, 1)]
+)
+def test_biases_of_impossible_shape_are_refused(tmp_path, shape):
+    said = "of other shape, such as blocks.1.attn.ah_bias"
+    refused(tmp_path, AgentDeit, DEIT, "blocks.1.attn.ah_bias", torch.ones(shape), said)
+
+
+TABLE = "layers.2.blocks.1.attn.relative_position_bias_table"
+
+
+@pytest.mark.parametrize("shape", [(), (25,), (0, 2), (24, 2), (15, 2), (25, 2, 1), (25, 3)])
+def test_window_tables_of_impossible_shape_are_refused(tmp_path, shape):
+    refused(tmp_path, AgentSwin, SWIN, TABLE, torch.ones(shape), f"of other shape, such as {TABLE}")
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (5, 9), (5, 8, 1, 1), (0,)])
+def test_heads_of_impossible_shape_are_refused(tmp_path, shape):
+    refused(tmp_path, AgentDeit, DEIT, "head.weight", torch.ones(shape), "of other shape, such as head.weight")
+
+
+@torch.no_grad()
+def test_windows_that_are_no_squares_take_square_tables(tmp_path):
+    source = make(AgentSwin, SWIN)
+    torch.save(official_state_dict(source), tmp_path / "f.pth")
+    model = make(AgentSwin, SWIN, seed=1, img_size=(64, 32))  # 4 × 2 tokens in the third stage
+    assert model.layers[2].blocks[1].window_size == (3, 2)
+    load_official_checkpoint(model, tmp_path / "f.pth")
+    table = source.get_parameter(TABLE)
+    expected = F.interpolate(table.T.view(1, 2, 5, 5), (5, 3), mode="bicubic").flatten(2)[0].T
+    torch.testing.assert_close(model.get_parameter(TABLE), expected)
+    assert model(torch.randn(1, 3, 64, 32)).isfinite().all()
+    save_safetensors(model, tmp_path / "narrow.safetensors")  # the same tables again, and in a square model
+    load_official_checkpoint(make(AgentSwin, SWIN, seed=2, img_size=(64, 32)), tmp_path / "narrow.safetensors")
+    with pytest.raises(ValueError, match=f"of other shape, such as {TABLE}"):
+        load_official_checkpoint(make(AgentSwin, SWIN), tmp_path / "narrow.safetensors")
+
+
+def one(number):
+    def exchange(value):
+        value = value.clone()
+        value.flatten()[-1] = number
+        return value
+
+    return exchange
+
+
+CONTENTS = {
+    "nan": (one(float("nan")), "not all of its numbers are finite"),
+    "infinite": (one(float("-inf")), "not all of its numbers are finite"),
+    "beyond_the_dtype": (lambda v: one(1e300)(v.double()), "not all of its numbers are finite"),
+    "bool": (lambda v: v > 0, "its numbers are of torch.bool"),
+    "integer": (lambda v: v.long(), "its numbers are of torch.int64"),
+    "bytes": (lambda v: v.to(torch.uint8), "its numbers are of torch.uint8"),
+    "complex": (lambda v: torch.complex(v, v), "its numbers are of torch.complex64"),
+    "float8": (lambda v: v.to(torch.float8_e4m3fn), "its numbers are of torch.float8"),
+    "quantized": (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "its numbers are of torch.qint8"),
+    "sparse": (lambda v: v.to_sparse(), "it is sparse or nested"),
+    "sparse_rows": (lambda v: v.flatten(1).to_sparse_csr() if v.ndim > 1 else v.to_sparse(), "it is sparse or nested"),
+    "meta": (lambda v: v.to("meta"), "it has a shape and no numbers"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("name", ["head.weight", "pos_embed", "blocks.0.attn.an_bias", "norm.bias"])
+def test_contents_that_are_no_weights_are_refused(tmp_path, content, name):
+    value, said = CONTENTS[content]
+    changed = {"img_size": 64} if name == "pos_embed" else {}  # which would be resized
+    refused(tmp_path, AgentDeit, DEIT, name, value, f"{name} cannot be weights: {said}", **changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_point_of_another_width_is_taken(tmp_path, dtype):
+    source = make(AgentDeit, DEIT).to(dtype)
+    torch.save(source.state_dict(), tmp_path / "f.pth")
+    model = make(AgentDeit, DEIT, seed=1)
+    load_official_checkpoint(model, tmp_path / "f.pth")
+    assert same(model, source.float())
+
+
+def test_one_weight_under_two_names_is_refused(tmp_path):
+    model = make(AgentSwin, SWIN)
+    state = official_state_dict(model)
+    torch.save({**state, "module.norm.bias": torch.ones(64)}, tmp_path / "prefix.pth")
+    torch.save({**state, "head.fc.bias": torch.ones(5)}, tmp_path / "mixed.pth")
+    for file, name in (("prefix.pth", "norm.bias"), ("mixed.pth", "head.fc.bias")):
+        with pytest.raises(ValueError, match=f"{name} under two names"):
+            load_official_checkpoint(model, tmp_path / file)
+
+
+def test_timm_refuses_them_too(tmp_path):
+    name = "agent_deit_tiny_patch16_224"
+    small = {k: v for k, v in DEIT.items() if k != "num_classes"}
+    source = timm.create_model(name, **small, num_classes=1000).state_dict()
+    for exchanged in ({"norm.bias": torch.full((8,), torch.nan)}, {"pos_embed": torch.ones(8)}):
+        torch.save({"model": {**source, **exchanged}}, tmp_path / "f.pth")
+        with pytest.raises(ValueError, match="norm.bias cannot be weights|of other shape, such as pos_embed"):
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "f.pth")), **small)

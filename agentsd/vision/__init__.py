@@ -5,7 +5,9 @@ from __future__ import annotations
 try:
     import timm as _timm  # noqa: F401
 except ImportError as error:
-    raise ImportError("agentsd.vision needs timm, which its extra brings: pip install 'agentsd[vision]'") from error
+    from ..messages import install_hint
+
+    raise ImportError(f"agentsd.vision needs timm, which its extra brings: {install_hint('vision')}") from error
 
 from .attention import AgentAttention, AgentCore, SeparateAgentAttention
 from .checkpoints import LoadedCheckpoint, load_official_checkpoint, official_state_dict, save_safetensors

@@ -1,20 +1,18 @@
 """The agent attention module of vision transformers: agents pooled from the queries, agent bias, depthwise convolution.
 
-Source: Han et al., "Agent Attention", ECCV 2024 (arXiv 2312.08874), section "Agent attention module". The arithmetic is
-`agentsd.attention.agent_attention` with the standard scale twice and no α-mixing: the depthwise convolution on the
-values restores the diversity.
+Source: Han et al., "Agent Attention", ECCV 2024 (arXiv 2312.08874), section "Agent attention module". The arithmetic
+equals `agentsd.attention.agent_attention` with the standard scale twice and no α-mixing: the depthwise convolution on
+the values restores the diversity. It is written out here, since TorchScript does not take that function's autocast.
 """
 
-from __future__ import annotations
-
-import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..attention import agent_attention
 from .bias import AgentBias
 
 
+@register_notrace_module  # reason: what is kept, and sizes that decide what is computed
 class AgentCore(AgentBias):
     """Agent attention on queries, keys and values that are projected already; the projections belong to a subclass.
 
@@ -33,44 +31,41 @@ class AgentCore(AgentBias):
         super().__init__(num_heads, num_agents, grid, **bias)
         self.num_heads = num_heads
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], conv: nn.Module | None
-    ) -> Tensor:
-        """softmax(Q Aᵀ / √d + B₂) · softmax(A Kᵀ / √d + B₁) V + conv(V), the heads joined.
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
+        """softmax(Q Aᵀ / √d + B₂) · softmax(A Kᵀ / √d + B₁) V, the heads joined.
 
         Args:
             query, key, value: [B, N, C]; a class token, if the module has one, comes first.
             grid: (height, width) of the other tokens.
-            conv: a depthwise convolution on [B, C, height, width], applied to the values without the class token.
 
         Returns:
             [B, N, C].
         """
         agents = self.pool_agents(query, grid)
-        aggregation_bias, broadcast_bias = self.biases(grid, query.dtype)
-        out = agent_attention(
-            self.split(query),
-            self.split(agents),
-            self.split(key),
-            self.split(value),
-            alpha=0,
-            broadcast_exponent=-0.5,
-            aggregation_bias=aggregation_bias,
-            broadcast_bias=broadcast_bias,
+        aggregation_bias, broadcast_bias = self.current_biases(grid, query.dtype)
+        agents = self.split(agents)
+        agent_values = F.scaled_dot_product_attention(
+            agents, self.split(key), self.split(value), attn_mask=aggregation_bias
         )
-        out = out.transpose(1, 2).flatten(2)
-        if conv is None:
-            return out
-        skipped = int(self.has_class_token)
-        image = to_image(value[:, skipped:], grid)
-        local = from_image(conv(image.contiguous(memory_format=torch.channels_last)))  # as the tokens lie in memory
-        return out + (F.pad(local, (0, 0, skipped, 0)) if skipped else local)
+        out = F.scaled_dot_product_attention(self.split(query), agents, agent_values, attn_mask=broadcast_bias)
+        return out.transpose(1, 2).flatten(2)
+
+    def without_class_token(self, value: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the depthwise convolution reads: [B, N, C] -> [B, C, height, width], without the class token."""
+        return to_image(value[:, int(self.has_class_token) :].contiguous(), grid)  # so channels are last in memory
+
+    def with_class_token(self, image: Tensor) -> Tensor:
+        """The inverse of without_class_token, with zeros for the class token."""
+        tokens = from_image(image)
+        if self.has_class_token:
+            tokens = F.pad(tokens, (0, 0, 1, 0))
+        return tokens
 
     def pool_agents(self, query: Tensor, grid: tuple[int, int]) -> Tensor:
         """The agents: averages of the queries over the cells of a square grid, without the class token; [B, A, C]."""
         tokens = query[:, int(self.has_class_token) :]
-        # Channels last in memory, as pooling and the fused kernels want them.
-        image = to_image(tokens, grid).contiguous(memory_format=torch.channels_last)
+        # Contiguous tokens have their channels last in memory, as pooling and the fused kernels want them.
+        image = to_image(tokens.contiguous(), grid)
         return from_image(F.adaptive_avg_pool2d(image, self.agent_grid)).contiguous()
 
     def split(self, tokens: Tensor) -> Tensor:
@@ -132,7 +127,11 @@ class AgentAttention(AgentCore):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, N, C] -> [B, N, C]; grid is the (height, width) of the tokens without the class token."""
-        return self.proj_drop(self.proj(self.attend(*self.project(x), grid, self.dwc)))
+        query, key, value = self.project(x)
+        out = self.attend(query, key, value, grid)
+        if self.dwc is not None:
+            out = out + self.with_class_token(self.dwc(self.without_class_token(value, grid)))
+        return self.proj_drop(self.proj(out))
 
 
 class SeparateAgentAttention(AgentCore):
@@ -163,7 +162,10 @@ class SeparateAgentAttention(AgentCore):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        return self.proj_drop(self.proj(self.attend(*self.project(x), grid, self.dwc)))
+        query, key, value = self.project(x)
+        out = self.attend(query, key, value, grid)
+        out = out + self.with_class_token(self.dwc(self.without_class_token(value, grid)))
+        return self.proj_drop(self.proj(out))
 
 
 def depthwise_conv(dim: int, device=None, dtype=None) -> nn.Conv2d:

@@ -1,15 +1,14 @@
-"""The agent bias: two learned biases of a trained agent attention, resized to any grid and kept for the next image.
+"""The agent bias: two learned biases of a trained agent attention, resized to any grid.
 
 Source: Han et al., "Agent Attention", ECCV 2024 (arXiv 2312.08874), section "Agent bias".
 """
-
-from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 BLOCK = 7
@@ -21,9 +20,10 @@ large images, whose layers would keep more than a gigabyte together, compute the
 
 
 class _Kept(NamedTuple):
-    """Biases, and what they were computed from."""
+    """Biases, and copies of what they were computed from."""
 
-    state: tuple[tuple[int, int], torch.dtype, list[tuple[int, int]]]
+    grid: tuple[int, int]
+    dtype: torch.dtype
     parameters: list[Tensor]
     biases: tuple[Tensor, Tensor]
 
@@ -46,6 +46,8 @@ class AgentBias(nn.Module):
     Raises:
         ValueError: num_agents is no square number, or agent_grid is below 1.
     """
+
+    __constants__ = ["has_bias", "has_class_token"]  # TorchScript leaves out the branches that these exclude
 
     def __init__(
         self,
@@ -98,11 +100,7 @@ class AgentBias(nn.Module):
             nn.init.trunc_normal_(getattr(self, name), std=0.02)
 
     def biases(self, grid: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """The biases of both softmaxes for a grid of any size.
-
-        In eval they are computed once and kept for the latest grid, up to MOST_KEPT numbers. A change of the parameters
-        that PyTorch can see (an optimizer's step, a load, a move) makes them anew; after writing through `.data`, call
-        `drop_biases`.
+        """The biases of both softmaxes for a grid of any size, computed from the parameters as they are now.
 
         Args:
             grid: (height, width) of the tokens.
@@ -112,72 +110,153 @@ class AgentBias(nn.Module):
             (B₁, B₂): [1, heads, agents, N] and [1, heads, N, agents], N with the class token (first); None twice where
             they are disabled.
         """
-        if not self.has_bias:
-            return None, None
-        too_many = self.an_bias.shape[0] * self.agent_grid**2 * grid[0] * grid[1] > MOST_KEPT
-        if self.training or too_many or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self._compute(grid, dtype)
+        aggregation: Tensor | None = None
+        broadcast: Tensor | None = None
+        if self.has_bias:
+            class_of_agents: Tensor | None = None
+            class_of_tokens: Tensor | None = None
+            if self.has_class_token:
+                class_of_agents, class_of_tokens = self.ac_bias, self.ca_bias
+            aggregation, broadcast = resized_biases(
+                self.an_bias,
+                self.na_bias,
+                self.ah_bias,
+                self.aw_bias,
+                self.ha_bias,
+                self.wa_bias,
+                class_of_agents,
+                class_of_tokens,
+                grid,
+                self.trained_side,
+                self.agent_grid,
+                dtype,
+            )
+        return aggregation, broadcast
+
+    def current_biases(self, grid: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """As `biases`, for the forward pass, which only reads them: in eval on the CPU, those of the last call serve
+        again while every number of every parameter is the same. Everywhere else they are computed.
+        """
+        if torch.jit.is_scripting():
+            return self.biases(grid, dtype)
+        else:  # TorchScript compiles what stands after a return, but not this branch
+            return self._kept_biases(grid, dtype)
+
+    def _kept_biases(self, grid: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         parameters = [getattr(self, name) for name in self._names]
-        needs_graph = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        if needs_graph or any(p.is_inference() for p in parameters):
-            return self._compute(grid, dtype)
-        state = (grid, dtype, [(p._version, p.data_ptr()) for p in parameters])
+        if not self._can_keep(parameters, grid):
+            return self.biases(grid, dtype)
         kept = self._kept
-        # Holding the parameters themselves, so that a new one cannot have the address of an old one.
-        if kept is None or kept.state != state or any(p is not q for p, q in zip(parameters, kept.parameters)):
+        if (
+            kept is None
+            or kept.grid != grid
+            or kept.dtype != dtype
+            # The numbers, not versions or addresses: fused optimizers and writes through .data change neither.
+            or not all(
+                new.dtype == old.dtype and torch.equal(new, old) for new, old in zip(parameters, kept.parameters)
+            )
+        ):
             # Tensors made in inference mode could not serve a later call that needs gradients of its input.
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = _Kept(state, parameters, self._compute(grid, dtype))
+                copies = [parameter.detach().clone() for parameter in parameters]
+                classes = copies[6:] or [None, None]
+                biases = resized_biases(*copies[:6], *classes, grid, self.trained_side, self.agent_grid, dtype)
+            kept = self._kept = _Kept(grid, dtype, copies, biases)
         return kept.biases
 
-    def drop_biases(self) -> None:
-        """Forget the biases that are kept for the latest grid."""
-        self._kept = None
-
-    def _compute(self, grid: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        class_of_agents = class_of_tokens = None
-        if self.has_class_token:
-            class_of_agents, class_of_tokens = self.ac_bias[0], self.ca_bias[0].mT
-        aggregation = self._resized(self.an_bias, self.ah_bias[0], self.aw_bias[0], class_of_agents, grid)
-        # The token comes before the agent in these shapes: (1, H, h, 1, A) -> (H, A, h, 1).
-        rows, columns = self.ha_bias[0].movedim(-1, 1), self.wa_bias[0].movedim(-1, 1)
-        broadcast = self._resized(self.na_bias, rows, columns, class_of_tokens, grid)
-        return aggregation[None].to(dtype), broadcast.mT[None].to(dtype).contiguous()
-
-    def _resized(
-        self, block: Tensor, rows: Tensor, columns: Tensor, class_token: Tensor | None, grid: tuple[int, int]
-    ) -> Tensor:
-        """[H, agents, N] from [H, A, 7, 7], [H, A, h, 1], [H, A, 1, w] and [H, A, 1]."""
-        height, width = grid
-        bias = _resize(block, grid) + (_resize(rows, (height, 1)) + _resize(columns, (1, width)))
-        bias = bias.flatten(2)
-        if class_token is not None:
-            bias = torch.cat([class_token.to(bias.dtype), bias], dim=2)
-        if self.agent_grid == self.trained_side:
-            return bias
-        heads, _, tokens = bias.shape
-        over_agents = bias.mT.reshape(heads, tokens, self.trained_side, self.trained_side)
-        return _resize(over_agents, (self.agent_grid, self.agent_grid)).flatten(2).mT.contiguous()
+    def _can_keep(self, parameters: list, grid: tuple[int, int]) -> bool:
+        """Whether biases computed now are plain tensors that depend on the numbers in the parameters alone."""
+        if not self.has_bias or self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        # Parameters that something else stands for (functional_call, a parametrization, symbolic tracing, a fake or
+        # distributed tensor) have another type. On other devices than the CPU, comparing would wait for the device.
+        if not all(type(p) is nn.Parameter and p.device.type == "cpu" for p in parameters):
+            return False
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            return False  # the graph of this call
+        if _tensors_are_intercepted():
+            return False
+        return self.an_bias.shape[0] * self.agent_grid**2 * grid[0] * grid[1] <= MOST_KEPT
 
     def train(self, mode: bool = True):
-        self.drop_biases()
+        self._kept = None  # for the memory
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):
-        self.drop_biases()
-        return super()._apply(fn, recurse)
+        self._kept = None
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.drop_biases()
-        super()._load_from_state_dict(*args, **kwargs)
+        def on_any_rank(tensor: Tensor) -> Tensor:
+            # PyTorch moves every tensor of rank 4 or 5 to the memory format that is asked for, and there are formats
+            # of rank 4 alone. The biases of rank 5 have one axis of the grid each, so their order is that of a line.
+            return fn(tensor.reshape(-1)).view(tensor.shape) if tensor.dim() == 5 else fn(tensor)
+
+        return super()._apply(on_any_rank, recurse)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}  # neither copied nor saved
 
 
-def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+def _tensors_are_intercepted() -> bool:
+    """Whether a mode or a transform (FakeTensorMode, vmap, grad) makes other tensors than plain ones of operations.
+
+    Where this version of PyTorch cannot say, yes: then nothing is kept, which is slower and right.
+    """
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)()
+    return modes > 0 or getattr(torch._C, "_are_functorch_transforms_active", lambda: True)()
+
+
+@torch.fx.wrap
+@register_notrace_function  # reason: sizes decide what is computed
+def resized_biases(
+    an: Tensor,
+    na: Tensor,
+    ah: Tensor,
+    aw: Tensor,
+    ha: Tensor,
+    wa: Tensor,
+    ac: Tensor | None,
+    ca: Tensor | None,
+    grid: tuple[int, int],
+    trained_side: int,
+    agent_grid: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The biases of both softmaxes from the parameters of AgentBias.
+
+    Args:
+        an, na: [H, A, 7, 7] block biases of the first and the second softmax.
+        ah, aw: [1, H, A, h, 1] and [1, H, A, 1, w] biases per row and per column of the first.
+        ha, wa: [1, H, h, 1, A] and [1, H, 1, w, A] those of the second.
+        ac, ca: [1, H, A, 1] and [1, H, 1, A] biases of a class token; None without.
+        grid: (height, width) of the tokens.
+        trained_side, agent_grid: side of the agents' grid in training and now.
+        dtype: of the result.
+
+    Returns:
+        [1, H, agents, N] and [1, H, N, agents], contiguous, as the fused kernels want them.
+    """
+    height, width = grid
+    lines = _resized(ah[0], height, 1) + _resized(aw[0], 1, width)
+    aggregation = (_resized(an, height, width) + lines).flatten(2)  # H A N
+    # Here the agents come last: computed so from the start, no large copy is needed.
+    block = _resized(na.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), height, width).permute(0, 2, 3, 1)
+    rows = _resized(ha[0].permute(0, 3, 1, 2), height, 1).permute(0, 2, 3, 1)
+    columns = _resized(wa[0].permute(0, 3, 1, 2), 1, width).permute(0, 2, 3, 1)
+    broadcast = (block + (rows + columns)).flatten(1, 2)  # H N A
+    if ac is not None and ca is not None:
+        aggregation = torch.cat([ac[0].to(aggregation.dtype), aggregation], dim=2)
+        broadcast = torch.cat([ca[0].to(broadcast.dtype), broadcast], dim=1)
+    if agent_grid != trained_side:
+        agents = (trained_side, trained_side)
+        aggregation = _resized(aggregation.mT.unflatten(2, agents), agent_grid, agent_grid).flatten(2).mT
+        broadcast = _resized(broadcast.unflatten(2, agents), agent_grid, agent_grid).flatten(2)
+    return aggregation[None].to(dtype).contiguous(), broadcast[None].to(dtype).contiguous()
+
+
+def _resized(images: Tensor, height: int, width: int) -> Tensor:
     """Resize [N, C, h, w] bilinearly, in float32 where the parameters are of half precision."""
-    images = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
-    if images.shape[-2:] == size:
+    if images.dtype == torch.float16 or images.dtype == torch.bfloat16:
+        images = images.float()
+    if images.shape[2] == height and images.shape[3] == width:
         return images
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(images, size=[height, width], mode="bilinear", align_corners=False)

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from .swin import AgentSwin
 
 _BUFFERS = ("relative_position_index", "attn_mask")
 """In the authors' Swin files; computed from the sizes here."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _GRID_AXIS = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
 """Which axis of the biases per row or per column runs over the grid."""
@@ -60,7 +63,8 @@ def load_official_checkpoint(model: nn.Module, path: str | os.PathLike) -> Loade
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read safely, holds no weights, or holds those of another model.
+        ValueError: the file cannot be read safely, holds no weights, holds those of another model, or holds some that
+            are no plain tensors of finite floating-point numbers. The model is as before.
     """
     state = _unwrapped(_read(Path(path)), str(path))
     converted, report = _fit(state, model, str(path))
@@ -131,7 +135,8 @@ def _unwrapped(content: Any, source: str) -> dict[str, Tensor]:
             content = content[key]
             break
     tensors = content if isinstance(content, dict) else {}
-    tensors = {str(name).removeprefix("module."): v for name, v in tensors.items() if isinstance(v, Tensor)}
+    tensors = {str(name): v for name, v in tensors.items() if isinstance(v, Tensor)}
+    tensors = _renamed(tensors, lambda name: name.removeprefix("module."), source)
     if not tensors:
         raise ValueError(f"{source} holds no weights: expected tensors by name, alone or under 'model' or 'state_dict'")
     return tensors
@@ -140,16 +145,26 @@ def _unwrapped(content: Any, source: str) -> dict[str, Tensor]:
 # ---- names ----
 
 
-def _our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(state: dict[str, Tensor], rename: Callable[[str], str], source: str) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if rename(name) in renamed:
+            raise ValueError(f"{source}: holds {rename(name)} under two names; leave one of them in the file")
+        renamed[rename(name)] = value
+    return renamed
+
+
+def _our_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """Official names to timm's: of Swin, the downsampling after a stage belongs to the next one."""
     state = {name: value for name, value in state.items() if name.rsplit(".", 1)[-1] not in _BUFFERS}
     if not any(name.startswith("layers.0.downsample.") for name in state):
         return state
     shifted = lambda found: f"layers.{int(found[1]) + 1}.downsample."  # noqa: E731
-    return {
-        re.sub(r"^layers\.(\d+)\.downsample\.", shifted, name).replace("head.", "head.fc."): value
-        for name, value in state.items()
-    }
+
+    def ours(name: str) -> str:
+        return re.sub(r"^head\.(?!fc\.)", "head.fc.", re.sub(r"^layers\.(\d+)\.downsample\.", shifted, name))
+
+    return _renamed(state, ours, source)
 
 
 def _plain_name(name: str, model: nn.Module) -> str:
@@ -180,9 +195,9 @@ def _fit(
         timm_adapts_head: leave head and first layer as they are; timm exchanges them itself.
 
     Raises:
-        ValueError: the names or the shapes are those of another model.
+        ValueError: the names or the shapes are those of another model, or a tensor cannot be its weights.
     """
-    state = _our_names(state)
+    state = _our_names(state, source)
     target = {_plain_name(name, model): (name, value) for name, value in model.state_dict().items()}
     held: Any = model.model if isinstance(model, FeatureGetterNet) else model
     parts = {_part(name) for name in target}
@@ -197,14 +212,17 @@ def _fit(
         value = state.get(name)
         if value is None:
             continue
+        if fault := _fault(value, parameter):
+            raise ValueError(f"{source}: {name} cannot be weights: {fault}")
         if value.shape != parameter.shape:
-            if name.startswith("head"):
+            if name.startswith("head") and value.ndim == parameter.ndim and value.shape[1:] == parameter.shape[1:]:
                 if timm_adapts_head:
                     converted[own_name] = value
                 else:
                     left.append(own_name)
                 continue
-            fitted = _resized(name, value, parameter, held, timm_adapts_head)
+            module = model.get_submodule(own_name.rpartition(".")[0])
+            fitted = _resized(name, value, parameter, module, held, timm_adapts_head)
             if fitted is None:
                 wrong.append(f"{name} has {tuple(value.shape)} in the file, {tuple(parameter.shape)} in the model")
                 continue
@@ -231,21 +249,44 @@ def _mismatch(source: str, model: nn.Module, missing: list[str], strangers: list
     return text + "Build the model under the name of the published file (list: agentsd/vision/README.md)"
 
 
-def _resized(name: str, value: Tensor, like: Tensor, model: Any, timm_adapts: bool) -> Tensor | None:
-    """A tensor in the shape of the model's, by the authors' interpolation; None where that is impossible."""
+def _fault(value: Tensor, parameter: Tensor) -> str | None:
+    """Why a tensor of a file cannot be the values of a parameter, its shape apart; None if it can."""
+    if value.is_nested or value.layout is not torch.strided:
+        return "it is sparse or nested, not a plain tensor"
+    if value.dtype not in _DTYPES:
+        return f"its numbers are of {value.dtype}, not of floating point with 16 bits or more"
+    if value.is_meta:
+        return None if parameter.is_meta else "it has a shape and no numbers (it was saved on the meta device)"
+    if not value.to(parameter.dtype).isfinite().all():
+        return f"not all of its numbers are finite in the model's {parameter.dtype}"
+    return None
+
+
+def _resized(name: str, value: Tensor, like: Tensor, module: Any, model: Any, timm_adapts: bool) -> Tensor | None:
+    """A tensor in the shape of the model's, by the authors' interpolation; None where that is impossible.
+
+    Args:
+        like: the parameter, of the module in the model.
+        timm_adapts: leave the first layer as it is.
+    """
+    if value.ndim != like.ndim or value.numel() == 0:
+        return None
     kind = name.rsplit(".", 1)[-1]
     if kind in _GRID_AXIS:
         return _resized_axis(value, like, _GRID_AXIS[kind])
     if kind == "relative_position_bias_table" and value.shape[1] == like.shape[1]:
-        side, new = math.isqrt(len(value)), math.isqrt(len(like))
+        side = math.isqrt(len(value))  # the authors' windows are square; the model's need not be
+        if side * side != len(value):
+            return None
         image = value.float().T.unflatten(1, (side, side))[None]
-        image = F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)[0]
+        new = [2 * window - 1 for window in module.window_size]
+        image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)[0]
         return image.flatten(1).T.to(value.dtype)
-    if kind.startswith("pos_embed") and value.shape[2] == like.shape[2]:
+    if kind.startswith("pos_embed") and value.shape[0] == 1 and value.shape[2] == like.shape[2]:
         new = model.grids[int(kind[-1]) - 1] if kind != "pos_embed" else model.patch_embed.grid_size
         skipped = like.shape[1] - new[0] * new[1]
-        side = math.isqrt(value.shape[1] - skipped)
-        if side * side + skipped == value.shape[1]:
+        side = math.isqrt(max(0, value.shape[1] - skipped))
+        if side > 0 and side * side + skipped == value.shape[1]:
             return resized_positions(value, (side, side), new)
     is_first_layer = value.ndim == 4 and value.shape[1] == 3 != like.shape[1]
     if is_first_layer and value.shape[0] == like.shape[0] and value.shape[2:] == like.shape[2:]:
@@ -255,7 +296,7 @@ def _resized(name: str, value: Tensor, like: Tensor, model: Any, timm_adapts: bo
 
 def _resized_axis(value: Tensor, like: Tensor, axis: int) -> Tensor | None:
     """Resize a bias per row or column linearly along its only axis of the grid; None where other axes differ too."""
-    if value.ndim != 5 or any(value.shape[i] != like.shape[i] for i in range(5) if i != axis):
+    if any(value.shape[i] != like.shape[i] for i in range(5) if i != axis):
         return None
     lines = value.float().movedim(axis, -1)
     resized = F.interpolate(lines.flatten(0, 2), size=like.shape[axis], mode="linear", align_corners=False)

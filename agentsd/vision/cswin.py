@@ -4,16 +4,17 @@ Sources: Han et al., "Agent Attention", ECCV 2024 (arXiv 2312.08874); Dong et al
 2107.00652).
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..attention import softmax_attention
 from .attention import AgentCore, depthwise_conv, from_image, grid_of, to_image
 from .common import both_sides, per_stage, refuse
-from .stages import Pyramid, drop_path_rates, initialize, make_head
+from .stages import Blocks, Pyramid, drop_path_rates, initialize, make_head
 
 
 class AgentBranch(AgentCore):
@@ -30,9 +31,11 @@ class AgentBranch(AgentCore):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, N, C] each -> [B, N, C]."""
-        return self.attend(query, key, value, grid, self.get_v)
+        local = self.with_class_token(self.get_v(self.without_class_token(value, grid)))
+        return self.attend(query, key, value, grid) + local
 
 
+@register_notrace_module  # reason: sizes decide how many stripes there are
 class StripeBranch(nn.Module):
     """Softmax attention inside stripes of the map, plus a local position encoding that ends at a stripe's edge.
 
@@ -41,11 +44,11 @@ class StripeBranch(nn.Module):
     Args:
         dim: channels of this branch.
         num_heads: heads of this branch.
-        split: width of a stripe; None for one stripe over the whole map.
+        split: width of a stripe; 0 for one stripe over the whole map.
         vertical: stripes as high as the map; else as wide as the map.
     """
 
-    def __init__(self, dim: int, num_heads: int, split: int | None, vertical: bool = True, device=None, dtype=None):
+    def __init__(self, dim: int, num_heads: int, split: int, vertical: bool = True, device=None, dtype=None):
         super().__init__()
         self.num_heads = num_heads
         self.split = split
@@ -54,10 +57,10 @@ class StripeBranch(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, N, C] each -> [B, N, C]."""
-        maps = [tokens.unflatten(1, grid) for tokens in (query, key, value)]
+        maps = [tokens.unflatten(1, grid) for tokens in [query, key, value]]
         side = 2 if self.vertical else 1
         length = maps[0].shape[side]
-        if self.split is None or self.split >= length:
+        if self.split == 0 or self.split >= length:
             return self._attend(maps, length).flatten(1, 2)
         whole = length - length % self.split
         out = self._attend([part.narrow(side, 0, whole) for part in maps], self.split)
@@ -71,9 +74,9 @@ class StripeBranch(nn.Module):
         """Attention in stripes of `width`, which divides the side: [B, H, W, C] each -> [B, H, W, C]."""
         batch, height, along, _ = maps[0].shape
         stripe = (height, width) if self.vertical else (width, along)
-        query, key, value = (_cut(part, stripe) for part in maps)
+        query, key, value = _cut(maps[0], stripe), _cut(maps[1], stripe), _cut(maps[2], stripe)
         local = from_image(self.get_v(to_image(value, stripe)))
-        out = softmax_attention(self._split(query), self._split(key), self._split(value))
+        out = F.scaled_dot_product_attention(self._split(query), self._split(key), self._split(value))
         out = out.transpose(1, 2).flatten(2) + local
         return _join(out, batch, (height, along), stripe)
 
@@ -112,9 +115,14 @@ class CswinBlock(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, N, C] -> [B, N, C]; grid is the (height, width) of the tokens."""
-        inputs = self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        by_branch = zip(*(part.chunk(len(self.attns), dim=-1) for part in inputs))
-        out = torch.cat([branch(*parts, grid) for branch, parts in zip(self.attns, by_branch)], dim=-1)
+        query, key, value = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        # Each branch has its part of the channels.
+        count = len(self.attns)
+        queries, keys, values = query.chunk(count, dim=-1), key.chunk(count, dim=-1), value.chunk(count, dim=-1)
+        parts = []
+        for i, branch in enumerate(self.attns):
+            parts.append(branch(queries[i], keys[i], values[i], grid))
+        out = torch.cat(parts, dim=-1)
         x = x + self.drop_path(self.proj_drop(self.proj(out)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -157,6 +165,15 @@ class AgentCswin(Pyramid):
             dropout.
     """
 
+    if TYPE_CHECKING:  # set by name below; TorchScript reads annotations and does not know these
+        stage1: Blocks
+        stage2: Blocks
+        stage3: Blocks
+        stage4: Blocks
+        merge1: Merge
+        merge2: Merge
+        merge3: Merge
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -195,14 +212,14 @@ class AgentCswin(Pyramid):
             if i:
                 setattr(self, f"merge{i}", Merge(dims[i - 1], dim, **factory))
                 height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
-            blocks = nn.ModuleList()
+            blocks = Blocks()
             for rate in rates[i]:
                 branches: list[nn.Module]
                 if (count := agents[i]) is not None:
                     grid = (height, width)
                     branches = [AgentBranch(dim, num_heads[i], count, grid, agent_grid=agent_grid[i], **factory)]
                 elif i == self.num_stages - 1:
-                    branches = [StripeBranch(dim, num_heads[i], None, **factory)]
+                    branches = [StripeBranch(dim, num_heads[i], 0, **factory)]
                 else:
                     half = (dim // 2, num_heads[i] // 2, split)
                     branches = [StripeBranch(*half, vertical, **factory) for vertical in (True, False)]
@@ -213,13 +230,27 @@ class AgentCswin(Pyramid):
         self.head = make_head(dims[-1], num_classes, **factory)
         self.apply(initialize)
 
-    def enter_stage(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        if stage:
-            return getattr(self, f"merge{stage}")(x)
-        image = self.stage1_conv_embed[0](x)
-        return self.stage1_conv_embed[1:](image), grid_of(image)
+    def run_stage(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        grid = (0, 0)
+        if stage == 0:
+            x = self.stage1_conv_embed[0](x)
+            grid = grid_of(x)
+            x = self.stage1(self.stage1_conv_embed[2](self.stage1_conv_embed[1](x)), grid)
+        if hasattr(self, "stage2"):
+            if stage == 1:
+                x, grid = self.merge1(x)
+                x = self.stage2(x, grid)
+        if hasattr(self, "stage3"):
+            if stage == 2:
+                x, grid = self.merge2(x)
+                x = self.stage3(x, grid)
+        if hasattr(self, "stage4"):
+            if stage == 3:
+                x, grid = self.merge3(x)
+                x = self.stage4(x, grid)
+        return x, grid
 
-    def blocks_of(self, stage: int) -> nn.ModuleList:
+    def blocks_of(self, stage: int) -> Blocks:
         return getattr(self, f"stage{stage + 1}")
 
     def final_norm(self, x: Tensor) -> Tensor:

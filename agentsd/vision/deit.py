@@ -1,13 +1,11 @@
 """Agent-DeiT: timm's vision transformer with agent attention in its first blocks, or in all of them."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import checkpoint
+from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -15,13 +13,21 @@ from torch import Tensor, nn
 from .attention import AgentAttention, to_image
 from .common import AnySizePatchEmbed, refuse, resized_positions
 
+torch.fx.wrap("resized_positions")  # by name, where it is called
+
 
 class GridBlock(Block):
     """timm's transformer block, told the grid of its tokens, which agent attention needs."""
 
+    __constants__ = ["has_agents"]  # TorchScript leaves out the call that does not fit
+    has_agents = False
+
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
         normed = self.norm1(x)
-        attended = self.attn(normed, grid) if isinstance(self.attn, AgentAttention) else self.attn(normed)
+        if self.has_agents:
+            attended = self.attn(normed, grid)
+        else:
+            attended = self.attn(normed)
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -71,8 +77,10 @@ class AgentDeit(VisionTransformer):
             dtype=dtype,
             **settings,
         )
+        self.blocks = cast(Any, nn.ModuleList(self.blocks))  # a sequence could not hand the grid on
         block: Any
         for block in self.blocks[:agent_blocks]:
+            block.has_agents = True
             block.attn = AgentAttention(
                 self.embed_dim,
                 block.attn.num_heads,
@@ -102,33 +110,34 @@ class AgentDeit(VisionTransformer):
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Patch tokens with their positions, the class token first, and the (height, width) of their grid."""
         x = self.patch_embed(x)
-        grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else self.patch_embed.grid_size
-        return self.norm_pre(self._pos_embed(x)), grid
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        if not self.dynamic_img_size or self.pos_embed is None:
-            return super()._pos_embed(x)
-        grid = x.shape[1], x.shape[2]
-        positions = resized_positions(self.pos_embed, self.patch_embed.grid_size, grid)
-        x = x.flatten(1, 2)
-        skipped = positions.shape[1] - x.shape[1]
-        if self.cls_token is not None:
-            token = self.cls_token.expand(len(x), -1, -1)
-            x = torch.cat([token + positions[:, :1] if skipped else token, x + positions[:, skipped:]], dim=1)
+        if self.dynamic_img_size:
+            grid = (x.shape[1], x.shape[2])
+            x = x.flatten(1, 2)
         else:
+            grid = self.patch_embed.grid_size
+        return self.norm_pre(self._add_positions(x, grid)), grid
+
+    def _add_positions(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, h·w, C] -> [B, N, C]: positions of that grid, resized as the authors do, and the class token."""
+        positions = self.pos_embed
+        if positions is not None and self.dynamic_img_size:
+            positions = resized_positions(positions, self.patch_embed.grid_size, grid)
+        if positions is not None and self.no_embed_class:  # none for the class token
+            x = x + positions
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        if positions is not None and not self.no_embed_class:
             x = x + positions
         return self.pos_drop(x)
 
-    def run_block(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """One block, recomputed in the backward pass where gradient checkpointing is on."""
-        return checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
-
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, in_chans, H, W] -> tokens [B, 1 + N, embed_dim] after the last norm."""
-        _refuse_mask(attn_mask, is_causal)
-        x, grid = self.embed(x)
+        x, grid = self.embed(without_mask(x, attn_mask, is_causal))
         for block in self.blocks:
-            x = self.run_block(block, x, grid)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, grid)  # recomputed in the backward pass
+            else:
+                x = block(x, grid)
         return self.norm(x)
 
     def forward_intermediates(
@@ -143,7 +152,7 @@ class AgentDeit(VisionTransformer):
         output_dict: bool = False,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-    ):
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The tokens after chosen blocks, as timm returns them.
 
         Args:
@@ -162,31 +171,51 @@ class AgentDeit(VisionTransformer):
         Raises:
             ValueError: another output_fmt, or a mask.
         """
-        _refuse_mask(attn_mask, is_causal)
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: must be 'NCHW' or 'NLC'")
+        if output_fmt != "NCHW" and output_fmt != "NLC":
+            raise ValueError(f"output_fmt='{output_fmt}': must be 'NCHW' or 'NLC'")
         taken, last = feature_take_indices(len(self.blocks), indices)
-        x, grid = self.embed(x)
+        x, grid = self.embed(without_mask(x, attn_mask, is_causal))
         found = []
-        for number, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self.run_block(block, x, grid)
-            if number in taken:
-                found.append(self.norm(x) if norm else x)
+        for number, block in enumerate(self.blocks):
+            if not stop_early or number <= last:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x, grid)
+                else:
+                    x = block(x, grid)
+                if number in taken:
+                    found.append(self.norm(x) if norm else x)
         skipped = self.num_prefix_tokens
         images = [tokens[:, skipped:] for tokens in found]
         if output_fmt == "NCHW":
             images = [to_image(tokens, grid).contiguous() for tokens in images]
-        prefixes = [tokens[:, :skipped] for tokens in found] if return_prefix_tokens and skipped else None
-        if output_dict:
-            out = {"image_intermediates": images}
+        if not torch.jit.is_scripting():  # which takes neither dictionaries nor pairs here, as in timm
+            prefixes = [tokens[:, :skipped] for tokens in found] if return_prefix_tokens and skipped else None
+            if output_dict:
+                return cast(Any, _as_dictionary(images, prefixes, None if intermediates_only else self.norm(x)))
             if prefixes is not None:
-                out["image_intermediates_prefix"] = prefixes
-            return out if intermediates_only else {**out, "image_features": self.norm(x)}
-        if prefixes is not None:
-            images = list(zip(images, prefixes))
-        return images if intermediates_only else (self.norm(x), images)
+                images = list(zip(images, prefixes))
+        if intermediates_only:
+            return images
+        return self.norm(x), images
 
 
-def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+def _as_dictionary(images: list[Tensor], prefixes: list[Tensor] | None, tokens: Tensor | None) -> dict[str, Any]:
+    out: dict[str, Any] = {"image_intermediates": images}
+    if prefixes is not None:
+        out["image_intermediates_prefix"] = prefixes
+    if tokens is not None:
+        out["image_features"] = tokens
+    return out
+
+
+@torch.fx.wrap
+@register_notrace_function  # reason: looks at the mask
+def without_mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """The image itself, where no mask is given; returning it keeps the check in a traced graph.
+
+    Raises:
+        ValueError: a mask, or causal attention.
+    """
     if attn_mask is not None or is_causal:
         raise ValueError("attn_mask: agents read all tokens, so agent attention takes no mask; leave it out")
+    return x

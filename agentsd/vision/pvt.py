@@ -4,7 +4,7 @@ Sources: Han et al., "Agent Attention", ECCV 2024 (arXiv 2312.08874); Wang et al
 2021 (arXiv 2102.12122), whose spatial reduction of keys and values is not needed here.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
 import torch
 from timm.layers import DropPath
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from .attention import SeparateAgentAttention, from_image, grid_of
 from .common import both_sides, pad_to_multiple, per_stage, refuse, resized_positions
-from .stages import Pyramid, TransformerBlock, drop_path_rates, initialize, make_head
+from .stages import Blocks, Pyramid, TransformerBlock, drop_path_rates, initialize, make_head
+
+torch.fx.wrap("pad_to_multiple")  # by name, where they are called
+torch.fx.wrap("resized_positions")
 
 
 class PatchEmbedding(nn.Module):
@@ -29,7 +32,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """[B, in_chans, H, W] -> tokens [B, N, dim] and their grid."""
-        image = self.proj(pad_to_multiple(image, self.patch))
+        image = self.proj(pad_to_multiple(image, self.patch, self.patch))
         return self.norm(from_image(image)), grid_of(image)
 
 
@@ -47,6 +50,20 @@ class AgentPvt(Pyramid):
         ValueError: a number of agents that is no square, a sequence that has not one value per stage, or attention
             dropout.
     """
+
+    if TYPE_CHECKING:  # set by name below; TorchScript reads annotations and does not know these
+        block1: Blocks
+        block2: Blocks
+        block3: Blocks
+        block4: Blocks
+        patch_embed1: PatchEmbedding
+        patch_embed2: PatchEmbedding
+        patch_embed3: PatchEmbedding
+        patch_embed4: PatchEmbedding
+        pos_embed1: Tensor
+        pos_embed2: Tensor
+        pos_embed3: Tensor
+        pos_embed4: Tensor
 
     def __init__(
         self,
@@ -82,7 +99,7 @@ class AgentPvt(Pyramid):
         for i in range(self.num_stages):
             grid, stride = _divided(grid, patches[i]), stride * patches[i]
             self.grids.append(grid)
-            blocks = nn.ModuleList()
+            blocks = Blocks()
             for rate in rates[i]:
                 attention = SeparateAgentAttention(
                     dims[i], num_heads[i], agents[i], grid, proj_drop_rate, agent_grid=agent_grid[i], **factory
@@ -100,13 +117,31 @@ class AgentPvt(Pyramid):
         self.head = make_head(dims[-1], num_classes, **factory)
         self.apply(initialize)
 
-    def enter_stage(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x, grid = getattr(self, f"patch_embed{stage + 1}")(x)
-        # Each stage's own grid decides, not the number of tokens: stages may agree in that by accident.
-        positions = resized_positions(getattr(self, f"pos_embed{stage + 1}"), self.grids[stage], grid, mode="bilinear")
-        return self.pos_drop(x + positions), grid
+    def run_stage(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        grid = (0, 0)
+        if stage == 0:
+            x, grid = self.patch_embed1(x)
+            x = self.block1(self.add_positions(x, self.pos_embed1, 0, grid), grid)
+        if hasattr(self, "block2"):
+            if stage == 1:
+                x, grid = self.patch_embed2(x)
+                x = self.block2(self.add_positions(x, self.pos_embed2, 1, grid), grid)
+        if hasattr(self, "block3"):
+            if stage == 2:
+                x, grid = self.patch_embed3(x)
+                x = self.block3(self.add_positions(x, self.pos_embed3, 2, grid), grid)
+        if hasattr(self, "block4"):
+            if stage == 3:
+                x, grid = self.patch_embed4(x)
+                x = self.block4(self.add_positions(x, self.pos_embed4, 3, grid), grid)
+        return x, grid
 
-    def blocks_of(self, stage: int) -> nn.ModuleList:
+    def add_positions(self, x: Tensor, positions: Tensor, stage: int, grid: tuple[int, int]) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        # Each stage's own grid decides, not the number of tokens: stages may agree in that by accident.
+        return self.pos_drop(x + resized_positions(positions, self.grids[stage], grid, mode="bilinear"))
+
+    def blocks_of(self, stage: int) -> Blocks:
         return getattr(self, f"block{stage + 1}")
 
     def remove_stage(self, stage: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from .checkpoints import convert_checkpoint
@@ -86,15 +87,21 @@ VARIANTS: dict[str, Variant] = {
 }
 """timm's name -> model."""
 
+_FEATURE_CLASSES = {AgentDeit: ("getter", "fx", "hook"), AgentPvt: ("getter",), AgentCswin: ("getter",)}
+"""How a family gives features: as in timm, a transformer's blocks are no chain that "list" could cut, and by "fx" and
+"hook" one gets tokens; a pyramid's stages end in tokens, which are no maps yet. Swin takes all."""
+
 _FIRST_CONV = {AgentDeit: "patch_embed.proj", AgentPvt: "patch_embed1.proj", AgentSwin: "patch_embed.proj"}
 
 
 def _pretrained_cfg(variant: Variant) -> dict[str, Any]:
     """What timm's data loading and transfer learning read: the authors' evaluation, the first and the last layer."""
+    side = variant.size // 32
     return {
         "url": "",
         "num_classes": 1000,
         "input_size": (3, variant.size, variant.size),
+        "pool_size": (side, side) if variant.family is AgentSwin else None,  # of maps; the others end in tokens
         "fixed_input_size": True,
         "crop_pct": variant.crop_pct,
         "crop_mode": "squash",  # the authors resize to a square, whatever the image's shape
@@ -126,8 +133,10 @@ def _build(name: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
             "pretrained_cfg_overlay=dict(file=path)"
         )
     feature_class = settings.get("feature_cls", "getter")
-    if variant.family is not AgentSwin and feature_class != "getter":
-        raise ValueError(f"feature_cls={feature_class!r}: {name} gives features by 'getter' only; leave it out")
+    allowed = _FEATURE_CLASSES.get(variant.family)
+    if allowed is not None and feature_class not in (*allowed, FeatureGetterNet):
+        listed = " or ".join(repr(name) for name in allowed)
+        raise ValueError(f"feature_cls={feature_class!r}: {name} gives features by {listed} only; leave it out")
     is_pyramid = variant.family is not AgentDeit
     return build_model_with_cfg(
         variant.family,
@@ -136,8 +145,8 @@ def _build(name: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
         pretrained_filter_fn=convert_checkpoint,
         feature_cfg={
             "feature_cls": "getter",
-            "flatten_sequential": True,  # for feature_cls="list"
             "out_indices": (0, 1, 2, 3) if is_pyramid else 3,
+            **({"flatten_sequential": True} if variant.family is AgentSwin else {}),  # for feature_cls="list"
         },
         **{"img_size": variant.size, **variant.settings, **settings},
     )

@@ -1,8 +1,5 @@
 """What our own pyramids (PVT, CSwin) share: timm's interface around four stages of tokens at strides 4 to 32."""
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -12,10 +9,29 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .attention import to_image
-from .common import check_image_size
+from .common import checked_image
+
+torch.fx.wrap("checked_image")  # by name, where it is called
 
 
-class Pyramid(nn.Module, ABC):
+class Blocks(nn.ModuleList):
+    """The blocks of a stage, called as block(tokens, grid) one after the other."""
+
+    def __init__(self, blocks=None):
+        super().__init__(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, N, C] -> [B, N, C]; grid is the (height, width) of the tokens."""
+        for block in self:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, grid)
+            else:
+                x = block(x, grid)
+        return x
+
+
+class Pyramid(nn.Module):
     """Base of a classifier of four stages; a subclass says how a stage begins and which blocks it has.
 
     Args:
@@ -30,6 +46,7 @@ class Pyramid(nn.Module, ABC):
         ValueError: another global_pool.
     """
 
+    __constants__ = ["num_stages"]
     num_stages = 4
 
     def __init__(
@@ -50,18 +67,25 @@ class Pyramid(nn.Module, ABC):
         self.num_classes = num_classes
         self.global_pool = _checked_pool(global_pool)
         self.num_features = self.head_hidden_size = dims[-1]
-        self.grad_checkpointing = False
+        self.stages_left = self.num_stages
         self.head_drop = nn.Dropout(drop_rate)
 
     # ---- what a subclass gives ----
 
-    @abstractmethod
-    def enter_stage(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The image (stage 0) or the maps [B, C, h, w] of the stage before -> tokens [B, N, C] and their grid."""
+    def run_stage(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The image (stage 0) or the maps [B, C, h, w] of the stage before -> tokens [B, N, C] and their grid.
 
-    @abstractmethod
-    def blocks_of(self, stage: int) -> nn.ModuleList:
-        """The blocks of a stage, called as block(tokens, grid)."""
+        Each stage by its name, and one that may be removed under hasattr: TorchScript takes no computed names.
+        """
+        raise NotImplementedError
+
+    def blocks_of(self, stage: int) -> Blocks:
+        """The blocks of a stage."""
+        raise NotImplementedError
+
+    def remove_stage(self, stage: int) -> None:
+        """Drop the modules of a stage that is not needed."""
+        raise NotImplementedError
 
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm after the last stage, on tokens; none by default."""
@@ -77,7 +101,7 @@ class Pyramid(nn.Module, ABC):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ):
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The maps at the end of chosen stages, as timm returns them.
 
         Args:
@@ -91,29 +115,40 @@ class Pyramid(nn.Module, ABC):
         Returns:
             The list, or (final tokens [B, N, C], list).
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: must be 'NCHW' or 'NLC'")
-        taken, last_taken = feature_take_indices(len(self.feature_info), indices)
+        if output_fmt != "NCHW" and output_fmt != "NLC":
+            raise ValueError(f"output_fmt='{output_fmt}': must be 'NCHW' or 'NLC'")
+        taken, last_taken = feature_take_indices(self.stages_left, indices)
         # Pruned to its first stages, the model has no others to run.
-        stages = range(last_taken + 1 if stop_early else len(self.feature_info))
-        check_image_size(x, None if self.dynamic_img_size else self.img_size, least=32)
+        stages = last_taken + 1 if stop_early else self.stages_left
+        x = self.check(x)
+        grid = (0, 0)
         found = []
-        for stage in stages:
-            x, grid = self.enter_stage(stage, x)
-            for block in self.blocks_of(stage):
-                x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
+        for stage in range(stages):
+            if stage > 0:
+                x = to_image(x, grid)
+            x, grid = self.run_stage(stage, x)
             if stage in taken:
                 out = self.final_norm(x) if norm and stage == self.num_stages - 1 else x
                 found.append(to_image(out, grid).contiguous() if output_fmt == "NCHW" else out)
-            if stage < stages[-1]:
-                x = to_image(x, grid)
         if intermediates_only:
             return found
-        return (self.final_norm(x) if stages[-1] == self.num_stages - 1 else x), found
+        if stages == self.num_stages:
+            x = self.final_norm(x)
+        return x, found
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> tokens [B, N, C] of the last stage, after the last norm."""
-        return self.forward_intermediates(x, [len(self.feature_info) - 1], output_fmt="NLC")[0]
+        x = self.check(x)
+        grid = (0, 0)
+        for stage in range(self.stages_left):
+            if stage > 0:
+                x = to_image(x, grid)
+            x, grid = self.run_stage(stage, x)
+        return self.final_norm(x) if self.stages_left == self.num_stages else x
+
+    def check(self, x: Tensor) -> Tensor:
+        """The image itself, where the model takes it."""
+        return checked_image(x, None if self.dynamic_img_size else self.img_size, 32)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens -> logits [B, num_classes]; with pre_logits, what the head would read."""
@@ -128,10 +163,11 @@ class Pyramid(nn.Module, ABC):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the stages after the last chosen one, as timm does for feature extraction; returns the chosen ones."""
-        taken, last = feature_take_indices(len(self.feature_info), indices)
-        for stage in range(last + 1, len(self.feature_info)):
+        taken, last = feature_take_indices(self.stages_left, indices)
+        for stage in range(last + 1, self.stages_left):
             self.remove_stage(stage)
-        removed = last < len(self.feature_info) - 1
+        removed = last < self.stages_left - 1
+        self.stages_left = last + 1
         self.feature_info = self.feature_info[: last + 1]
         if prune_norm or removed:
             self.remove_norm()
@@ -144,14 +180,11 @@ class Pyramid(nn.Module, ABC):
     def remove_norm(self) -> None:
         """Drop the norm after the last stage, where there is one."""
 
-    @abstractmethod
-    def remove_stage(self, stage: int) -> None:
-        """Drop the modules of a stage that is not needed."""
-
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass to save memory."""
-        self.grad_checkpointing = enable
+        for stage in range(self.stages_left):
+            self.blocks_of(stage).grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -1,7 +1,5 @@
 """Agent-Swin: timm's Swin transformer with agent attention over the whole map in its first blocks of each stage."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, cast
 
@@ -28,7 +26,8 @@ class AgentSwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        grid = tuple(x.shape[1:3])
+        _, height, width, _ = x.shape
+        grid = (height, width)
         tokens = x.flatten(1, 2)
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), grid))
         tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))

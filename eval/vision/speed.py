@@ -70,7 +70,7 @@ def _timed_pair(baseline: str, agent: str, size: int, timing: Timing) -> dict[st
     """Time two models in turn; the speed-up is the median over the rounds of each round's own ratio."""
     torch.manual_seed(0)
     image = torch.randn(timing.batch, 3, size, size).to(timing.device, timing.dtype)
-    # Built outside inference mode: a model whose parameters are inference tensors cannot keep its biases.
+    # Built outside inference mode, as a user's model is.
     calls = [_call(build(name, size, timing.device, timing.dtype), image) for name in (baseline, agent)]
     with torch.inference_mode():
         for call in calls:
