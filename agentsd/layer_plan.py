@@ -2,23 +2,26 @@
 
 The same plan serves UNets of diffusers, ComfyUI, `describe` and `visualize`, so that none of them counts for itself.
 
-    plan = plan_layer(config, Phase.AGENT, grid=(64, 64))      # plain numbers, computed once per settings and grid
-    splits = draw_splits(plan, config, timestep, num_layers)   # the dsts and srcs of this call, one split a layer
+    plan = plan_layer(config, Phase.AGENT, grid=(64, 64))                  # plain numbers, once per settings and grid
+    calls = layer_calls(plan, config, timestep, layers=5, batch=2)        # what each of five layers does in this call
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .config import AgentConfig, Phase
-from .merging import GridSplit, TokenMatching, grid_cells, match_tokens, split_grid, tile_size
+from .grid_split import GridSplit, grid_cells, split_grid, tile_size
+from .merging import MergeLayout, TokenMatching, lay_out, lay_out_by_sample, match_tokens
 
 Action = Literal["agents", "merge", "downsample", "none"]
 
@@ -106,37 +109,48 @@ def draw_splits(
     plan: LayerPlan,
     config: AgentConfig,
     timestep: float | tuple[float, ...],
-    num_layers: int,
+    layers: int | Sequence[int],
     device: torch.device | str = "cpu",
 ) -> list[GridSplit]:
-    """Choose the dsts of all layers with the same plan in one call: a few small kernels, whatever their number.
+    """Choose the dsts of all layers with the same plan in one call, at once.
 
     Args:
         plan: what they do; its action is not "none".
         config: the settings.
         timestep: the noise level of the call, or one for each sample of the batch.
-        num_layers: how many layers there are.
+        layers: how many layers there are, or the numbers of those among them that the call reaches.
         device: where to.
 
     Returns:
-        A split for each layer: of [N] tokens, or of [B, N] with a timestep for each sample.
+        A split for each layer: of [N] tokens, or of [B, N] with a timestep for each sample. A layer's split is the same
+        whichever other layers are asked for.
     """
-    if not config.use_rand:
-        split = split_grid(*plan.grid, plan.stride, device=device, tile=plan.tile)
-        if isinstance(timestep, tuple):
-            split = GridSplit(split.tokens.expand(len(timestep), -1), split.dst_by_tile.expand(len(timestep), -1, -1))
-        return [split] * num_layers
-    cell_size = plan.stride[0] * plan.stride[1]
+    splits, number = _draw_splits(plan, config, timestep, layers, device)
+    return splits.unbind() * number
 
-    def offsets(timestep: float) -> Tensor:
-        return draw_offsets(config.seed, timestep, num_layers, plan.num_dst, cell_size, device)
 
-    if isinstance(timestep, tuple):
-        drawn = {one: offsets(one) for one in set(timestep)}
-        all_offsets = torch.stack([drawn[one] for one in timestep], dim=1)  # [layers, B, cells]
+def _draw_splits(
+    plan: LayerPlan,
+    config: AgentConfig,
+    timestep: float | tuple[float, ...],
+    layers: int | Sequence[int],
+    device: torch.device | str,
+) -> tuple[GridSplit, int]:
+    """As draw_splits, in one GridSplit with a dimension for layers, and by how many layers each of its splits is used.
+
+    That is 1, or the number of layers where all have the same split.
+    """
+    numbers = range(layers) if isinstance(layers, int) else layers
+    by_sample = isinstance(timestep, tuple)
+    timesteps = timestep if isinstance(timestep, tuple) else (timestep,)
+    if config.use_rand:
+        cell_size = plan.stride[0] * plan.stride[1]
+        drawn = {one: _draw(config.seed, one, numbers, plan.num_dst, cell_size) for one in set(timesteps)}
+        offsets = np.stack([drawn[one] for one in timesteps], axis=1)  # [layers, B or 1, cells]
     else:
-        all_offsets = offsets(timestep)
-    return split_grid(*plan.grid, plan.stride, all_offsets, tile=plan.tile).unbind()
+        offsets = np.zeros((1, len(timesteps), plan.num_dst), dtype=np.int64)
+    split = split_grid(*plan.grid, plan.stride, offsets if by_sample else offsets[:, 0], device, plan.tile)
+    return split, 1 if config.use_rand else len(numbers)
 
 
 def draw_offsets(
@@ -144,24 +158,29 @@ def draw_offsets(
 ) -> Tensor:
     """Draw the place of the dst in each cell, for every layer of one UNet call.
 
-    A stateless hash of (seed, timestep, layer, cell): the same arguments give the same draws on every device, no
-    generator is read or advanced, and nothing is copied between host and device.
+    A stateless hash of (seed, timestep, layer, cell): the same arguments give the same draws, no generator is read or
+    advanced, and the host does not wait for the device.
 
     Returns:
         [num_layers, cells] int64, uniform over 0 … cell_size − 1.
     """
+    return torch.from_numpy(_draw(seed, timestep, range(num_layers), cells, cell_size)).to(device)
+
+
+def _draw(seed: int, timestep: float, numbers: Sequence[int], cells: int, cell_size: int) -> np.ndarray:
+    """As draw_offsets, for the layers with these numbers."""
     digest = hashlib.blake2b(struct.pack("<qd", seed, timestep), digest_size=4).digest()
-    key = int.from_bytes(digest, "little")
-    layer_keys = _mix32(torch.arange(num_layers, dtype=torch.int64, device=device) ^ key)
-    drawn = _mix32(layer_keys[:, None] ^ torch.arange(cells, dtype=torch.int64, device=device))
-    return drawn * cell_size >> 32
+    key = np.uint32(int.from_bytes(digest, "little"))
+    layer_keys = _mix32(np.array(numbers, dtype=np.uint32) ^ key)
+    drawn = _mix32(layer_keys[:, None] ^ np.arange(cells, dtype=np.uint32))
+    return (drawn.astype(np.uint64) * np.uint64(cell_size) >> np.uint64(32)).astype(np.int64)
 
 
-def _mix32(x: Tensor) -> Tensor:
-    """Scramble 32-bit integers held in int64. Both factors are below 2**31, so no product overflows."""
+def _mix32(x: np.ndarray) -> np.ndarray:
+    """Scramble uint32 integers, modulo 2**32."""
     for factor in (0x7FEB352D, 0x297A2D39):
-        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 15)
+        x = (x ^ (x >> np.uint32(16))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(15))
 
 
 @dataclass(frozen=True)
@@ -174,24 +193,32 @@ class LayerCall:
     Attributes:
         action: as LayerPlan's.
         split: dsts and srcs; None where the action is "none".
-        merged: [num_merged, 0] holds no element; its length is the number of tokens merged away before attention.
-        merged_for_agents: [num_merged_for_agents, 0], in the same way.
+        layout: rows of the merged tokens, of the agents, or of both in this order; None where nothing is merged.
+        merges_tokens: some tokens are merged away before attention.
+        merges_agents: some are merged away to make the agents.
         samples: [B'] numbers of the samples this is for; None for the whole batch.
     """
 
     action: Action
-    split: GridSplit | None
-    merged: Tensor
-    merged_for_agents: Tensor
+    split: GridSplit | None = None
+    layout: MergeLayout | None = None
+    merges_tokens: bool = False
+    merges_agents: bool = False
     samples: Tensor | None = None
 
     @property
     def num_merged(self) -> int:
-        return self.merged.shape[0]
+        """r, how many tokens are merged away before attention."""
+        return self._counts()[0] if self.merges_tokens else 0
 
     @property
     def num_merged_for_agents(self) -> int:
-        return self.merged_for_agents.shape[0]
+        """How many are merged away to make the agents."""
+        return self._counts()[-1] if self.merges_agents else 0
+
+    def _counts(self) -> list[int]:
+        assert self.split is not None and self.layout is not None  # something is merged
+        return self.layout.counts(self.split.num_src)
 
     def match(self, block_input: Tensor) -> TokenMatching:
         """Match the tokens of [B', N, C], the un-normalised input of the transformer block.
@@ -204,9 +231,42 @@ class LayerCall:
         # Offloading may bring the block's input to another device than the UNet was called with.
         return match_tokens(block_input, self.split.to(block_input.device))
 
+    def layout_for(self, matching: TokenMatching) -> MergeLayout:
+        """The layout on the device and for the batch of a matching: a video's frames are samples of their own."""
+        assert self.layout is not None  # something is merged
+        split, batch = matching.split, matching.batch
+        if self.layout.batch == batch:
+            return self.layout.to(split.tokens.device)
+        counts = self._counts()
+        return lay_out(split, batch, counts) if split.tokens.ndim == 1 else lay_out_by_sample(split, counts)
 
-def layer_call(plan: LayerPlan, split: GridSplit | None, samples: Tensor | None = None) -> LayerCall:
-    """Put a plan and one of its splits together."""
-    return LayerCall(
-        plan.action, split, torch.empty(plan.num_merged, 0), torch.empty(plan.num_merged_for_agents, 0), samples
-    )
+
+def layer_calls(
+    plan: LayerPlan,
+    config: AgentConfig,
+    timestep: float | tuple[float, ...],
+    layers: int | Sequence[int],
+    batch: int,
+    device: torch.device | str = "cpu",
+    samples: Tensor | None = None,
+) -> list[LayerCall]:
+    """What all layers with the same plan do in one call, laid out at once: a few small kernels, whatever their number.
+
+    Args:
+        plan: what they do.
+        config, timestep, layers, device: as draw_splits takes them.
+        batch: number of samples.
+        samples: as LayerCall's.
+    """
+    number = layers if isinstance(layers, int) else len(layers)
+    if plan.action == "none":
+        return [LayerCall("none", samples=samples)] * number
+    splits, times = _draw_splits(plan, config, timestep, layers, device)
+    counts = [r for r in (plan.num_merged, plan.num_merged_for_agents) if r]
+    layouts: list[MergeLayout] | list[None] = [None] * (number // times)
+    if counts:
+        by_sample = isinstance(timestep, tuple)
+        layouts = (lay_out_by_sample(splits, counts) if by_sample else lay_out(splits, batch, counts)).unbind()
+    merges = bool(plan.num_merged), bool(plan.num_merged_for_agents)
+    calls = [LayerCall(plan.action, split, layout, *merges, samples) for split, layout in zip(splits.unbind(), layouts)]
+    return calls * times

@@ -8,73 +8,27 @@ similar srcs are averaged into their dst.
     matching = match_tokens(x, split)                    # from the features that say what is alike
     merged = merge_tokens(y, matching, r)                # [B, N, C] -> [B, N - r, C]
     y_again = unmerge_tokens(merged, matching, r)        # [B, N - r, C] -> [B, N, C]
+
+A UNet runs this many times a call, and on a GPU each operator costs its launch. So what does not depend on the
+features is laid out once for all layers of a grid, and two merges of the same tokens share their operators:
+
+    layout = lay_out(split, batch=2, counts=(r, r_agents))
+    tokens, agents = merge_each(y, matching, layout)     # [B, N - r, C], [B, N - r_agents, C]
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .grid_split import GridSplit
+
 # Similarities computed at once. It bounds the memory of the matching (64 MiB in float32) whatever the image's size.
 _SIMILARITIES_PER_BLOCK = 2**24
-
-
-@dataclass(frozen=True)
-class GridSplit:
-    """Which tokens of a grid are dsts and which are srcs; with leading dimensions, of several grids.
-
-    All counts are sizes of its tensors, so that a compiled graph takes them as dynamic sizes and not as constants.
-
-    Attributes:
-        tokens: [..., N] all token numbers: the srcs, rising within each tile, then the dsts, one per whole cell, row by
-            row within each tile.
-        dst_by_tile: [..., tiles, num_dst / tiles] the dsts again, one row for each of the equal tiles that the grid is
-            cut into; a src is matched to a dst of its own tile.
-    """
-
-    tokens: Tensor
-    dst_by_tile: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        return self.tokens.shape[-1]
-
-    @property
-    def tiles(self) -> int:
-        return self.dst_by_tile.shape[-2]
-
-    @property
-    def num_dst(self) -> int:
-        return self.dst_by_tile.shape[-2] * self.dst_by_tile.shape[-1]
-
-    @property
-    def num_src(self) -> int:
-        return self.num_tokens - self.num_dst
-
-    @property
-    def src_index(self) -> Tensor:
-        """[..., num_src] token numbers of the srcs."""
-        return self.tokens[..., : self.num_src]
-
-    @property
-    def dst_index(self) -> Tensor:
-        """[..., num_dst] token numbers of the dsts."""
-        return self.dst_by_tile.flatten(-2)
-
-    def to(self, device: torch.device) -> GridSplit:
-        """The same on another device."""
-        return GridSplit(self.tokens.to(device), self.dst_by_tile.to(device))
-
-    def unbind(self) -> list[GridSplit]:
-        """The splits along the first dimension."""
-        return [GridSplit(*parts) for parts in zip(self.tokens.unbind(), self.dst_by_tile.unbind())]
-
-    def repeat(self, times: int) -> GridSplit:
-        """Each split along the first dimension `times` times in a row, as where a sample has several frames."""
-        return GridSplit(self.tokens.repeat_interleave(times, 0), self.dst_by_tile.repeat_interleave(times, 0))
 
 
 @dataclass(frozen=True)
@@ -84,109 +38,115 @@ class TokenMatching:
     A plain value: any number `r` of its edges can be used, on any features of the same tokens.
 
     Attributes:
-        tokens: [B, N] all token numbers: the srcs in order of falling similarity to their best dst, then the dsts.
-        best_dst: [B, num_src] for each src, in that order, its best dst as a position among the dsts.
+        split: of the grid whose tokens were matched.
+        dst_of_src: [B, num_src] for each src, in the split's order, its best dst as a position among the dsts.
+        ranking: [B, num_src] the srcs, by their places in the split, in order of falling similarity to their best dst.
     """
 
-    tokens: Tensor
-    best_dst: Tensor
-    _flat_positions: list[tuple[int, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
+    split: GridSplit
+    dst_of_src: Tensor
+    ranking: Tensor
+    _positions: list[tuple[MergeLayout, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @property
+    def batch(self) -> int:
+        return self.ranking.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        return self.tokens.shape[1]
+        return self.split.num_tokens
 
     @property
     def num_src(self) -> int:
-        return self.best_dst.shape[1]
+        return self.ranking.shape[1]
 
     @property
     def num_dst(self) -> int:
         return self.num_tokens - self.num_src
 
+    @property
+    def tokens(self) -> Tensor:
+        """[B, N] all token numbers: the srcs in order of falling similarity to their best dst, then the dsts."""
+        src = self.split.src_index.expand(self.batch, -1).gather(1, self.ranking)
+        return torch.cat([src, self.split.dst_index.expand(self.batch, -1)], dim=1)
 
-def grid_cells(height: int, width: int, stride: tuple[int, int]) -> int:
-    """Number of whole (rows × columns) cells in a height × width grid: the number of dsts. It can be 0."""
-    return (height // stride[0]) * (width // stride[1])
+    @property
+    def best_dst(self) -> Tensor:
+        """[B, num_src] for each src, in order of falling similarity, its best dst as a position among the dsts."""
+        return self.dst_of_src.gather(1, self.ranking)
 
 
-def tile_size(height: int, width: int, stride: tuple[int, int], limit: int) -> tuple[int, int]:
-    """(rows, columns) of the largest tiles of at most `limit` tokens, or one cell, a side that cut the grid evenly.
+@dataclass(frozen=True)
+class MergeLayout:
+    """Which rows merged tokens take, as far as that is known before the tokens are matched.
 
-    No cell is cut. A side that nothing cuts evenly, such as one of a prime length, is left whole.
+    It is for one merge of the tokens of a grid or for several at once, each of r > 0 srcs. Rows are those of all
+    results, one after the other: [B · (N − r₁) + B · (N − r₂) + …, C]. All counts are sizes of its tensors.
+
+    Attributes:
+        start: [merges, B, N] the row of a dst; for a src, the row of the first dst, to which its own dst's number adds.
+        unmerged: for each merge, [U] −U … −1, the rows of the srcs that are not merged, counted from the first dst's.
+        rows: [all rows] 0, 1, 2, …
     """
 
-    def cut(length: int, cell: int) -> int:
-        longest = min(max(limit, cell), length)
-        return max((t for t in range(cell, longest + 1, cell) if length % t == 0), default=length)
+    start: Tensor
+    unmerged: tuple[Tensor, ...]
+    rows: Tensor
 
-    return cut(height, stride[0]), cut(width, stride[1])
+    @property
+    def batch(self) -> int:
+        return self.start.shape[-2]
+
+    def counts(self, num_src: int) -> list[int]:
+        """r of each merge: how many of the srcs are merged into dsts."""
+        return [num_src - unmerged.shape[0] for unmerged in self.unmerged]
+
+    def to(self, device: torch.device) -> MergeLayout:
+        """The same on another device."""
+        return MergeLayout(self.start.to(device), tuple(u.to(device) for u in self.unmerged), self.rows.to(device))
+
+    def unbind(self) -> list[MergeLayout]:
+        """The layouts of several grids, along the first dimension of `start`."""
+        return [MergeLayout(start, self.unmerged, self.rows) for start in self.start.unbind()]
+
+    def parts(self, rows: Tensor, num_dst: int) -> list[Tensor]:
+        """The results of the merges, [B, N − r, C] each, from all rows [all rows, C]."""
+        sizes = [unmerged.shape[0] + num_dst for unmerged in self.unmerged]
+        parts = rows.split([self.batch * size for size in sizes])
+        return [part.unflatten(0, (self.batch, size)) for part, size in zip(parts, sizes)]
 
 
-def split_grid(
-    height: int,
-    width: int,
-    stride: tuple[int, int],
-    offsets: Tensor | None = None,
-    device: torch.device | str | None = None,
-    tile: tuple[int, int] | None = None,
-) -> GridSplit:
-    """Choose one dst in every whole cell of a grid; all other tokens, also those outside whole cells, are srcs.
+def lay_out(split: GridSplit, batch: int, counts: Sequence[int]) -> MergeLayout:
+    """Prepare one merge or several, for all samples of a batch.
 
     Args:
-        height, width: size of the token grid. It need not be divisible by `stride`.
-        stride: (rows, columns) of one cell.
-        offsets: [..., cells] integers in [0, rows · columns), the place of the dst inside each cell, counted row by
-            row; None takes the upper left token. Leading dimensions split several grids at once.
-        device: where to, when there are no offsets.
-        tile: (rows, columns) of the tiles within which tokens are matched, from `tile_size`; None matches over the
-            whole grid.
-
-    Raises:
-        ValueError: no whole cell fits into the grid, `offsets` has the wrong length, or the tiles do not cut the grid
-            evenly.
-
-    Source: ToMe for Stable Diffusion, section 3.1.
+        split: of one grid or, with a leading dimension, of several (then `unbind` the result); [..., N] tokens.
+        batch: number of samples, B.
+        counts: r of each merge, 0 < r ≤ num_src.
     """
-    cells = grid_cells(height, width, stride)
-    if cells == 0:
-        raise ValueError(f"no {stride[0]}×{stride[1]} cell fits into a {height}×{width} grid: use a smaller stride")
-    if offsets is None:
-        offsets = torch.zeros(cells, dtype=torch.int64, device=device)
-    elif offsets.shape[-1] != cells:
-        raise ValueError(f"offsets must have shape (…, {cells}), one per cell, not {tuple(offsets.shape)}")
-    rows, columns = stride
-    cell = torch.arange(cells, device=offsets.device)
-    cells_across = width // columns
-    corner = (cell // cells_across) * (rows * width) + (cell % cells_across) * columns
-    dst_index = corner + (offsets // columns) * width + offsets % columns
-
-    # The complement, rising: a stable sort keeps the shape static, which finding the unmarked tokens would not.
-    is_dst = torch.zeros(*offsets.shape[:-1], height * width, dtype=torch.uint8, device=offsets.device)
-    is_dst = is_dst.scatter(-1, dst_index, 1)
-    num_src = height * width - cells
-    if tile is None or tile == (height, width):
-        src_index = is_dst.argsort(dim=-1, stable=True)[..., :num_src]
-        return GridSplit(torch.cat([src_index, dst_index], dim=-1), dst_index.unsqueeze(-2))
-
-    for length, cell_side, side in ((height, rows, tile[0]), (width, columns, tile[1])):
-        if side != length and (length % side or side % cell_side):
-            raise ValueError(
-                f"{tile[0]}×{tile[1]} tiles do not cut a {height}×{width} grid of {rows}×{columns} cells evenly: take "
-                "what tile_size returns"
-            )
-    down, across = height // tile[0], width // tile[1]
-    by_tile = _tile_order(height, width, down, across, offsets.device)
-    dst_index = dst_index[..., _tile_order(height // rows, cells_across, down, across, offsets.device)]
-    src_index = by_tile[is_dst[..., by_tile].argsort(dim=-1, stable=True)[..., :num_src]]
-    dst_by_tile = dst_index.unflatten(-1, (down * across, -1))
-    return GridSplit(torch.cat([src_index, dst_index], dim=-1), dst_by_tile)
+    return _lay_out(split.dst_index.unsqueeze(-2), split.num_src, batch, counts)
 
 
-def _tile_order(height: int, width: int, down: int, across: int, device: torch.device) -> Tensor:
-    """Numbers of the places of a height × width grid, tile by tile."""
-    places = torch.arange(height * width, device=device)
-    return places.view(down, height // down, across, width // across).transpose(1, 2).flatten()
+def lay_out_by_sample(split: GridSplit, counts: Sequence[int]) -> MergeLayout:
+    """As `lay_out`, for splits of which each sample has its own: [..., B, N] tokens."""
+    return _lay_out(split.dst_index, split.num_src, split.tokens.shape[-2], counts)
+
+
+def _lay_out(dst_index: Tensor, num_src: int, batch: int, counts: Sequence[int]) -> MergeLayout:
+    device, num_dst = dst_index.device, dst_index.shape[-1]
+    unmerged = [num_src - r for r in counts]
+    sizes = [num + num_dst for num in unmerged]
+    rows = torch.arange(batch * sum(sizes), device=device)
+    first_dst, begin = [], 0  # the rows of each sample's first dst, by merge
+    for num, size in zip(unmerged, sizes):
+        first_dst.append(torch.arange(begin + num, begin + num + batch * size, size, device=device))
+        begin += batch * size
+    first = (torch.stack(first_dst) if len(counts) > 1 else first_dst[0][None])[..., None]
+    shape = (*dst_index.shape[:-2], len(counts), batch)
+    start = first.expand(*shape, num_src + num_dst).scatter(
+        -1, dst_index.unsqueeze(-3).expand(*shape, num_dst), (first + rows[:num_dst]).expand(*shape, num_dst)
+    )
+    return MergeLayout(start, tuple(torch.arange(-num, 0, device=device) for num in unmerged), rows)
 
 
 def match_tokens(metric: Tensor, split: GridSplit) -> TokenMatching:
@@ -209,16 +169,9 @@ def match_tokens(metric: Tensor, split: GridSplit) -> TokenMatching:
         raise ValueError(f"metric has {num_tokens} tokens, but the split is of a grid of {split.num_tokens}")
     if split.tokens.ndim == 2 and split.tokens.shape[0] != batch:
         raise ValueError(f"metric is a batch of {batch}, the split of {split.tokens.shape[0]}")
-
     with torch.no_grad():
-        similarity, best_dst = _most_similar(metric, split)
-        ranking = similarity.argsort(dim=-1, descending=True, stable=True)
-        if split.tokens.ndim == 1:
-            src = split.src_index[ranking]
-        else:
-            src = split.src_index.gather(1, ranking)
-        tokens = torch.cat([src, split.dst_index.expand(batch, -1)], dim=1)
-        return TokenMatching(tokens, best_dst.gather(1, ranking))
+        similarity, dst_of_src = _most_similar(metric, split)
+        return TokenMatching(split, dst_of_src, similarity.argsort(dim=-1, descending=True, stable=True))
 
 
 def _most_similar(metric: Tensor, split: GridSplit) -> tuple[Tensor, Tensor]:
@@ -235,15 +188,13 @@ def _most_similar(metric: Tensor, split: GridSplit) -> tuple[Tensor, Tensor]:
     num_src, num_dst, tiles = split.num_src, split.num_dst, split.tiles
     tokens = select_tokens(metric, split.tokens)
     norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=_accumulate_dtype(tokens))
-    norm = norm.clamp_min(torch.finfo(torch.float32).tiny)
+    # Never zero, and with float16 64 times as large, lest a product with a long src exceed the range: in one operator.
+    norm = torch.rsub(norm, torch.finfo(torch.float32).tiny, alpha=-64 if metric.dtype is torch.float16 else -1)
     src, dst = tokens[:, :num_src], tokens[:, num_src:]
-    src_norm, dst_norm = norm[:, :num_src, 0], norm[:, num_src:]
 
     # A src's length does not change which dst it chooses. Only its best product is divided by it, for the ranking: that
     # walks through far less memory than dividing its features.
-    if metric.dtype is torch.float16:
-        dst_norm = dst_norm * 64  # lest a product with a long src exceed the range
-    dst = (dst / dst_norm).to(metric.dtype)
+    dst = dst.div_(norm[:, num_src:])
     if tiles > 1:  # as if each tile were a sample of its own
         src, dst = (x.reshape(batch * tiles, -1, channels) for x in (src, dst))
     if src.shape[0] * src.shape[1] * dst.shape[1] <= _SIMILARITIES_PER_BLOCK:
@@ -255,7 +206,7 @@ def _most_similar(metric: Tensor, split: GridSplit) -> tuple[Tensor, Tensor]:
     if tiles > 1:
         first_dst = torch.arange(0, num_dst, split.dst_by_tile.shape[-1], device=metric.device)
         best_dst = best_dst.view(batch, tiles, -1) + first_dst[:, None]
-    return product.view(batch, -1) / src_norm, best_dst.view(batch, -1)
+    return product.view(batch, -1) / norm[:, :num_src, 0], best_dst.view(batch, -1)
 
 
 def _largest_products(src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,6 +238,34 @@ def select_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(batch * num_tokens, channels).index_select(0, rows).view(batch, -1, channels)
 
 
+def merge_each(x: Tensor, matching: TokenMatching, layout: MergeLayout) -> Tensor:
+    """Average the best srcs of each merge of a layout into their dsts.
+
+    Args:
+        x: [B, N, C] features of the matched tokens.
+        matching: from `match_tokens`.
+        layout: from `lay_out`.
+
+    Returns:
+        [all rows, C] in x's dtype, which `layout.parts` divides: of each merge and sample the un-merged srcs in order
+        of falling similarity, then the dsts, each the mean of itself and its merged srcs (accumulated in float32 for
+        half-precision types).
+    """
+    position = _positions(matching, layout)
+    # Merging is one mean per bag of tokens, a bag being all tokens with the same position. Sorted bags make the sums
+    # repeat exactly on every device; atomic additions on a GPU would not.
+    position, token_rows = position.sort(dim=-1, stable=True)
+    position, token_rows = position.flatten(), token_rows.flatten()
+    rows = x.flatten(0, 1)
+    if x.device.type not in ("cpu", "cuda", "meta"):  # meta, which only counts, counts what CUDA would run
+        means = _means_by_adding(rows, position, token_rows, layout.rows.shape[0])
+    else:
+        if x.device.type == "cpu" and x.dtype is torch.float16:
+            rows = rows.float()  # this kernel rounds the sum to float16 before it divides: too large a sum is infinite
+        means = F.embedding_bag(token_rows, rows, torch.searchsorted(position, layout.rows), mode="mean")
+    return means.to(x.dtype)
+
+
 def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
     """Average the `r` best srcs into their dsts; undone, as far as a mean can be, by `unmerge_tokens`.
 
@@ -296,8 +275,7 @@ def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
         r: how many srcs to merge, 0 ≤ r ≤ num_src.
 
     Returns:
-        [B, N − r, C] in x's dtype: the un-merged srcs, then the dsts, each the mean of itself and its merged srcs
-        (accumulated in float32 for half-precision types). r = 0 returns x itself.
+        [B, N − r, C], as `merge_each` describes. r = 0 returns x itself.
 
     Raises:
         ValueError: r is out of range, or x has other tokens or another batch than the matching.
@@ -305,21 +283,8 @@ def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
     if r == 0:
         return x
     _check(x, matching, r, matching.num_tokens)
-    batch, num_tokens, channels = x.shape
-    num_merged = num_tokens - r
-
-    # Merging is one mean per bag of tokens, a bag being all tokens with the same position. Sorted bags make the sums
-    # repeat exactly on every device; atomic additions on a GPU would not.
-    position, token_rows = _flat_position(matching, r).sort(stable=True)
-    bag_starts = torch.searchsorted(position, torch.arange(batch * num_merged, device=x.device))
-    rows = x.reshape(batch * num_tokens, channels)
-    if x.device.type not in ("cpu", "cuda", "meta"):  # meta, which only counts, counts what CUDA would run
-        means = _means_by_adding(rows, position, token_rows, batch * num_merged)
-    else:
-        if x.device.type == "cpu" and x.dtype is torch.float16:
-            rows = rows.float()  # this kernel rounds the sum to float16 before it divides: too large a sum is infinite
-        means = F.embedding_bag(token_rows, rows, bag_starts, mode="mean")
-    return means.view(batch, num_merged, channels).to(x.dtype)
+    layout = _layout_of(matching, r)
+    return layout.parts(merge_each(x, matching, layout), matching.num_dst)[0]
 
 
 def _means_by_adding(rows: Tensor, position: Tensor, token_rows: Tensor, num_bags: int) -> Tensor:
@@ -349,34 +314,52 @@ def unmerge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
     if r == 0:
         return x
     _check(x, matching, r, matching.num_tokens - r)
-    batch, num_merged, channels = x.shape
     # Rows of a flat [B · M, C] matrix are copied whole, which is many times faster than a gather along dim 1.
-    rows = x.reshape(batch * num_merged, channels).index_select(0, _flat_position(matching, r))
-    return rows.view(batch, matching.num_tokens, channels)
+    position = _positions(matching, _layout_of(matching, r))[0]
+    return x.flatten(0, 1).index_select(0, position).unflatten(0, (matching.batch, matching.num_tokens))
 
 
 def merged_position(matching: TokenMatching, r: int) -> Tensor:
-    """Where each token of the grid went: [B, N] positions in the output of `merge_tokens(…, matching, r)`."""
-    num_unmerged = matching.num_src - r
-    # In the order of matching.tokens: the r merged srcs go to their dst's place, all others have a place of their own.
-    # No slice of length r, which would tie a compiled graph to whether r is the number of srcs.
-    rank = torch.arange(matching.num_src, device=matching.tokens.device)
-    src = torch.where(rank < r, matching.best_dst + num_unmerged, rank - r)
-    dst = torch.arange(matching.num_dst, device=matching.tokens.device) + num_unmerged
-    by_rank = torch.cat([src, dst.expand(matching.tokens.shape[0], -1)], dim=1)
-    return torch.empty_like(matching.tokens).scatter(1, matching.tokens, by_rank)
+    """Where each token of the grid went: [B, N] positions in the output of `merge_tokens(…, matching, r)`.
+
+    r must not be 0, which merges nothing and orders nothing.
+    """
+    position = _positions(matching, _layout_of(matching, r))[0].view(matching.batch, matching.num_tokens)
+    return position - torch.arange(matching.batch, device=position.device)[:, None] * (matching.num_tokens - r)
 
 
-def _flat_position(matching: TokenMatching, r: int) -> Tensor:
-    """[B · N] rows of the flattened [B · (N − r), C] merged tokens."""
-    for known, flat in matching._flat_positions:  # merging and unmerging need the same: many small kernels done once
-        if known == r:
-            return flat
-    batch, num_tokens = matching.tokens.shape
-    first_rows = torch.arange(0, batch * (num_tokens - r), num_tokens - r, device=matching.tokens.device)
-    flat = (merged_position(matching, r) + first_rows[:, None]).view(-1)
-    matching._flat_positions.append((r, flat))
-    return flat
+def _positions(matching: TokenMatching, layout: MergeLayout) -> Tensor:
+    """[merges, B · N] the row of each token, by merge."""
+    for known, position in matching._positions:  # merging and unmerging need the same
+        if known is layout:
+            return position
+    num_src = matching.num_src
+    added = matching.dst_of_src.expand(len(layout.unmerged), -1, -1)
+    for merge, unmerged in enumerate(layout.unmerged):
+        if num := unmerged.shape[0]:
+            # The least similar srcs are not merged and take rows before the dsts'. Of a first merge alone, the index
+            # is that of the first row only, which leaves the others as they are.
+            last = matching.ranking[None, :, num_src - num :]
+            this = added[merge:].scatter(-1, last, unmerged.expand(last.shape))
+            added = this if merge == 0 else torch.cat([added[:merge], this])
+    # Each src has its own place, so that what is added does not depend on the order.
+    position = layout.start.scatter_add(-1, matching.split.src_index.expand(added.shape), added).flatten(1)
+    matching._positions.append((layout, position))
+    return position
+
+
+def _layout_of(matching: TokenMatching, r: int) -> MergeLayout:
+    """A layout of one merge of r srcs: that of the merge that was made already, or a new one."""
+    for known, position in matching._positions:
+        if known.counts(matching.num_src)[0] == r:
+            if len(known.unmerged) == 1:
+                return known
+            rows = known.rows[: matching.batch * (matching.num_tokens - r)]
+            first = MergeLayout(known.start[:1], known.unmerged[:1], rows)
+            matching._positions.append((first, position[:1]))
+            return first
+    split = matching.split
+    return lay_out(split, matching.batch, (r,)) if split.tokens.ndim == 1 else lay_out_by_sample(split, (r,))
 
 
 def _accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -388,5 +371,5 @@ def _check(x: Tensor, matching: TokenMatching, r: int, expected_tokens: int) -> 
         raise ValueError(f"r must lie in 0 … {matching.num_src} (the number of srcs), not {r}")
     if x.shape[1] != expected_tokens:
         raise ValueError(f"x has {x.shape[1]} tokens, expected {expected_tokens} for r = {r}")
-    if x.shape[0] != matching.tokens.shape[0]:
-        raise ValueError(f"x is a batch of {x.shape[0]}, the matching of {matching.tokens.shape[0]}")
+    if x.shape[0] != matching.batch:
+        raise ValueError(f"x is a batch of {x.shape[0]}, the matching of {matching.batch}")

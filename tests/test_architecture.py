@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import from its own layer and from the layers before it.
 LAYERS = (
     ("agentsd", "files", "messages", "fields", "config", "trained"),
-    ("attention", "merging"),
+    ("attention", "grid_split", "merging"),
     ("layer_plan",),
     ("unet",),
     ("patch",),

@@ -9,8 +9,9 @@ import torch
 from conftest import call_unet, make_pipeline, make_unet
 
 import agentsd
+from agentsd.grid_split import split_grid
 from agentsd.layer_plan import draw_offsets
-from agentsd.merging import match_tokens, merge_tokens, split_grid
+from agentsd.merging import match_tokens, merge_tokens
 from agentsd.patch import get_patch
 
 pytestmark = pytest.mark.gpu

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
+
 import hypothesis.strategies as st
 import pytest
 import reference
@@ -9,17 +12,10 @@ import torch
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agentsd import merging
-from agentsd.layer_plan import draw_offsets
-from agentsd.merging import (
-    grid_cells,
-    match_tokens,
-    merge_tokens,
-    merged_position,
-    split_grid,
-    tile_size,
-    unmerge_tokens,
-)
+from agentsd import AgentConfig, Phase, merging
+from agentsd.grid_split import grid_cells, split_grid, tile_size
+from agentsd.layer_plan import draw_offsets, draw_splits, layer_calls, plan_layer
+from agentsd.merging import lay_out, match_tokens, merge_each, merge_tokens, merged_position, unmerge_tokens
 
 
 @st.composite
@@ -175,7 +171,7 @@ def test_the_means_of_other_devices_are_the_same(dtype):
     x = torch.randn(2, 64, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
     matching = match_tokens(x, split_grid(8, 8, (2, 2)))
     expected = merge_tokens(x, matching, 30)
-    position, token_rows = merging._flat_position(matching, 30).sort(stable=True)
+    position, token_rows = merging._positions(matching, merging._layout_of(matching, 30))[0].sort(stable=True)
     means = merging._means_by_adding(x.view(-1, 24), position, token_rows, 2 * 34)
     assert means.dtype is merging._accumulate_dtype(x)
     torch.testing.assert_close(means.view(2, 34, 24).to(dtype), expected)
@@ -283,3 +279,96 @@ def test_on_the_meta_device_merging_runs_the_operators_that_it_runs_on_a_gpu():
         merged = merge_tokens(x, matching, 20)
     assert merged.shape == (2, 44, 8) and merged.dtype is torch.float16
     assert not any("index_add" in name for name in names)
+
+
+@settings(max_examples=40, deadline=None)
+@given(grids(), st.integers(0, 2**31))
+def test_several_merges_at_once_are_those_one_by_one(grid, seed):
+    height, width, stride, offsets, batch, r = grid
+    generator = torch.Generator().manual_seed(seed)
+    metric = torch.randn(batch, height * width, 6, generator=generator)
+    x = torch.randn(batch, height * width, 5, generator=generator)
+    split = split_grid(height, width, stride, offsets)
+    counts = [one for one in (r, split.num_src, split.num_src // 2) if one]
+    matching = match_tokens(metric, split)
+    layout = lay_out(split, batch, counts)
+    rows = merge_each(x, matching, layout)
+    for count, part in zip(counts, layout.parts(rows, split.num_dst), strict=True):
+        alone = match_tokens(metric, split)
+        assert torch.equal(part, merge_tokens(x, alone, count))
+        # What the first of several merges found out serves merging and unmerging by the same number again.
+        assert torch.equal(merge_tokens(x, matching, count), part)
+        assert torch.equal(unmerge_tokens(part, matching, count), unmerge_tokens(part, alone, count))
+
+
+def test_ties_are_decided_by_the_order_of_the_tokens():
+    """Of equally similar srcs the first ones of the grid are merged, into the first of equally similar dsts.
+
+    A black picture has nothing but ties.
+    """
+    matching = match_tokens(torch.ones(2, 64, 3), split_grid(8, 8, (2, 2), torch.arange(16) % 4))
+    src = [token for token in range(64) if token not in matching.split.dst_index.tolist()]
+    for b in range(2):
+        assert matching.tokens[b, :48].tolist() == src and not matching.best_dst[b].any()
+        position = merged_position(matching, 20)[b]
+        assert position[src[:20]].tolist() == [28] * 20  # 28 srcs stay, then come the dsts
+        assert position[src[20:]].tolist() == list(range(28))
+        assert position[matching.split.dst_index].tolist() == list(range(28, 44))
+
+
+def test_zero_tokens_rank_as_not_similar_at_all():
+    """Not as the most similar, which a quotient that is no number would be."""
+    metric = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0)).abs()
+    metric[:, [9, 30]] = 0
+    tokens = match_tokens(metric, split_grid(8, 8, (2, 2))).tokens
+    assert sorted(tokens[0, 46:48].tolist()) == [9, 30]
+
+
+def naive_draw(seed, timestep, layer, cell, cell_size):
+    """The hash as the first release computed it, in Python's integers."""
+
+    def mix(x):
+        for factor in (0x7FEB352D, 0x297A2D39):
+            x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
+        return x ^ (x >> 15)
+
+    digest = hashlib.blake2b(struct.pack("<qd", seed, timestep), digest_size=4).digest()
+    return mix(mix(layer ^ int.from_bytes(digest, "little")) ^ cell) * cell_size >> 32
+
+
+def test_draws_stay_those_of_the_first_release():
+    for seed, timestep, cell_size in ((0, 981.0, 16), (2**63 - 1, 0.5, 6), (7, 999.0, 4)):
+        drawn = draw_offsets(seed, timestep, 12, 70, cell_size).tolist()
+        assert drawn == [[naive_draw(seed, timestep, i, j, cell_size) for j in range(70)] for i in range(12)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rand": False}, {"match_tile": 4}], ids=str)
+@pytest.mark.parametrize("timestep", [900.0, (900.0, 700.0)], ids=["one timestep", "a timestep per sample"])
+def test_a_layer_has_the_same_draws_whichever_other_layers_a_call_reaches(settings, timestep):
+    config = AgentConfig(seed=3, **settings)
+    plan = plan_layer(config, Phase.AGENT, (9, 16))
+    splits = draw_splits(plan, config, timestep, 7)
+    calls = layer_calls(plan, config, timestep, [5, 2], batch=2)
+    assert len(splits) == 7 and len(calls) == 2
+    for call, number in zip(calls, (5, 2)):
+        assert torch.equal(call.split.tokens, splits[number].tokens)
+        assert torch.equal(call.split.dst_by_tile, splits[number].dst_by_tile)
+        metric = torch.randn(2, 144, 4)
+        matching = call.match(metric)
+        rows = merge_each(metric, matching, call.layout_for(matching))
+        agents = call.layout.parts(rows, plan.num_dst)[1]
+        alone = match_tokens(metric, splits[number])
+        assert torch.equal(agents, merge_tokens(metric, alone, plan.num_merged_for_agents))
+
+
+def test_a_layout_serves_a_batch_of_another_size():
+    """A video's frames come as samples of their own."""
+    config = AgentConfig()
+    plan = plan_layer(config, Phase.AGENT, (8, 8))
+    (call,) = layer_calls(plan, config, 900.0, 1, batch=2)
+    metric = torch.randn(6, 64, 4)
+    matching = call.match(metric)
+    layout = call.layout_for(matching)
+    tokens, agents = layout.parts(merge_each(metric, matching, layout), plan.num_dst)
+    assert torch.equal(tokens, merge_tokens(metric, call.match(metric), plan.num_merged))
+    assert torch.equal(agents, merge_tokens(metric, call.match(metric), plan.num_merged_for_agents))

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ..config import Phase
-from ..layer_plan import draw_splits, layer_call, plan_layer
+from ..layer_plan import layer_calls, plan_layer
 from .checkpointing import watch_checkpoints
 from .inputs import read_timesteps, sample_and_timestep
 from .layers import (
@@ -211,12 +211,11 @@ class UNetHook:
                     timesteps: float | tuple[float, ...] = tuple(timestep[i] for i in numbers)
                 else:
                     timesteps = timestep
-                splits: list = [None] * len(states)
-                if plan.action != "none":
-                    splits = draw_splits(plan, self.patch.config, timesteps, len(states), device)
                 index = None if order is None else torch.tensor(numbers, device=device)
-                for state, split in zip(states, splits):
-                    state.parts += (layer_call(plan, split, index),)
+                batch = len(numbers) if isinstance(timestep, tuple) else self.patch.call.batch
+                calls = layer_calls(plan, self.patch.config, timesteps, len(states), batch, device, index)
+                for state, call in zip(states, calls):
+                    state.parts += (call,)
                     state.order = order
                     state.plan = state.plan or plan
         if order is not None and (self.patch.config.merge_crossattn or self.patch.config.merge_mlp):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..attention import agent_attention, softmax_attention
 from ..config import AgentConfig
+from ..grid_split import GridSplit
 from ..layer_plan import LayerCall, LayerPlan, token_grid
-from ..merging import GridSplit, TokenMatching, merge_tokens, select_tokens, unmerge_tokens
+from ..merging import TokenMatching, merge_each, select_tokens, unmerge_tokens
 
 LAYER_ATTRIBUTE = "_agentsd"
 """Where a patched `Attention` module keeps its LayerState. It hangs on the module and not on the processor because
@@ -158,25 +159,45 @@ def _attend(attn: Attention, layer: LayerState, part: LayerCall, hidden_states: 
     assert split is not None  # its action is not "none"
     if split.tokens.ndim == 2 and hidden_states.shape[0] != split.tokens.shape[0]:
         split = split.repeat(hidden_states.shape[0] // split.tokens.shape[0])
-        part = LayerCall(part.action, split, part.merged, part.merged_for_agents)
+        part = replace(part, split=split)
     if part.action == "downsample":
         return _downsampled_attention(attn, layer, split, hidden_states)
-    matching, r = part.match(block_input), part.num_merged
+    matching = part.match(block_input)
+    r = part.num_merged
     if layer.keeps_matching and len(layer.parts) == 1:
         layer.matching = (matching, r)
 
-    merged = merge_tokens(hidden_states, matching, r)
     upcast = _upcasts(attn, layer)
-    query, (key, value) = project_queries(attn, merged), project_key_value(attn, merged)
     if part.action == "agents":
-        agents = project_queries(attn, merge_tokens(hidden_states, matching, part.num_merged_for_agents))
+        query, agents, key, value = _merge_and_project(attn, part, matching, hidden_states)
         out = agent_attention(
             query, agents, key, value, layer.config.alpha, layer.config.broadcast_exponent, upcast=upcast
         )
     else:
+        layout = part.layout_for(matching)
+        (merged,) = layout.parts(merge_each(hidden_states, matching, layout), matching.num_dst)
+        query, (key, value) = project_queries(attn, merged), project_key_value(attn, merged)
         out = softmax_attention(query, key, value, upcast=upcast)
     # Unmerging copies whole tokens, so it may come before or after anything that acts on each token alone.
     return unmerge_tokens(_project_out(attn, out), matching, r)
+
+
+def _merge_and_project(
+    attn: Attention, part: LayerCall, matching: TokenMatching, hidden_states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The queries, agents, keys and values of agent attention on merged tokens, from [B, N, C]."""
+    if part.layout is None:  # a ratio of 0: all tokens are queries, and all are agents
+        query = project_queries(attn, hidden_states)
+        return query, query, *project_key_value(attn, hidden_states)
+    layout, num_dst = part.layout_for(matching), matching.num_dst
+    rows = merge_each(hidden_states, matching, layout)
+    parts = layout.parts(rows, num_dst)
+    if part.merges_tokens and part.merges_agents:
+        # All rows in one product, as agents are projected like queries.
+        query, agents = (_as_queries(attn, x) for x in layout.parts(attn.to_q(rows[None])[0], num_dst))
+        return query, agents, *project_key_value(attn, parts[0])
+    merged, agents = (parts[0], hidden_states) if part.merges_tokens else (hidden_states, parts[0])
+    return project_queries(attn, merged), project_queries(attn, agents), *project_key_value(attn, merged)
 
 
 def _downsampled_attention(attn: Attention, layer: LayerState, split: GridSplit, hidden_states: Tensor) -> Tensor:
@@ -193,7 +214,11 @@ def _downsampled_attention(attn: Attention, layer: LayerState, split: GridSplit,
 
 def project_queries(attn: Attention, tokens: Tensor) -> Tensor:
     """[B, M, C] -> [B, heads, M, head_dim] by the layer's own query projection; agents are projected like queries."""
-    query = _split_heads(attn, attn.to_q(tokens))
+    return _as_queries(attn, attn.to_q(tokens))
+
+
+def _as_queries(attn: Attention, projected: Tensor) -> Tensor:
+    query = _split_heads(attn, projected)
     return query if attn.norm_q is None else attn.norm_q(query)
 
 

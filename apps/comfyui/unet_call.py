@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from agentsd.attention import agent_attention
 from agentsd.config import AgentConfig, Phase
-from agentsd.layer_plan import LayerPlan, draw_splits, layer_call, plan_layer, token_grid
-from agentsd.merging import GridSplit, TokenMatching, merge_tokens, select_tokens, unmerge_tokens
+from agentsd.layer_plan import LayerCall, LayerPlan, layer_calls, plan_layer, token_grid
+from agentsd.merging import TokenMatching, merge_tokens, select_tokens, unmerge_tokens
 
 from .layers import Layer
 
@@ -67,7 +67,7 @@ class UNetCall:
         self.config, self.phase, self.timestep, self.size, self.layers = config, phase, timestep, size, layers
         self.plans: dict[str, LayerPlan] = {}
         self.reasons = {layer.name: NOT_REACHED for layer in layers}
-        self._splits: dict[tuple[int, tuple[int, int]], list[GridSplit]] = {}
+        self._calls: dict[tuple[int, tuple[int, int]], list[LayerCall]] = {}
         self._replacements: dict[Any, Callable] = {}
         self._layer: Layer | None = None
         self._block_input: Tensor | None = None
@@ -122,11 +122,11 @@ class UNetCall:
         self.reasons.pop(layer.name)
         self.plans[layer.name] = plan
 
-        split = self._split_of(layer, plan, tokens.device)
+        call = self._call_of(layer, plan, tokens)
         if plan.action == "downsample":
-            kept = select_tokens(tokens, split.dst_index)
+            assert call.split is not None  # its action is not "none"
+            kept = select_tokens(tokens, call.split.dst_index)
             return tokens, kept, kept
-        call = layer_call(plan, split)
         matching = call.match(block_input)
         merged = merge_tokens(tokens, matching, call.num_merged)
         self._pending = _Pending(matching, call.num_merged)
@@ -185,13 +185,13 @@ class UNetCall:
             return REPLACED
         return ""
 
-    def _split_of(self, layer: Layer, plan: LayerPlan, device: torch.device) -> GridSplit:
-        """The layer's dsts and srcs; those of all layers of its level are drawn at once."""
+    def _call_of(self, layer: Layer, plan: LayerPlan, tokens: Tensor) -> LayerCall:
+        """What the layer does with [B, N, C]; the dsts of all layers of its level are drawn at once."""
         key = (layer.downsample, plan.grid)
-        if key not in self._splits:
+        if key not in self._calls:
             count = sum(other.downsample == layer.downsample for other in self.layers)
-            self._splits[key] = draw_splits(plan, self.config, self.timestep, count, device)
-        return self._splits[key][layer.number]
+            self._calls[key] = layer_calls(plan, self.config, self.timestep, count, tokens.shape[0], tokens.device)
+        return self._calls[key][layer.number]
 
 
 def _block_key(extra: dict) -> Any:
