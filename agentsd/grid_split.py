@@ -161,5 +161,6 @@ def _by_tile(height: int, width: int, down: int, across: int) -> np.ndarray:
 def _to_device(numbers: np.ndarray, device: torch.device | str | None) -> Tensor:
     """A copy on a device for which the host does not wait."""
     device = torch.device("cpu" if device is None else device)
-    # CUDA copies what is not pinned before it returns, so that the array may go; other devices do not promise it.
-    return torch.from_numpy(numbers).to(device, non_blocking=device.type == "cuda")
+    # CUDA copies what is not pinned before it returns, so that the array may go; other devices do not promise it. On
+    # the meta device costs are counted as CUDA would have them.
+    return torch.from_numpy(numbers).to(device, non_blocking=device.type in ("cuda", "meta"))

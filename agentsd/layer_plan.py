@@ -209,16 +209,12 @@ class LayerCall:
     @property
     def num_merged(self) -> int:
         """r, how many tokens are merged away before attention."""
-        return self._counts()[0] if self.merges_tokens else 0
+        return self.layout.counts[0] if self.layout is not None and self.merges_tokens else 0
 
     @property
     def num_merged_for_agents(self) -> int:
         """How many are merged away to make the agents."""
-        return self._counts()[-1] if self.merges_agents else 0
-
-    def _counts(self) -> list[int]:
-        assert self.split is not None and self.layout is not None  # something is merged
-        return self.layout.counts(self.split.num_src)
+        return self.layout.counts[-1] if self.layout is not None and self.merges_agents else 0
 
     def match(self, block_input: Tensor) -> TokenMatching:
         """Match the tokens of [B', N, C], the un-normalised input of the transformer block.
@@ -237,7 +233,7 @@ class LayerCall:
         split, batch = matching.split, matching.batch
         if self.layout.batch == batch:
             return self.layout.to(split.tokens.device)
-        counts = self._counts()
+        counts = self.layout.counts
         return lay_out(split, batch, counts) if split.tokens.ndim == 1 else lay_out_by_sample(split, counts)
 
 

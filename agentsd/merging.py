@@ -13,7 +13,8 @@ A UNet runs this many times a call, and on a GPU each operator costs its launch.
 features is laid out once for all layers of a grid, and two merges of the same tokens share their operators:
 
     layout = lay_out(split, batch=2, counts=(r, r_agents))
-    tokens, agents = merge_each(y, matching, layout)     # [B, N - r, C], [B, N - r_agents, C]
+    rows = merge_each(y, matching, layout)
+    tokens, agents = layout.parts(rows)                  # [B, N - r, C], [B, N - r_agents, C]
 """
 
 from __future__ import annotations
@@ -85,33 +86,40 @@ class MergeLayout:
 
     Attributes:
         start: [merges, B, N] the row of a dst; for a src, the row of the first dst, to which its own dst's number adds.
-        unmerged: for each merge, [U] −U … −1, the rows of the srcs that are not merged, counted from the first dst's.
+        from_end: [num_src] −num_src … −1: of a src by its rank, its row counted from the first dst's if it stays.
         rows: [all rows] 0, 1, 2, …
+        merged: for each merge, [r, 0] holds no element.
     """
 
     start: Tensor
-    unmerged: tuple[Tensor, ...]
+    from_end: Tensor
     rows: Tensor
+    merged: tuple[Tensor, ...]
 
     @property
     def batch(self) -> int:
         return self.start.shape[-2]
 
-    def counts(self, num_src: int) -> list[int]:
+    @property
+    def num_tokens(self) -> int:
+        return self.start.shape[-1]
+
+    @property
+    def counts(self) -> list[int]:
         """r of each merge: how many of the srcs are merged into dsts."""
-        return [num_src - unmerged.shape[0] for unmerged in self.unmerged]
+        return [merged.shape[0] for merged in self.merged]
 
     def to(self, device: torch.device) -> MergeLayout:
         """The same on another device."""
-        return MergeLayout(self.start.to(device), tuple(u.to(device) for u in self.unmerged), self.rows.to(device))
+        return MergeLayout(self.start.to(device), self.from_end.to(device), self.rows.to(device), self.merged)
 
     def unbind(self) -> list[MergeLayout]:
         """The layouts of several grids, along the first dimension of `start`."""
-        return [MergeLayout(start, self.unmerged, self.rows) for start in self.start.unbind()]
+        return [MergeLayout(start, self.from_end, self.rows, self.merged) for start in self.start.unbind()]
 
-    def parts(self, rows: Tensor, num_dst: int) -> list[Tensor]:
+    def parts(self, rows: Tensor) -> list[Tensor]:
         """The results of the merges, [B, N − r, C] each, from all rows [all rows, C]."""
-        sizes = [unmerged.shape[0] + num_dst for unmerged in self.unmerged]
+        sizes = [self.num_tokens - r for r in self.counts]
         parts = rows.split([self.batch * size for size in sizes])
         return [part.unflatten(0, (self.batch, size)) for part, size in zip(parts, sizes)]
 
@@ -134,19 +142,19 @@ def lay_out_by_sample(split: GridSplit, counts: Sequence[int]) -> MergeLayout:
 
 def _lay_out(dst_index: Tensor, num_src: int, batch: int, counts: Sequence[int]) -> MergeLayout:
     device, num_dst = dst_index.device, dst_index.shape[-1]
-    unmerged = [num_src - r for r in counts]
-    sizes = [num + num_dst for num in unmerged]
+    sizes = [num_src + num_dst - r for r in counts]
     rows = torch.arange(batch * sum(sizes), device=device)
-    first_dst, begin = [], 0  # the rows of each sample's first dst, by merge
-    for num, size in zip(unmerged, sizes):
-        first_dst.append(torch.arange(begin + num, begin + num + batch * size, size, device=device))
-        begin += batch * size
+    first_dst, end = [], 0  # the rows of each sample's first dst, by merge
+    for size in sizes:
+        begin, end = end, end + batch * size
+        first_dst.append(torch.arange(begin, end, size, device=device) + (size - num_dst))
     first = (torch.stack(first_dst) if len(counts) > 1 else first_dst[0][None])[..., None]
     shape = (*dst_index.shape[:-2], len(counts), batch)
     start = first.expand(*shape, num_src + num_dst).scatter(
         -1, dst_index.unsqueeze(-3).expand(*shape, num_dst), (first + rows[:num_dst]).expand(*shape, num_dst)
     )
-    return MergeLayout(start, tuple(torch.arange(-num, 0, device=device) for num in unmerged), rows)
+    merged = tuple(torch.empty(r, 0, device=device) for r in counts)
+    return MergeLayout(start, torch.arange(-num_src, 0, device=device), rows, merged)
 
 
 def match_tokens(metric: Tensor, split: GridSplit) -> TokenMatching:
@@ -284,7 +292,7 @@ def merge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
         return x
     _check(x, matching, r, matching.num_tokens)
     layout = _layout_of(matching, r)
-    return layout.parts(merge_each(x, matching, layout), matching.num_dst)[0]
+    return layout.parts(merge_each(x, matching, layout))[0]
 
 
 def _means_by_adding(rows: Tensor, position: Tensor, token_rows: Tensor, num_bags: int) -> Tensor:
@@ -333,14 +341,10 @@ def _positions(matching: TokenMatching, layout: MergeLayout) -> Tensor:
     for known, position in matching._positions:  # merging and unmerging need the same
         if known is layout:
             return position
-    num_src = matching.num_src
-    added = matching.dst_of_src.expand(len(layout.unmerged), -1, -1)
-    for merge, unmerged in enumerate(layout.unmerged):
-        if num := unmerged.shape[0]:
-            # The least similar srcs are not merged and take rows before the dsts'. Of a first merge alone, the index
-            # is that of the first row only, which leaves the others as they are.
-            last = matching.ranking[None, :, num_src - num :]
-            this = added[merge:].scatter(-1, last, unmerged.expand(last.shape))
+    added = matching.dst_of_src.expand(len(layout.merged), -1, -1)
+    for merge, r in enumerate(layout.counts):
+        if torch.compiler.is_compiling() or r < matching.num_src:  # as a condition it would have two graphs made
+            this = _keep_unmerged(added[merge:], matching.ranking, layout.from_end, r)
             added = this if merge == 0 else torch.cat([added[:merge], this])
     # Each src has its own place, so that what is added does not depend on the order.
     position = layout.start.scatter_add(-1, matching.split.src_index.expand(added.shape), added).flatten(1)
@@ -348,14 +352,28 @@ def _positions(matching: TokenMatching, layout: MergeLayout) -> Tensor:
     return position
 
 
+def _keep_unmerged(dst: Tensor, ranking: Tensor, from_end: Tensor, r: int) -> Tensor:
+    """Replace the dst of each src that stays by its row, counted from the first dst's: [merges, B, num_src] again.
+
+    That is in the first of the merges alone.
+    """
+    if torch.compiler.is_compiling():
+        # No slice of a length that can be 0, for which another graph would be made.
+        by_rank = torch.where(from_end < r - from_end.shape[0], dst[0].gather(1, ranking), from_end)
+        this = dst[0].scatter(1, ranking, by_rank)
+        return torch.cat([this[None], dst[1:]]) if dst.shape[0] > 1 else this[None]
+    last = ranking[None, :, r:]  # an index of the first merge only leaves the others as they are
+    return dst.scatter(-1, last, from_end[r:].expand(last.shape))
+
+
 def _layout_of(matching: TokenMatching, r: int) -> MergeLayout:
     """A layout of one merge of r srcs: that of the merge that was made already, or a new one."""
     for known, position in matching._positions:
-        if known.counts(matching.num_src)[0] == r:
-            if len(known.unmerged) == 1:
+        if known.counts[0] == r:
+            if len(known.merged) == 1:
                 return known
             rows = known.rows[: matching.batch * (matching.num_tokens - r)]
-            first = MergeLayout(known.start[:1], known.unmerged[:1], rows)
+            first = MergeLayout(known.start[:1], known.from_end, rows, known.merged[:1])
             matching._positions.append((first, position[:1]))
             return first
     split = matching.split

@@ -293,7 +293,7 @@ def test_several_merges_at_once_are_those_one_by_one(grid, seed):
     matching = match_tokens(metric, split)
     layout = lay_out(split, batch, counts)
     rows = merge_each(x, matching, layout)
-    for count, part in zip(counts, layout.parts(rows, split.num_dst), strict=True):
+    for count, part in zip(counts, layout.parts(rows), strict=True):
         alone = match_tokens(metric, split)
         assert torch.equal(part, merge_tokens(x, alone, count))
         # What the first of several merges found out serves merging and unmerging by the same number again.
@@ -356,7 +356,7 @@ def test_a_layer_has_the_same_draws_whichever_other_layers_a_call_reaches(settin
         metric = torch.randn(2, 144, 4)
         matching = call.match(metric)
         rows = merge_each(metric, matching, call.layout_for(matching))
-        agents = call.layout.parts(rows, plan.num_dst)[1]
+        agents = call.layout.parts(rows)[1]
         alone = match_tokens(metric, splits[number])
         assert torch.equal(agents, merge_tokens(metric, alone, plan.num_merged_for_agents))
 
@@ -369,6 +369,6 @@ def test_a_layout_serves_a_batch_of_another_size():
     metric = torch.randn(6, 64, 4)
     matching = call.match(metric)
     layout = call.layout_for(matching)
-    tokens, agents = layout.parts(merge_each(metric, matching, layout), plan.num_dst)
+    tokens, agents = layout.parts(merge_each(metric, matching, layout))
     assert torch.equal(tokens, merge_tokens(metric, call.match(metric), plan.num_merged))
     assert torch.equal(agents, merge_tokens(metric, call.match(metric), plan.num_merged_for_agents))

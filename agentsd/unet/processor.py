@@ -175,7 +175,7 @@ def _attend(attn: Attention, layer: LayerState, part: LayerCall, hidden_states: 
         )
     else:
         layout = part.layout_for(matching)
-        (merged,) = layout.parts(merge_each(hidden_states, matching, layout), matching.num_dst)
+        (merged,) = layout.parts(merge_each(hidden_states, matching, layout))
         query, (key, value) = project_queries(attn, merged), project_key_value(attn, merged)
         out = softmax_attention(query, key, value, upcast=upcast)
     # Unmerging copies whole tokens, so it may come before or after anything that acts on each token alone.
@@ -189,12 +189,12 @@ def _merge_and_project(
     if part.layout is None:  # a ratio of 0: all tokens are queries, and all are agents
         query = project_queries(attn, hidden_states)
         return query, query, *project_key_value(attn, hidden_states)
-    layout, num_dst = part.layout_for(matching), matching.num_dst
+    layout = part.layout_for(matching)
     rows = merge_each(hidden_states, matching, layout)
-    parts = layout.parts(rows, num_dst)
+    parts = layout.parts(rows)
     if part.merges_tokens and part.merges_agents:
         # All rows in one product, as agents are projected like queries.
-        query, agents = (_as_queries(attn, x) for x in layout.parts(attn.to_q(rows[None])[0], num_dst))
+        query, agents = (_as_queries(attn, x) for x in layout.parts(attn.to_q(rows[None])[0]))
         return query, agents, *project_key_value(attn, parts[0])
     merged, agents = (parts[0], hidden_states) if part.merges_tokens else (hidden_states, parts[0])
     return project_queries(attn, merged), project_queries(attn, agents), *project_key_value(attn, merged)
