@@ -147,7 +147,7 @@ def _lay_out(dst_index: Tensor, num_src: int, batch: int, counts: Sequence[int])
     first_dst, end = [], 0  # the rows of each sample's first dst, by merge
     for size in sizes:
         begin, end = end, end + batch * size
-        first_dst.append(torch.arange(begin, end, size, device=device) + (size - num_dst))
+        first_dst.append(torch.arange(begin + size - num_dst, end + size - num_dst, size, device=device))
     first = (torch.stack(first_dst) if len(counts) > 1 else first_dst[0][None])[..., None]
     shape = (*dst_index.shape[:-2], len(counts), batch)
     start = first.expand(*shape, num_src + num_dst).scatter(
