@@ -136,11 +136,11 @@ def test_the_report_has_every_figure(finished):
     assert results["prior"][0]["features_kept"] == pytest.approx(1) and "features_kept_lost_ci" in results["prior"][2]
     assert len(results["verdict"]) == 10
     text = (out / "results.md").read_text()
-    for part in ("python eval/dreambooth_bench.py --model", "## Cost", "## Quality", "## Prior", "![grid](grid.png)"):
+    for part in ("python eval/dreambooth_bench.py --model", "## Cost", "## Quality", "## Prior", "![grid](grid.webp)"):
         assert part in text
     with open(out / "results.csv") as file:
         assert [row["row"] for row in csv.DictReader(file)] == ROWS + PRIOR
-    grid = Image.open(out / "grid.png")
+    grid = Image.open(out / "grid.webp")
     assert grid.width > 1000 and grid.height > 1200
 
 

@@ -109,11 +109,11 @@ def test_everything_asked_for_is_in_the_rows_and_files(tmp_path, machine):
         lines = list(csv.DictReader(file))
     assert lines[2]["fd_difference_ci_low"] == "-1.5" and "torch" in lines[0]["environment"]
     assert len(lines) == len(SCENARIOS) and lines[0]["kid_deviation"] == "0.002" and lines[0]["seconds"].count(" ") == 2
-    assert "FD (EfficientNet-Lite0)" in text and "FID" not in text and "commit" in text and "(grid.png)" in text
-    for name in ("quality.png", "speedup.png", "grid.png"):
+    assert "FD (EfficientNet-Lite0)" in text and "FID" not in text and "commit" in text and "(grid.webp)" in text
+    for name in ("quality.png", "speedup.png", "grid.webp"):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 80
-            if name != "grid.png":
+            if name != "grid.webp":
                 assert_footer_is_clear(image)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".json", ".csv", ".md")}
     report.write_report(tmp_path, charts=False)  # from disk alone, the same

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.fid.images import read_image
+from eval.fid.images import read_image, save_grid
 
 from .plan import Plan, Row
 from .sampling import shots_of
@@ -40,7 +40,7 @@ def grid_image(plan: Plan, out: Path, path: Path, captions: dict[str, str], foot
     for part in parts:
         canvas.paste(part, (0, top))
         top += part.height
-    canvas.save(path, optimize=True)
+    save_grid(canvas, path)
 
 
 def _subject_strip(plan: Plan, width: int) -> Image.Image:

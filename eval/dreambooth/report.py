@@ -80,7 +80,7 @@ def write_report(
         out / "results.csv", as_csv([{key: row.get(key) for key in keys} for row in keyed], about["environment"])
     )
     footer = f"{about['date']}, {environment_line(about['environment'])}"
-    grid_image(plan, out, out / "grid.png", captions(rows, prior), footer)
+    grid_image(plan, out, out / "grid.webp", captions(rows, prior), footer)
     text = as_markdown(plan, about, rows, prior, verdict)
     write_atomically(out / "results.md", text)
     return text
@@ -224,7 +224,7 @@ def as_markdown(
     parts += [
         "## What this says of the paper's claims",
         "\n".join(f"- {sentence}" for sentence in verdict),
-        "![grid](grid.png)",
+        "![grid](grid.webp)",
     ]
     return "\n\n".join(parts) + "\n"
 

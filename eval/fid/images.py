@@ -39,6 +39,11 @@ def read_image(path: Path) -> Image.Image:
         raise BenchError(f"{path} cannot be read as an image ({first_line(error)}): repair or remove it") from error
 
 
+def save_grid(image: Image.Image, path: Path) -> None:
+    """Write an image that is shown on a page, as WebP: a tenth of a PNG's size, with no difference that one sees."""
+    image.save(path, format="WEBP", quality=88, method=6)
+
+
 def reference_files(folder: Path, per_class: int | None = None) -> list[Path]:
     """The images of a reference folder, after checking that each can be read.
 

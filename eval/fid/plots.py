@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from .generation import is_whole
+from .images import save_grid
 
 _COLOURS = {
     "sd": "#777777", "sd-naive": "#bbbbbb", "tomesd": "#e08214", "agentsd": "#2166ac", "deepcache": "#4d9221",
@@ -96,7 +97,7 @@ def grid_image(run: dict[str, Any], images: Path, path: Path, footer: str) -> bo
     for row, file in enumerate(files):
         label = file.split("-", 1)[1].rsplit("-", 1)[0].replace("_", "\n")
         pen.text((6, head + row * cell + cell // 3), label, font=font, fill="black")
-    canvas.save(path)
+    save_grid(canvas, path)
     return True
 
 

@@ -109,7 +109,7 @@ def write_report(folder: Path, results: dict[str, Any] | None = None, charts: bo
             footer = environment_line(run["environment"])
             speed_chart(rows, folder / "speedup.png", footer)
             quality_chart(rows, scored.get("label", ""), folder / "quality.png", footer)
-            grid_image(run, folder / "images", folder / "grid.png", f"{run['command']}: {footer}")
+            grid_image(run, folder / "images", folder / "grid.webp", f"{run['command']}: {footer}")
         write_atomically(folder / "results.md", as_markdown(results, [n for n in _CHARTS if (folder / n).is_file()]))
     except OSError as error:
         raise BenchError(f"{folder} cannot be written to ({error.strerror or error})") from error
@@ -285,7 +285,7 @@ def as_markdown(results: dict[str, Any], charts: Sequence[str] = ()) -> str:
 
 # --- parts of rows ----------------------------------------------------------------------------------------------------
 
-_CHARTS = ("speedup.png", "quality.png", "grid.png")
+_CHARTS = ("speedup.png", "quality.png", "grid.webp")
 _KEYS = ("ratio", "cache_interval", *(c.key for c in COLUMNS), *(f"{c.key}_ci" for c in COLUMNS if c.interval))
 
 
