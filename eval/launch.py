@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PLACES = (str(REPOSITORY), str(REPOSITORY / "apps"))
 
 
 def launch(script: str) -> None:
     """End the process with what `main()` of the module eval.NAME returns, `script` being the path of eval/NAME.py."""
-    sys.path[:1] = [str(REPOSITORY), str(REPOSITORY / "apps")]  # in place of eval/
+    sys.path[:1] = PLACES  # in place of eval/
     sys.exit(importlib.import_module(f"eval.{Path(script).stem}").main())

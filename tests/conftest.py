@@ -22,8 +22,32 @@ diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
 
+CORE = (
+    "config",
+    "merging",
+    "attention",
+    "layer_plan",
+    "step_cache",
+    "patch",
+    "right_or_told",
+    "processor",
+    "architecture",
+)
+"""Files test_NAME.py of the method itself."""
+
+NOT_CORE = ("test_share_of_whole_calls_under_any_scheduler", "test_caches_together_with")
+"""Tests of these files that take long, as those do that compile (by the fixture fresh_dynamo)."""
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "compat(group, name, status, note): proof of one row of the compatibility table")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        slow = "fresh_dynamo" in item.fixturenames or item.originalname in NOT_CORE
+        if item.path.stem.removeprefix("test_") in CORE and not slow:
+            item.add_marker("core")
 
 
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)

@@ -24,6 +24,7 @@ from agentsd.images.pipelines import load_pipeline
 from agentsd.images.png import read_settings
 from agentsd.images.request import Request
 from eval import dreambooth_bench
+from eval.common.processes import run_python
 from eval.common.protocol import BenchError
 from eval.dreambooth import run as bench_run
 from eval.dreambooth import scoring, trainings
@@ -32,7 +33,6 @@ from eval.dreambooth.plan import SUBJECT, plan_from
 from eval.dreambooth.report import make_costs, make_verdict
 from eval.dreambooth.statistics import paired_difference, paired_ratio
 from eval.dreambooth.step_times import measure_steps, training_settings
-from eval.dreambooth.subprocesses import run_python
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,11 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from agentsd.images.rounds import rotated
 from eval.common.protocol import BenchError
+from eval.launch import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 OWN = "ComfyUI"
 AGENT_PHASE, LATER = 900, 300
 """A timestep of each phase."""
@@ -168,8 +168,8 @@ def _rounds(variants, size, options, dtype):
     with torch.inference_mode():
         for patcher, timestep in variants.values():
             call(patcher, timestep, size if options.device == "cuda" else 256)  # warm-up
-        for _ in range(options.rounds):
-            for variant, (patcher, timestep) in variants.items():
+        for number in range(options.rounds):
+            for variant, (patcher, timestep) in rotated(list(variants.items()), number):
                 times[variant].append(call(patcher, timestep, size))
     return times
 

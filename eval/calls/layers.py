@@ -25,10 +25,12 @@ import agentsd
 from agentsd import AgentConfig, Phase
 from agentsd.files import write_atomically
 from agentsd.images.pipelines import choose_device, choose_dtype
+from agentsd.images.rounds import rotated
 from agentsd.unet.processor import LAYER_ATTRIBUTE
 from eval.common.environment import environment, environment_line
 from eval.common.protocol import BenchError, parse_numbers
 from eval.common.scenarios import NoMixingProcessor
+from eval.common.tables import markdown
 
 _TIMESTEPS = {Phase.AGENT: 900, Phase.MERGE: 100}
 _TEXT_TOKENS, _TEXT_WIDTH = 77, 768
@@ -183,8 +185,7 @@ def measure(layer: Layer, rows: list[Variant], rounds: int) -> dict[str, Measure
     """Time the layer under each variant, once in every round, the rounds' order rotated; by variant name."""
     times: dict[str, list[Measurement]] = {row.name: [] for row in rows}
     for number in range(rounds):
-        turn = number % len(rows)
-        for row in [*rows[turn:], *rows[:turn]]:
+        for row in rotated(rows, number):
             times[row.name].append(layer.run(row, lambda call: _timer(call).blocked_autorange(min_run_time=0.05)))
     return {name: Measurement.merge(found)[0] for name, found in times.items()}
 
@@ -237,14 +238,12 @@ def growth(sides: Sequence[int], seconds: list[float]) -> float:
 
 def as_markdown(sides: Sequence[int], found: list[dict[str, Measurement]], title: str, lines: list[str]) -> str:
     """The table: on each grid milliseconds, speed-up over SDPA, time over the limit; then the growth."""
-    head, ruler = ["layer"], ["---"]
+    head, align = ["layer"], "l" + "rrr" * len(sides) + "l"
     for side in sides:
         head += [f"{side}×{side}: ms", "× sdpa", "over the limit"]
-        ruler += ["---:"] * 3
     if len(sides) > 1:
         head.append("grows with tokens as")
-        ruler.append("---")
-    rows = [head, ruler]
+    rows = []
     for name in found[0]:
         cells = [name]
         for times in found:
@@ -253,5 +252,4 @@ def as_markdown(sides: Sequence[int], found: list[dict[str, Measurement]], title
         if len(sides) > 1:
             cells.append(f"N^{growth(sides, [times[name].median for times in found]):.2f}")
         rows.append(cells)
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return "\n\n".join([f"# {title}", *lines, table]) + "\n"
+    return "\n\n".join([f"# {title}", *lines, markdown(head, rows, align)]) + "\n"

@@ -29,6 +29,7 @@ from agentsd.images.pipelines import SCHEDULERS
 from agentsd.patch import get_patch
 from eval.common.environment import commit, device_name
 from eval.common.protocol import BenchError
+from eval.common.tables import markdown
 
 try:
     import flip_evaluator
@@ -180,13 +181,13 @@ def distances(images: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, a row a result."""
     names = ("scheduler", "steps", "method", "interval", "order", "depth", "whole")
-    lines = [f"| {' | '.join(names)} | PSNR, dB | SSIM | FLIP |", "|---" * (len(names) + 3) + "|"]
+    rows = []
     for row in results:
         cells = [str(row.get(name, "")) for name in names]
         cells += [f"{row['psnr']:.1f} ± {row['psnr_error']:.1f}", f"{row['ssim']:.3f}"]
         cells.append("" if row["flip"] is None else f"{row['flip']:.4f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return markdown([*names, "PSNR, dB", "SSIM", "FLIP"], rows) + "\n"
 
 
 def run(options: argparse.Namespace, command: str) -> None:

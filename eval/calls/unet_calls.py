@@ -23,15 +23,18 @@ import torch
 from diffusers import ControlNetModel, PNDMScheduler, StableDiffusionControlNetPipeline
 
 import agentsd
+from agentsd.images.rounds import rotated
 from agentsd.patch import get_patch
 from eval.common.environment import commit, device_name
 from eval.common.models import random_pipeline
 from eval.common.operations import count_operations
+from eval.common.tables import markdown
 
 from .methods import METHODS
 
 STEP = 20  # timesteps between two calls of 50 steps
 STARTS = {"agent": 950, "merge": 400}
+_KINDS = ("whole, agent phase", "whole, later", "cached, agent phase", "cached, later")
 CONTROLNET_WHOLE = "agents, ControlNet whole"  # patched without the pipeline, so that cached calls do not skip it
 
 
@@ -114,9 +117,8 @@ def measure(
     # Apart from the rounds, as the call after the autoencoder's work is a slow one.
     seconds = {"outside": [outside_the_unet(pipe, size) for _ in range(rounds + 1)][1:]}
     for number in range(-2 if compile else -1, rounds):  # before them the warm-up
-        order = list(unets)[number % len(unets) :] + list(unets)[: number % len(unets)]
         taken: dict[str, float] = {}
-        for method in order:
+        for method in rotated(list(unets), number):
             unet = unets[method]
             if method == "sdpa":
                 taken["sdpa"] = timed(unet, 500, inputs, *control)
@@ -195,18 +197,11 @@ def table(seconds: dict[str, list[float]], methods: dict[str, dict[str, Any]], i
     """Markdown tables: the calls, the UNet calls of 50 steps, and whole runs of 50 steps."""
     median = {key: statistics.median(values) for key, values in seconds.items()}
     base, outside = median["sdpa"], median["outside"]
-    lines = [
-        "| method | whole, agent phase | whole, later | cached, agent phase | cached, later |",
-        "|---|---|---|---|---|",
-    ]
-    lines.append(f"| SDPA | {base:.2f} s | {base:.2f} s | | |")
+    of_kinds = [["SDPA", f"{base:.2f} s", f"{base:.2f} s", "", ""]]
     for method in methods:
         cells = [median[f"{method}, {kind}, {phase}"] for kind in ("whole", "cached") for phase in STARTS]
-        lines.append(f"| {method} | " + " | ".join(f"{s:.2f} s ({base / s:.2f}×)" for s in cells) + " |")
-    calls_lines = ["", "| UNet calls of 50 PLMS steps | " + " | ".join(f"interval {i}" for i in intervals) + " |"]
-    calls_lines.append("|---" * (len(intervals) + 1) + "|")
-    run_lines = ["", f"Outside the UNet a run takes {outside:.2f} s.", "", *calls_lines[1:]]
-    run_lines[3] = run_lines[3].replace("UNet calls of 50", "whole run of 50")
+        of_kinds.append([method, *(f"{s:.2f} s ({base / s:.2f}×)" for s in cells)])
+    call_rows, run_rows = [], []
     for method, settings in methods.items():
         of_calls, of_runs = [], []
         for interval in intervals:
@@ -216,20 +211,24 @@ def table(seconds: dict[str, list[float]], methods: dict[str, dict[str, Any]], i
             unpatched = calls.total() * base
             of_calls.append(f"{unpatched / total:.2f}× ({whole} of {calls.total()} whole)")
             of_runs.append(f"{(unpatched + outside) / (total + outside):.2f}×")
-        calls_lines.append(f"| {method} | {' | '.join(of_calls)} |")
-        run_lines.append(f"| {method} | {' | '.join(of_runs)} |")
-    return lines + calls_lines + run_lines
+        call_rows.append([method, *of_calls])
+        run_rows.append([method, *of_runs])
+    columns = [f"interval {interval}" for interval in intervals]
+    return [
+        markdown(["method", *_KINDS], of_kinds), "", markdown(["UNet calls of 50 PLMS steps", *columns], call_rows), "",
+        f"Outside the UNet a run takes {outside:.2f} s.", "",
+        markdown(["whole run of 50 PLMS steps", *columns], run_rows),
+    ]  # fmt: skip
 
 
 def operations_table(found: dict[str, int], methods: dict[str, dict[str, Any]]) -> list[str]:
     """A Markdown table of the numbers of operations."""
-    lines = ["", "Tensor operations of a call without torch.compile, about the kernels it would launch on a GPU:", ""]
-    lines += ["| method | whole, agent phase | whole, later | cached, agent phase | cached, later |", "|---" * 5 + "|"]
-    lines.append(f"| SDPA | {found['sdpa']} | {found['sdpa']} | | |")
+    said = "Tensor operations of a call without torch.compile, about the kernels it would launch on a GPU:"
+    rows: list[list[object]] = [["SDPA", found["sdpa"], found["sdpa"], "", ""]]
     for method in methods:
         cells = [found[f"{method}, {kind}, {phase}"] for kind in ("whole", "cached") for phase in STARTS]
-        lines.append(f"| {method} | {' | '.join(map(str, cells))} |")
-    return lines
+        rows.append([method, *cells])
+    return ["", said, "", markdown(["method", *_KINDS], rows)]
 
 
 def run(options: argparse.Namespace, command: str) -> None:

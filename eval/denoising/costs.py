@@ -16,12 +16,13 @@ from diffusers import UNet2DConditionModel
 import agentsd
 from agentsd import AgentConfig, Phase
 from agentsd.files import write_atomically
+from agentsd.images.rounds import rotated
 from agentsd.report import Report
+from eval.common.files import read_json
 from eval.common.models import ARCHITECTURES
 from eval.common.protocol import SD, Scenario
 from eval.common.scenarios import use_scenario
 
-from .files import read_json
 from .judged import Inputs, Judged
 from .settings import name_of
 
@@ -110,8 +111,7 @@ def measure_times(
         batch = inputs.take([number % len(inputs) for number in range(TIMED_BATCH)])
         found: dict[str, list[float]] = {name_of(scenario): [] for scenario in missing}
         for number in range(rounds + 1):  # the first is a warm-up
-            turn = number % len(missing)
-            for scenario in [*missing[turn:], *missing[:turn]]:
+            for scenario in rotated(missing, number):
                 unpatched, own = (_seconds(judged, batch, one, timestep) for one in (SD, scenario))
                 if number:
                     found[name_of(scenario)].append(own / unpatched)

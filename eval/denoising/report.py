@@ -11,7 +11,7 @@ from agentsd import Phase
 from agentsd.files import write_atomically
 from eval.common.environment import environment_line
 from eval.common.protocol import Scenario
-from eval.fid.report import as_csv, write_json
+from eval.common.tables import as_csv, markdown, write_json
 
 from .chart import cost_chart
 from .costs import SIZE, Cost
@@ -144,7 +144,7 @@ def as_markdown(
         shown = timesteps[start : start + _TIMESTEPS_A_TABLE]
         body = [[name, *(_percent(found[name, timestep]) for timestep in shown)] for name in names]
         body.insert(0, ["loss of sd", *(f"{found['sd', timestep]['loss']:.4f}" for timestep in shown)])
-        parts.append(_table(["timestep", *map(str, shown)], body))
+        parts.append(markdown(["timestep", *map(str, shown)], body, "lr"))
     parts.append(
         "Mean over a sampler's timesteps, by the fraction of early steps that use agents; a setting that has one "
         "value everywhere stands at its own:"
@@ -161,7 +161,7 @@ def as_markdown(
         [name, *(_percent(own[early]) if early in own else "" for early in (None, *EARLY))]
         for name, own in by_name.items()
     ]
-    parts.append(_table(["early", "any", *(f"{early:g}" for early in EARLY)], body))
+    parts.append(markdown(["early", "any", *(f"{early:g}" for early in EARLY)], body, "lr"))
     parts.append(
         "What a UNet call costs: its time over the unpatched call, on this machine and this network (median of the "
         "rounds ± half the distance of their quartiles), and the multiply-adds of Stable Diffusion 1.5 at "
@@ -171,7 +171,7 @@ def as_markdown(
         [name, _timed(cost), _number(cost.multiply_adds and cost.multiply_adds / 1e9, 1), _number(cost.unet, 3)]
         for name, cost in costs.items()
     ]
-    parts.append(_table(["a call", "time", "attention, 10⁹", "UNet"], body))
+    parts.append(markdown(["a call", "time", "attention, 10⁹", "UNet"], body, "lr"))
     if len(front := unbeaten(pairs)) > 1:
         parts.append(
             "Each of these runs has the least rise of all that need as few multiply-adds of Stable Diffusion 1.5's "
@@ -182,7 +182,7 @@ def as_markdown(
             [f"{row['early']:g}", row["agents"] or "", row["later"] or "", _percent(row), _number(row["unet"], 3)]
             for row in front
         ]
-        parts.append(_table(["early", "agent phase", "later phase", "rise", "UNet"], body))
+        parts.append(markdown(["early", "agent phase", "later phase", "rise", "UNet"], body, "lr"))
     return "\n\n".join(parts) + "\n"
 
 
@@ -201,8 +201,3 @@ def _number(value: float | None, digits: int = 2) -> str:
 def _percent(row: dict[str, Any]) -> str:
     rise, error = row["rise"], row["standard_error"]
     return "0" if rise == 0 and error == 0 else f"{100 * rise:+.1f} ± {100 * error:.1f}"
-
-
-def _table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" + "---:|" * (len(heading) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])

@@ -5,25 +5,23 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import DDIMScheduler
 from tqdm import tqdm
 
 from agentsd.files import write_atomically
 from eval.common.environment import environment
+from eval.common.files import read_json
 from eval.common.fingerprint import code_fingerprint, effective_code, package_versions, weights_fingerprint
+from eval.common.processes import Processes, claim, lock_folder
 from eval.common.protocol import BenchError, Scenario, parse_numbers
-from eval.fid.generation import lock_folder
 
 from .costs import costs_of, measure_times
-from .files import read_json
 from .inputs import FEWEST, Inputs, load_inputs
 from .judged import Judged, load_judged
 from .losses import losses_at
@@ -55,7 +53,8 @@ def run(options: argparse.Namespace, command: str) -> int:
     methods = [part.strip() for part in options.methods.split(",")]
     ablate = [part.strip() for part in options.ablate.split(",") if part.strip()]
     scenarios = make_scenarios(methods, ratios, ablate)
-    rank, count, wait = _processes(options.device)
+    processes = Processes(options.device)
+    rank, count, wait = processes.rank, processes.count, processes.wait
     judged = load_judged(options.model, options.device, options.dtype, options.revision)
     timesteps = sorted(parse_numbers("timesteps", options.timesteps, 0, len(judged.signal) - 1))
     inputs = load_inputs(judged, options.images, options.captions, options.samples, options.seed)
@@ -140,20 +139,6 @@ def settings_of(judged: Judged, inputs: Inputs, seed: int) -> dict[str, Any]:
     }
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Note what a folder's losses depend on. Raises BenchError where it has losses that depend on something else."""
-    path = out / "settings.json"
-    found = read_json(path)
-    if found is not None:
-        for key, value in settings.items():
-            if found.get(key) != value:
-                raise BenchError(
-                    f"{out} was made with {key} {found.get(key)}, not {value}: give the same settings or another --out"
-                )
-    else:
-        write_atomically(path, json.dumps(settings, indent=1) + "\n")
-
-
 def sampled_timesteps(judged: Judged, steps: int) -> list[int]:
     """The timesteps of a DDIM run of so many steps, by which the mean over a run is weighted."""
     scheduler = DDIMScheduler.from_config(judged.pipe.scheduler.config)
@@ -166,13 +151,3 @@ def _code(scenario: Scenario) -> str:
     for name in _OWN_CODE:
         digest.update(effective_code(Path(__file__).with_name(name).read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:16]
-
-
-def _processes(device: str | None) -> tuple[int, int, Any]:
-    """(rank, count, a function that waits for all) of the processes that accelerate launch started, or of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, lambda: None
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    return state.process_index, state.num_processes, state.wait_for_everyone

@@ -9,13 +9,13 @@ from typing import Any
 
 from agentsd.files import write_atomically
 from eval.common.environment import environment_line
-from eval.fid.report import Column, as_csv, table, write_json
+from eval.common.tables import Column, as_csv, table, write_json
+from eval.launch import REPOSITORY
 
 from .grid import grid_image
 from .plan import BASE, BOTH, UNTRAINED, WITHOUT, Plan
 from .sampling import shots_of
 from .statistics import paired_ratio
-from .subprocesses import ROOT
 from .trainings import median_step
 
 _GB = 1e9
@@ -232,8 +232,8 @@ def as_markdown(
 def _told(plan: Plan) -> dict[str, Any]:
     """The plan as JSON; the shipped subject by its place in this repository, not in this machine."""
     subject = Path(plan.subject)
-    inside = subject.is_relative_to(ROOT)
-    return plan.as_json() | {"subject": subject.relative_to(ROOT).as_posix() if inside else plan.subject}
+    inside = subject.is_relative_to(REPOSITORY)
+    return plan.as_json() | {"subject": subject.relative_to(REPOSITORY).as_posix() if inside else plan.subject}
 
 
 def _gb(value: int | None) -> float | None:

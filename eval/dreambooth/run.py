@@ -18,10 +18,9 @@ from agentsd.images.pipelines import SCHEDULERS, choose_dtype
 from eval.common.environment import environment
 from eval.common.fingerprint import package_versions
 from eval.common.models import pick_device
+from eval.common.processes import claim, lock_folder, run_python
 from eval.common.protocol import BenchError
-from eval.denoising.run import claim
 from eval.fid.features import check_features
-from eval.fid.generation import lock_folder
 from eval.fid.images import read_image
 
 from . import sample_memory, step_times
@@ -30,7 +29,6 @@ from .plan import SUBJECT, Plan
 from .report import make_costs, write_report
 from .sampling import sample_all, shots_of
 from .scoring import score, subject_files
-from .subprocesses import run_python
 from .trainings import train_all
 
 _PLAN = "plan.json"

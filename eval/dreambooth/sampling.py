@@ -12,6 +12,7 @@ from tqdm import tqdm
 from agentsd.images.generate import generate
 from agentsd.images.png import read_settings, save_image
 from agentsd.images.request import Request
+from agentsd.images.rounds import rotated
 from agentsd.images.warm_up import warm_up
 from eval.common.models import ModelSpec, load_model
 from eval.fid.generation import is_whole
@@ -78,8 +79,7 @@ def sample_all(plan: Plan, out: Path, rows: Sequence[Row]) -> None:
     warm: set[str] = set()
     with tqdm(total=todo, desc="images", unit="image", disable=not todo) as bar:
         for number, same in enumerate(rounds):
-            turn = number % len(rows)
-            for shot in [*same[turn:], *same[:turn]]:
+            for shot in rotated(same, number):
                 if is_whole(shot.path):
                     continue
                 row = shot.row

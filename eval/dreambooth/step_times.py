@@ -16,6 +16,7 @@ import torch
 
 from agentsd.config import FIELD_NAMES
 from agentsd.files import write_atomically
+from agentsd.images.rounds import rotated
 
 from .plan import Plan, plan_from
 
@@ -33,8 +34,7 @@ def measure_steps(trainers: Mapping[str, Any], rounds: int) -> dict[str, list[fl
     names = list(trainers)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-_WARM_UP, rounds):
-        turn = number % len(names)
-        for name in [*names[turn:], *names[:turn]]:
+        for name in rotated(names, number):
             _synchronize()
             before = time.perf_counter()
             trainers[name].step()

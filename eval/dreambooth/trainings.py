@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from eval.common.files import read_json
+from eval.common.processes import run_python
 from eval.common.protocol import BenchError
+from eval.launch import REPOSITORY
 
 from .plan import TRAININGS, Plan
-from .subprocesses import ROOT, run_python
 
 _RECORD = "training.json"
 
@@ -29,7 +30,7 @@ def train_all(plan: Plan, out: Path) -> dict[str, dict[str, Any]]:
         record = _read(out, name)
         if record is not None and record.get("finished"):
             continue
-        arguments = [str(ROOT / "apps" / "dreambooth.py"), *command_line(options)]
+        arguments = [str(REPOSITORY / "apps" / "dreambooth.py"), *command_line(options)]
         if record is not None:
             arguments += ["--resume-from-checkpoint", "latest"]
         print(f"dreambooth_bench: training {TRAININGS[name]}", flush=True)
@@ -64,10 +65,4 @@ def median_step(record: dict[str, Any]) -> float:
 
 
 def _read(out: Path, name: str) -> dict[str, Any] | None:
-    path = out / "models" / name / _RECORD
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise BenchError(f"{path} cannot be read ({error}): remove {path.parent}") from error
+    return read_json(out / "models" / name / _RECORD)

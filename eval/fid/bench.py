@@ -5,24 +5,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import os
 import shutil
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from agentsd.images.model_files import ModelError, check_model
 from agentsd.images.names import SCHEDULERS
 from eval.common.environment import environment
 from eval.common.models import ModelSpec, load_model, native_size, pick_device
+from eval.common.processes import Processes, lock_folder
 from eval.common.protocol import (
     DEMO_REFERENCE,
     PROMPT,
@@ -48,7 +46,6 @@ from .generation import (
     check_space,
     generate_all,
     generate_share,
-    lock_folder,
     missing_images,
     open_folders,
 )
@@ -56,7 +53,6 @@ from .images import FEWEST_IMAGES, reference_files
 from .latency import Timing, Workload, measure
 from .similarity import similarity_of_pairs
 
-_LONGEST_WAIT = timedelta(days=7)  # for the slowest process's share, or for the first one's scores
 _DRY_STEPS = 4
 
 
@@ -83,7 +79,7 @@ class _Bench:
     def __init__(self, options: argparse.Namespace, command: str):
         self.options = options
         self.command = command
-        self.processes = _Processes(options.device)
+        self.processes = Processes(options.device)
         random = options.random_weights
         device = self.processes.device or options.device
         self.spec = ModelSpec(options.model, random, options.scheduler, device, options.dtype, options.revision)
@@ -408,29 +404,3 @@ def _load_reference(options: argparse.Namespace, plan: Plan, network: FeatureNet
 
 def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-
-
-# --- processes --------------------------------------------------------------------------------------------------------
-
-
-class _Processes:
-    """The processes that accelerate launch started, or this one alone.
-
-    Attributes:
-        rank, count: of this process, and of them.
-        device: of this one; None where it is the only one and may choose.
-    """
-
-    def __init__(self, device: str | None):
-        self.rank, self.count, self.device, self.state = 0, int(os.environ.get("WORLD_SIZE", "1")), None, None
-        if self.count > 1:
-            from accelerate import PartialState
-
-            self.state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=_LONGEST_WAIT)
-            self.rank, self.count = self.state.process_index, self.state.num_processes
-            self.device = str(self.state.device)
-
-    def wait(self) -> None:
-        """Wait until all processes get here."""
-        if self.state is not None:
-            self.state.wait_for_everyone()

@@ -236,32 +236,6 @@ def open_folder(folder: Path, manifest: dict[str, Any]) -> None:
         raise _unwritable(folder, error) from error
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep a second run out of the folder; the lock of a killed process is released by the system.
-
-    Raises BenchError where another run is using it, or it cannot be written to.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise BenchError(f"{folder} cannot be written to ({error.strerror or error}): give another --out") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BenchError(
-                f"{folder}: another run is using this folder; wait for it, or give another --out"
-            ) from None
-        yield
-
-
 def check_space(folder: Path, images: int, pixels: int) -> None:
     """Check that a folder can be written to and its disk has room for so many images.
 

@@ -14,6 +14,7 @@ import torch
 
 from agentsd import AgentConfig, Phase
 from agentsd.images.measure import PeakMemory
+from agentsd.images.rounds import rotated
 from agentsd.images.warm_up import one_step_per_phase
 from eval.common.models import native_size
 from eval.common.protocol import CONTROLS, PROMPT, BenchError, Scenario
@@ -105,8 +106,7 @@ def measure(
         if workload.compile:
             torch._dynamo.reset()  # what it learnt at another size would make this one's shapes symbolic
         for number in range(workload.rounds + 1):
-            turn = number % len(runs)
-            for run, timing in [*runs[turn:], *runs[:turn]]:
+            for run, timing in rotated(runs, number):
                 if timing.failed:
                     continue
                 if on_call:

@@ -6,41 +6,24 @@ results.csv (all columns), results.md (two short tables) and charts.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from agentsd import Phase
 from agentsd.files import write_atomically
+from agentsd.images.rounds import STABLE
 from eval.common.environment import environment_line
 from eval.common.protocol import CONTROLS, BenchError, Scenario
+from eval.common.tables import Column, as_csv, figure, table, write_json
 
 from .latency import Timing
 from .plots import grid_image, quality_chart, speed_chart
 
 RESULTS = "results.json"
-_UNSTABLE = 1.15
-
-
-@dataclass(frozen=True)
-class Column:
-    """A measured figure: its key in a row, and how a table shows it.
-
-    Attributes:
-        tables: "quality", "speed", both with a space between, or "" for results.json and results.csv only.
-        interval: whether the row has a 95 % interval of it, under the key with _ci.
-    """
-
-    key: str
-    heading: str = ""
-    form: str = "{}"
-    tables: str = ""
-    interval: bool = False
 
 
 COLUMNS = (
@@ -116,11 +99,6 @@ def write_report(folder: Path, results: dict[str, Any] | None = None, charts: bo
     return results
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write data as JSON, atomically."""
-    write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-
-
 def scenario_row(scenario: Scenario) -> dict[str, Any]:
     """A scenario as the first columns of its row: every setting of the patch that its method uses."""
     row = {"scenario": scenario.name, "method": scenario.method, "cache_interval": scenario.cache_interval}
@@ -179,7 +157,7 @@ def verdict(rows: Sequence[dict[str, Any]], scored: dict[str, Any]) -> list[str]
             if row.get(f"{key}_{method}") is not None:
                 sentences.append(_compared(row, f"{key}_{method}", label, other))
             if row.get(f"psnr_difference_{method}") is not None:
-                difference = _figure(row[f"psnr_difference_{method}"], row[f"psnr_difference_{method}_ci"], "{:+.2f}")
+                difference = figure(row[f"psnr_difference_{method}"], row[f"psnr_difference_{method}_ci"], "{:+.2f}")
                 sentences.append(
                     f"{row['scenario']}: PSNR to sd {difference} dB over {other}'s on average, nearer to sd in "
                     f"{row[f'nearer_than_{method}']} of {row['images']} images."
@@ -188,7 +166,7 @@ def verdict(rows: Sequence[dict[str, Any]], scored: dict[str, Any]) -> list[str]
     for row in compared:
         if row["method"] not in CONTROLS:
             continue
-        text = f"Control {row['scenario']}: {_figure(row[key], row[f'{key}_ci'], '{:+.2f}')}"
+        text = f"Control {row['scenario']}: {figure(row[key], row[f'{key}_ci'], '{:+.2f}')}"
         if row[f"{key}_ci"][0] <= max(0.0, least):
             sentences.append(
                 f"{text}. Removing this attention costs no more than replacing it: this model and this score cannot "
@@ -203,42 +181,6 @@ def verdict(rows: Sequence[dict[str, Any]], scored: dict[str, Any]) -> list[str]
             "upward, and only differences at equal numbers of images mean something."
         )
     return sentences
-
-
-def as_csv(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:
-    """The rows with all their columns, an interval as two columns, and the environment in each row."""
-    flat = []
-    for row in rows:
-        out: dict[str, Any] = {}
-        for key, value in row.items():
-            if key.endswith("_ci"):
-                out[f"{key}_low"], out[f"{key}_high"] = value or (None, None)
-            else:
-                out[key] = " ".join(map(str, value)) if isinstance(value, list) else value
-        flat.append({**out, "environment": environment_line(environment)})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
-
-
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], label: str = "") -> str:
-    """The rows as a Markdown table; columns without any value are left out.
-
-    Args:
-        label: name of the Fréchet distance.
-    """
-    columns = [column for column in columns if any(row.get(column.key) not in (None, "") for row in rows)]
-    words = [all(isinstance(row.get(column.key) or "", str) for row in rows) for column in columns]
-    lines = [
-        "| " + " | ".join(column.heading.format(label=label) for column in columns) + " |",
-        "|" + "|".join(" --- " if word else " ---: " for word in words) + "|",
-    ]
-    for row in rows:
-        cells = (_figure(row.get(c.key), row.get(f"{c.key}_ci") if c.interval else None, c.form) for c in columns)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def tables(rows: Sequence[dict[str, Any]], label: str = "") -> dict[str, str]:
@@ -279,7 +221,7 @@ def as_markdown(results: dict[str, Any], charts: Sequence[str] = ()) -> str:
             f"(means with caching). Memory is the peak {memory}.",
             found["speed"],
         ]
-    parts += [f"![{name.removesuffix('.png')}]({name})" for name in charts]
+    parts += [f"![{Path(name).stem}]({name})" for name in charts]
     return "\n\n".join(parts) + "\n"
 
 
@@ -324,23 +266,16 @@ def _compared(row: dict[str, Any], key: str, label: str, other: str) -> str:
         said = f"no difference that {row['images']} images can show"
     else:
         said = "worse" if row[key] > 0 else "better"
-    return f"{row['scenario']}: {label} {_figure(row[key], (low, high), '{:+.2f}')} against {other}: {said}."
+    return f"{row['scenario']}: {label} {figure(row[key], (low, high), '{:+.2f}')} against {other}: {said}."
 
 
 def _unstable(seconds: Sequence[float]) -> str:
     spread = max(seconds, default=1.0) / min(seconds, default=1.0)
-    return f"unstable: rounds differ by {spread - 1:.0%}" if spread > _UNSTABLE else ""
+    return f"unstable: rounds differ by {spread - 1:.0%}" if spread > STABLE else ""
 
 
 def _ratio(base: float | None, value: float | None) -> float | None:
     return base / value if base and value else None
-
-
-def _figure(value: Any, interval: Sequence[float] | None, form: str) -> str:
-    if value is None or value == "":
-        return ""
-    text = form.format(value)
-    return f"{text} [{', '.join(form.format(end) for end in interval)}]" if interval else text
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from agentsd.config import Phase
+from eval.common.tables import markdown
 
 from . import before
 from .gpus import FAST_HOST, FORECAST, GPUS, HOSTS, Host
@@ -122,9 +123,7 @@ def _percent(fraction: float) -> str:
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     """A Markdown table; all but the first column to the right."""
-    names = list(header)
-    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown(list(header), rows, "lr").splitlines()
 
 
 def _milliseconds(of: Costs, gpu: str, host: Host, mode: str) -> float:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from agentsd.files import write_atomically
 from eval.common.environment import environment, environment_line
 from eval.common.models import ModelSpec, load_model, native_size, pick_device
+from eval.common.processes import lock_folder
 from eval.common.protocol import (
     CONTROLS,
     DEMO_REFERENCE,
@@ -27,9 +28,10 @@ from eval.common.protocol import (
     demo_classes,
     make_scenarios,
 )
+from eval.common.tables import Column, table, write_json
 from eval.fid import report, scores
 from eval.fid.features import FeatureNetwork, load_features
-from eval.fid.generation import Job, check_space, generate_all, lock_folder, missing_images, open_folders
+from eval.fid.generation import Job, check_space, generate_all, missing_images, open_folders
 from eval.fid.images import FEWEST_IMAGES
 
 from .effective_keys import QUERY_STRIDE, KeySpread, measure_effective_keys
@@ -42,22 +44,22 @@ _FEATURES = "efficientnet-lite0"
 _CONFUSIONS = 8
 
 _SCORE_COLUMNS = (
-    report.Column("scenario", "scenario", "{}"),
-    report.Column("recognised", "recognised", "{}"),
-    report.Column("images", "of", "{}"),
-    report.Column("recognition", "share [95 %]", "{:.0%}", interval=True),
+    Column("scenario", "scenario", "{}"),
+    Column("recognised", "recognised", "{}"),
+    Column("images", "of", "{}"),
+    Column("recognition", "share [95 %]", "{:.0%}", interval=True),
     *(column for column in report.COLUMNS if column.key.startswith(("fd", "kid", "psnr", "ssim")) and column.heading),
 )
 _KEY_COLUMNS = (
-    report.Column("layer", "layer", "{}"),
-    report.Column("queries", "queries", "{:,}"),
-    report.Column("tokens", "keys, N", "{:,}"),
-    report.Column("median", "effective keys, median", "{:.1f}"),
-    report.Column("quartiles", "quartiles"),
-    report.Column("share", "median / N", "{:.3f}"),
-    report.Column("share_quartiles", "quartiles / N"),
+    Column("layer", "layer", "{}"),
+    Column("queries", "queries", "{:,}"),
+    Column("tokens", "keys, N", "{:,}"),
+    Column("median", "effective keys, median", "{:.1f}"),
+    Column("quartiles", "quartiles"),
+    Column("share", "median / N", "{:.3f}"),
+    Column("share_quartiles", "quartiles / N"),
 )
-_BAR_COLUMNS = tuple(report.Column(key, key) for key in ("bar", "rule", "figure", "met"))
+_BAR_COLUMNS = tuple(Column(key, key) for key in ("bar", "rule", "figure", "met"))
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def run(options: argparse.Namespace, command: str) -> int:
             "effective_keys": [asdict(spread) for spread in spreads],
             "rows": rows,
         }
-        report.write_json(folder / "gate.json", found)
+        write_json(folder / "gate.json", found)
         write_atomically(folder / "gate.md", as_markdown(found))
     print("\n".join([found["verdict"], "", *_lines(bars), "", *_confusion_lines(rows[:1], 5)]))
     print(f"report: {folder / 'gate.md'}")
@@ -214,14 +216,14 @@ def as_markdown(found: Mapping[str, Any]) -> str:
         environment_line(found["environment"]),
         found["protocol"],
         f"**{found['verdict']}**",
-        report.table(
+        table(
             [{**bar, "met": "yes" if bar["met"] else "**no**"} for bar in found["bars"]],
             _BAR_COLUMNS,
         ),
         "## Effective keys",
         "exp of the entropy (natural logarithm) of a query's attention weights: N where all keys weigh the same, 1 "
         "where one key has all the weight. Unpatched model, all steps of the agent phase, all heads.",
-        report.table(keys, _KEY_COLUMNS),
+        table(keys, _KEY_COLUMNS),
         "## Controls and recognition",
         "mean-value and no-attention are agentsd, but in the agent phase the full-resolution self-attention returns "
         "its mean value token, or zero. An image is recognised if, among the reference's images, the "
@@ -229,7 +231,7 @@ def as_markdown(found: Mapping[str, Any]) -> str:
         "ties with another name do not count. Intervals of shares are Wilson's; FD is the distance to the training "
         "images of the same names, its differences are paired bootstrap intervals, as in fid_bench. "
         f"Reference: {found['reference']}.",
-        report.table(found["rows"], _SCORE_COLUMNS, found["label"]),
+        table(found["rows"], _SCORE_COLUMNS, found["label"]),
         "Prompted → taken for: ",
         "\n".join(f"- {line}" for line in _confusion_lines(found["rows"], _CONFUSIONS)),
     ]  # fmt: skip

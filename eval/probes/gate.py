@@ -14,6 +14,7 @@ from agentsd import AgentConfig
 from agentsd.files import write_atomically
 from eval.common.protocol import SD, BenchError, Scenario
 from eval.common.scenarios import full_resolution_layers
+from eval.common.tables import markdown
 from eval.denoising.inputs import FEWEST, Inputs, load_inputs
 from eval.denoising.judged import Judged, load_judged
 from eval.denoising.losses import losses_at, noise_of
@@ -59,15 +60,15 @@ def as_markdown(rows: Sequence[dict[str, Any]], samples: int, passed: bool) -> s
         f"{LEAST_RISE['mean-value']:.0%} or more, no attention by {LEAST_RISE['no-attention']:.0%} or more, and the "
         f"median of effective keys of the sharpest layer is at most {MOST_KEYS:g} of N = {tokens}.",
         "",
-        "| t | loss | mean value | no attention | effective keys by layer, median | met |",
-        "|---:|---:|---:|---:|---:|---|",
     ]
+    cells = []
     for row in rows:
         rises = (f"{100 * row[name][0]:+.0f} ± {100 * row[name][1]:.0f} %" for name in LEAST_RISE)
         keys = ", ".join(f"{median:.0f}" for median in row["keys"].values())
         met = "yes" if row["met"] else "no"
-        lines.append(f"| {row['timestep']} | {row['loss']:.4f} | {' | '.join(rises)} | {keys} | {met} |")
-    return "\n".join(lines) + "\n"
+        cells.append([row["timestep"], f"{row['loss']:.4f}", *rises, keys, met])
+    heading = ["t", "loss", "mean value", "no attention", "effective keys by layer, median", "met"]
+    return "\n".join([*lines, markdown(heading, cells, "rrrrrl")]) + "\n"
 
 
 def _row(judged: Judged, inputs: Inputs, timestep: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from agentsd.files import write_atomically
+from eval.common.tables import markdown
 from eval.denoising.inputs import load_inputs
 from eval.denoising.judged import load_judged
 from eval.denoising.patterns import SMOOTHING
@@ -29,17 +30,13 @@ def matching_stage(out: Path, samples: int = 8) -> str:
     """
     judged = load_judged(str(out / "model"), device="cpu")
     images = load_inputs(judged, None, None, samples, _SEED).latents
-    lines = [
-        "Effective keys of the best matching of two noisy windows, as a fraction of all, median:",
-        "",
-        "| t | " + " | ".join(f"{side} × {side}" for side in WINDOWS) + " |",
-        "|---:|" + "---:|" * len(WINDOWS),
-    ]
+    rows = []
     for timestep in TIMESTEPS:
         signal = float(judged.signal[timestep])
         shares = [matched_share(images, signal, side, SMOOTHING * judged.scale) for side in WINDOWS]
-        lines.append(f"| {timestep} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
-    text = "\n".join(lines) + "\n"
+        rows.append([str(timestep), *(f"{share:.3f}" for share in shares)])
+    said = "Effective keys of the best matching of two noisy windows, as a fraction of all, median:"
+    text = f"{said}\n\n{markdown(['t', *(f'{side} × {side}' for side in WINDOWS)], rows, 'r')}\n"
     write_atomically(out / "matching.md", text)
     print(text)
     return text

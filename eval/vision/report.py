@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from eval.common.tables import markdown
+
 from .paper import AGENT, BASELINE_TOP1
 from .speed import exponent
 
@@ -28,14 +30,8 @@ def as_markdown(title: str, lines: Sequence[str], results: dict[str, Any]) -> st
     return "\n\n".join(parts) + "\n"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """A Markdown table whose first `texts` columns are text and the others numbers."""
-    rule = ["---"] * texts + ["---:"] * (len(header) - texts)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
-
-
 def _counts(rows: Sequence[dict[str, Any]]) -> str:
-    table = _table(
+    table = markdown(
         ["model", "pixels", "parameters", "paper, M", "GMACs", "paper", "paper's top-1"],
         [
             [
@@ -49,6 +45,7 @@ def _counts(rows: Sequence[dict[str, Any]]) -> str:
             ]
             for row in rows
         ],
+        "lr",
     )
     return (
         f"## Parameters and multiply-adds\n\n{table}\n\nGMACs: billions of multiply-adds in matrix products and "
@@ -58,7 +55,7 @@ def _counts(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _throughput(rows: Sequence[dict[str, Any]]) -> str:
-    table = _table(
+    table = markdown(
         ["baseline", "agent model", "pixels", "baseline ms", "agent ms", "speed-up", "quartiles", "top-1, papers"],
         [
             [
@@ -73,7 +70,7 @@ def _throughput(rows: Sequence[dict[str, Any]]) -> str:
             ]
             for row in sorted(rows, key=lambda row: row["why"], reverse=True)
         ],
-        texts=2,
+        "llr",
     )
     return (
         f"## Speed against the baselines\n\n{table}\n\nMilliseconds an image, medians over the rounds; the two models "
@@ -84,7 +81,7 @@ def _throughput(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _growth(rows: Sequence[dict[str, Any]]) -> str:
-    table = _table(
+    table = markdown(
         ["pixels", "tokens", "DeiT-T ms", "Agent-DeiT-T ms", "speed-up", "quartiles", "DeiT-T GMACs", "Agent GMACs"],
         [
             [
@@ -99,7 +96,7 @@ def _growth(rows: Sequence[dict[str, Any]]) -> str:
             ]
             for row in rows
         ],
-        texts=0,
+        "r",
     )
     text = f"## Growth with resolution\n\n{table}"
     if len(rows) > 1:
@@ -113,7 +110,7 @@ def _growth(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _imagenet(row: dict[str, Any]) -> str:
-    table = _table(
+    table = markdown(
         ["model", "images", "top-1", "top-5", "paper's top-1"],
         [
             [
@@ -124,5 +121,6 @@ def _imagenet(row: dict[str, Any]) -> str:
                 f"{AGENT[row['model']].top1:g}",
             ]
         ],
+        "lr",
     )
     return f"## ImageNet\n\n{table}\n\nCheckpoint {row['checkpoint_sha256'][:12]}, {row['dtype']}."

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
+from agentsd.images.rounds import STABLE
+
 from .counts import count
 from .models import build
 from .paper import PAIRS, Pair
-
-_UNSTABLE = 1.15
-"""Rounds that differ by more than this factor (upper over lower quartile) make a timing unstable."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def _timed_pair(baseline: str, agent: str, size: int, timing: Timing) -> dict[st
         "agent_ms": 1000 * statistics.median(by_model[1]) / timing.batch,
         "speedup": statistics.median(ratios),
         "speedup_quartiles": [low, high],
-        "unstable": high / low > _UNSTABLE,
+        "unstable": high / low > STABLE,  # of the rounds' ratios, upper over lower quartile
     }
 
 

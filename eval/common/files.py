@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eval.common.protocol import BenchError
+from .protocol import BenchError
 
 
 def read_json(path: Path) -> Any:
