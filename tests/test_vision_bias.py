@@ -15,24 +15,24 @@ from torch.nn.utils import parameters_to_vector, parametrize, vector_to_paramete
 
 from agentsd.vision import bias
 
-# ---- writes, by how they are done ----
+# ---- writes, by how they are done: a factor, as softmax does not see a constant that is added to all ----
 
 
 @torch.no_grad()
 def write_in_place(module):
-    module.an_bias.add_(1.0)
+    module.an_bias.mul_(3.0)
 
 
 def write_by_load(module):
-    module.load_state_dict({name: value + 1 for name, value in module.state_dict().items()})
+    module.load_state_dict({name: 3 * value for name, value in module.state_dict().items()})
 
 
 def write_by_assigning_load(module):
-    module.load_state_dict({name: value + 1 for name, value in module.state_dict().items()}, assign=True)
+    module.load_state_dict({name: 3 * value for name, value in module.state_dict().items()}, assign=True)
 
 
 def write_by_replacing(module):
-    module.an_bias = nn.Parameter(module.an_bias.detach() + 1)
+    module.an_bias = nn.Parameter(3 * module.an_bias.detach())
 
 
 def write_by_foreach(module):
@@ -50,19 +50,19 @@ def write_through_data(module):
 
 
 def write_by_setting_data(module):
-    module.na_bias.data = module.na_bias.data + 1
+    module.na_bias.data = 3 * module.na_bias.data
 
 
 def write_by_vector(module):
-    vector_to_parameters(parameters_to_vector(module.parameters()) + 1, module.parameters())
+    vector_to_parameters(3 * parameters_to_vector(module.parameters()), module.parameters())
 
 
 def write_through_numpy(module):
-    module.ah_bias.detach().numpy()[:] += 1
+    module.ah_bias.detach().numpy()[:] *= 3
 
 
 def write_through_storage(module):
-    other = (module.aw_bias.detach() + 1).clone()
+    other = 3 * module.aw_bias.detach()
     module.aw_bias.untyped_storage().copy_(other.untyped_storage())
 
 
@@ -73,7 +73,7 @@ def write_one_number(module):
 def write_by_average_of_weights(module):
     """diffusers' EMAModel.copy_to, which writes through .data."""
     average = EMAModel(module.parameters())
-    average.shadow_params = [value + 1 for value in average.shadow_params]
+    average.shadow_params = [3 * value for value in average.shadow_params]
     average.copy_to(module.parameters())
 
 
@@ -90,12 +90,12 @@ def write_by_fused_optimizer(module):
 
 def write_by_dtype_through_data(module):
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(torch.float64)
+        parameter.data = 3 * parameter.data.to(torch.float64)
     module.to(torch.float32)
 
 
 def write_by_device(module):
-    weights = {name: value.clone() + 1 for name, value in module.state_dict().items()}
+    weights = {name: 3 * value for name, value in module.state_dict().items()}
     module.to("meta").to_empty(device="cpu").load_state_dict(weights)
 
 
@@ -190,7 +190,7 @@ def test_copies_are_independent(copied):
     module(tokens(), GRID)
     twin = copied(module)
     assert twin._kept is None
-    twin.an_bias = nn.Parameter(twin.an_bias + 1)
+    twin.an_bias = nn.Parameter(3 * twin.an_bias)
     for each in (twin, module):
         torch.testing.assert_close(each(tokens(), GRID), naive(each, tokens(), GRID), rtol=1e-4, atol=1e-4)
 
