@@ -26,12 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
     parser.add_argument("--browser", default=shutil.which("chromium"), help="default: chromium")
-    parser.add_argument("--example", action="store_true", help="only generate the start page's stored castle anew")
+    parser.add_argument(
+        "--example", type=Path, metavar="PNG",
+        help="only store this image of `agentsd generate --compare` as the start page's example",
+    )  # fmt: skip
+    parser.add_argument("--machine", default="2 CPU cores", help="where that image was generated")
     options = parser.parse_args(arguments)
     if options.example:
         from playground.example import EXAMPLE, store_example
 
-        store_example()
+        store_example(options.example, options.machine)
         print(EXAMPLE)
         return 0
     if not options.browser:

@@ -12,7 +12,15 @@ from .figures import Figures, calls_text, speed_word
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto; }
 .agentsd-head h1 { margin: 0 0 2px; font-size: 1.55rem; }
-.agentsd-head p { margin: 0; color: var(--body-text-color-subdued); }
+.agentsd-head p { margin: 0; max-width: 62em; line-height: 1.5; }
+.agentsd-head summary { cursor: pointer; margin-top: 4px; color: var(--body-text-color-subdued); }
+.agentsd-head dt { font-weight: 600; margin-top: 6px; } .agentsd-head dd { margin: 0 0 0 1em; max-width: 62em; }
+#main { display: grid; align-items: start; gap: var(--layout-gap);
+  grid-template: "ask results" auto "settings results" 1fr / minmax(300px, 1fr) minmax(0, 2fr); }
+#ask { grid-area: ask; } #settings { grid-area: settings; } #results { grid-area: results; }
+#main > * { min-width: 0 !important; }
+.about p { margin: 0; min-height: 4.2em; }
+:focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 2px; }
 .caption { min-height: 5.2em; font-variant-numeric: tabular-nums; line-height: 1.4; }
 .caption b { font-size: 1.15em; }
 .caption .quiet, .quiet { color: var(--body-text-color-subdued); font-size: .92em; }
@@ -29,6 +37,10 @@ CSS = """
 .chart { width: 100%; height: auto; font-size: 12px; fill: var(--body-text-color); }
 .chart .rule { stroke: var(--border-color-primary); }
 footer { opacity: .8; }
+@media (max-width: 800px) {
+  #main { grid-template: "ask" auto "results" auto "settings" auto / minmax(0, 1fr); }
+  .caption, .about p { min-height: 0; }
+}
 @media (max-width: 640px) {
   button[role=tab] { padding-inline: 7px; font-size: .85rem; }
   #grid .grid-container, #past .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
@@ -40,7 +52,7 @@ footer { opacity: .8; }
 """
 
 
-def figures_html(figures: Figures) -> str:
+def figures_html(figures: Figures, of: str = "") -> str:
     """The figures under a finished image; unstable timings have no decimals, and claim no speed-up."""
     seconds = seconds_text(figures.seconds, figures.stable)
     if figures.stable:
@@ -69,6 +81,7 @@ def figures_html(figures: Figures) -> str:
     if figures.calls is not None:
         details.append(calls_text(figures.calls))
     lines += [f"<span class='quiet'>{detail}</span>" for detail in details]
+    lines += [f"<span class='quiet'>{escape(of)}</span>"] if of else []
     return f"<div class='caption'>{'<br>'.join(lines)}</div>"
 
 
@@ -93,12 +106,18 @@ def message_html(text: str, kind: str = "info") -> str:
     return f"<div class='message {kind}' role='{role}'>{escape(text)}</div>"
 
 
-def unknown_html(note: str | None, names: Sequence[str]) -> str:
-    """The remark under a prompt that names nothing the model knows, with the list of what it knows; "" for None."""
-    if note is None:
-        return ""
-    listed = f"<details><summary>All {len(names)} things</summary>{escape(', '.join(names))}</details>"
-    return f"<div class='message note' role='status'>{escape(note)}{listed}</div>"
+def remark_html(text: str) -> str:
+    """An explanation in small print, beside what it explains."""
+    return f"<p class='quiet'>{escape(text)}</p>" if text else ""
+
+
+def notes_html(notes: Sequence[str], unknown: str | None, names: Sequence[str]) -> str:
+    """The remarks under the prompt, with the list of what is known under that on an unknown thing; "" for none."""
+    texts = [escape(note) for note in notes]
+    if unknown is not None:
+        listed = f"<details><summary>All {len(names)} things</summary>{escape(', '.join(names))}</details>"
+        texts.append(escape(unknown) + listed)
+    return "".join(f"<div class='message note' role='status'>{text}</div>" for text in texts)
 
 
 def difference_html(left: str, right: str, text: str) -> str:

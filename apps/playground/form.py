@@ -13,22 +13,23 @@ from agentsd import AgentConfig
 from agentsd.config import SETTINGS
 from agentsd.fields import written
 from agentsd.images.demo_prompts import DEMO_NAMES
-from agentsd.images.pipelines import SCHEDULERS
 
 from . import captions
-from .context import PRIVATE, QUICK, Context
-from .models import Models
-from .prompts import unknown_note
+from .context import PRIVATE, Context
+from .models import Models, scheduler_name, scheduler_to_set
+from .prompts import quality_notes, unknown_note
 from .restore import link_values
 from .script import script
 from .settings import (
-    OWN_SCHEDULER,
     PATCH_FIELDS,
     PRESETS,
+    RECOMMENDED,
     ROUNDS,
+    SCHEDULER_CHOICES,
     check,
     check_patch,
     patch_values,
+    preset_help,
     preset_of,
     preset_values,
     request_fields,
@@ -48,7 +49,7 @@ _LINK = "Copy a link to these settings"
 _COPY_LINK = """async (...given) => {
     const names = %s, usual = %s, values = {};
     names.forEach((name, i) => {
-        if (given[i] !== null && (given[i] || 0) !== (usual[i] || 0)) values[name] = given[i];
+        if (name === "prompt" || given[i] !== null && (given[i] || 0) !== (usual[i] || 0)) values[name] = given[i];
     });
     const url = new URL(window.location.href);
     names.forEach(name => url.searchParams.delete(name));
@@ -58,7 +59,6 @@ _COPY_LINK = """async (...given) => {
     catch (error) { return "The link is in the address bar"; }
 }"""
 _NAME_AGAIN = f"() => new Promise(done => setTimeout(() => done({_LINK!r}), 1500))"
-_READ_LINK = "() => window.location.search"
 
 
 class Form:
@@ -93,34 +93,54 @@ class Form:
         limits = self.context.limits
         defaults = {name: field.default for name, field in request_fields(self.models.names, limits).items()}
         form = self.controls
-        form["prompt"] = gr.Textbox(
-            label="Prompt", lines=2, max_lines=6, elem_id="prompt", placeholder=_PROMPT.format("castle")
-        )
-        self.prompt_note = gr.HTML(visible=False, elem_id="prompt-note")
-        with gr.Row():
-            self.compare_button = gr.Button("Compare", variant="primary", elem_id="draw", min_width=120, scale=3)
-            self.stop_button = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, scale=1)
+        # Two columns, so that on a phone the results stand between them.
+        with gr.Column(elem_id="ask"):
+            form["prompt"] = gr.Textbox(
+                _PROMPT.format(_EXAMPLES[0]),
+                label="Prompt: what the image shows",
+                lines=2,
+                max_lines=6,
+                elem_id="prompt",
+            )
+            gr.Examples(
+                [[_PROMPT.format(subject)] for subject in _EXAMPLES], inputs=[form["prompt"]],
+                label="Examples: the prompt", api_name="example", example_labels=_EXAMPLES,
+            )  # fmt: skip
+            with gr.Row():
+                self.compare_button = gr.Button("Compare", variant="primary", elem_id="draw", min_width=120, scale=3)
+                self.stop_button = gr.Button(
+                    "Stop", variant="stop", elem_id="stop", min_width=80, scale=1, interactive=False
+                )
+            self.prompt_note = gr.HTML(visible=False, elem_id="prompt-note")
+        with gr.Column(elem_id="settings"):
+            self._layout_settings(defaults)
+
+    def _layout_settings(self, defaults: dict[str, Any]) -> None:
+        limits, form = self.context.limits, self.controls
         with gr.Row(equal_height=True):
             form["seed"] = gr.Number(
-                label="Seed", value=defaults["seed"], precision=0, min_width=120, elem_id="seed", scale=2
-            )
+                label="Seed", value=defaults["seed"], precision=0, min_width=120, elem_id="seed", scale=2,
+                info="number of the noise that an image begins as: the same seed, the same image",
+            )  # fmt: skip
             with gr.Column(scale=1, min_width=100):
-                self.random_button = gr.Button("Random", size="sm", elem_id="random")
-                self.keep_seed = gr.Checkbox(label="Keep", value=True, elem_id="keep", container=False)
+                self.random_button = gr.Button("New seed", size="sm", elem_id="random")
+                self.keep_seed = gr.Checkbox(label="Keep it", value=True, elem_id="keep", container=False)
         with gr.Row():
             form["steps"] = gr.Number(
                 label=f"Steps (1 … {limits.steps})", value=defaults["steps"], precision=0, min_width=120,
-                elem_id="steps",
+                elem_id="steps", info="the noise is taken away in so many steps; more are cleaner and slower",
             )  # fmt: skip
             form["guidance"] = gr.Number(
-                label="Guidance", value=defaults["guidance"], step=0.5, min_width=120, elem_id="guidance"
-            )
+                label="Guidance", value=defaults["guidance"], step=0.5, min_width=120, elem_id="guidance",
+                info="how closely the prompt is followed; 5 to 8 is usual",
+            )  # fmt: skip
         first = self.models.names[0]
         self.preset = gr.Dropdown(
             [*PRESETS, *([_AS_TRAINED] if self.trained else []), _NO_PRESET],
-            value=_AS_TRAINED if first in self.trained else "paper", label="Preset", elem_id="preset",
-            info="sets fields of the patch",
+            value=_AS_TRAINED if first in self.trained else "paper", label="Preset of AgentSD", elem_id="preset",
+            info="a set of the settings below",
         )  # fmt: skip
+        self.preset_note = gr.HTML(captions.remark_html(self._preset_help(self.preset.value)), elem_id="preset-note")
         for name, setting in SETTINGS.items():
             if not setting.advanced:
                 self._patch_control(name)
@@ -131,8 +151,10 @@ class Form:
                 visible=len(self.models.names) > 1,
             )  # fmt: skip
             form["scheduler"] = gr.Dropdown(
-                [OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler", elem_id="scheduler"
-            )
+                list(SCHEDULER_CHOICES), value=RECOMMENDED, label="Scheduler", elem_id="scheduler",
+                info="how the noise is taken away; recommended: the model's own, or DDIM where that is PLMS (which "
+                "wants 50 steps)",
+            )  # fmt: skip
             with gr.Row():
                 for name in ("width", "height"):
                     form[name] = gr.Number(
@@ -147,10 +169,6 @@ class Form:
             for name, setting in SETTINGS.items():
                 if setting.advanced:
                     self._patch_control(name)
-        gr.Examples(
-            [[_PROMPT.format(subject)] for subject in _EXAMPLES], inputs=[form["prompt"]], label="Examples: the prompt",
-            api_name="example", example_labels=_EXAMPLES,
-        )  # fmt: skip
         self.link_button = gr.Button(_LINK, size="sm", elem_id="link")
 
     def _patch_control(self, name: str) -> None:
@@ -181,7 +199,7 @@ class Form:
         """Keep the script, and the remark on the prompt, up to date with the form."""
         changes = [control.change for control in self.inputs]
         event |= {"trigger_mode": "always_last"}
-        outputs = [code, self.prompt_note, self.preset]
+        outputs = [code, self.prompt_note, self.preset, self.preset_note]
         gr.on([page.load, *changes], self._derived, self.inputs, outputs, preprocess=False, **event)
         patch = [self.controls[field.name] for field in PATCH_FIELDS.values()]
         model = self.controls["model"]
@@ -190,17 +208,39 @@ class Form:
         model.input(self._choose_model, self.inputs, patch, preprocess=False, **event)
         self.random_button.click(lambda: random.randrange(2**31), None, self.controls["seed"], **event)
 
-    def _derived(self, *given: Any) -> tuple[str, Any, str]:
-        """What follows from the form: the script, the remark on the prompt, the name of the preset."""
+    def _derived(self, *given: Any) -> tuple[str, Any, str, str]:
+        """What follows from the form: the script, the remarks under the prompt, the preset with its remark."""
         values = self.values(given)
-        note = unknown_note(values["model"], str(values["prompt"] or ""))
-        remark = gr.update(value=captions.unknown_html(note, DEMO_NAMES), visible=note is not None)
+        unknown = unknown_note(values["model"], str(values["prompt"] or ""))
+        html = captions.notes_html(self._quality_notes(values), unknown, DEMO_NAMES)
+        remark = gr.update(value=html, visible=bool(html))
         try:
             config = check_patch(values)
             preset = _AS_TRAINED if config == self.trained.get(values["model"]) else preset_of(config)
         except (ValueError, TypeError):
             preset = None  # the script says what is wrong
-        return self._script(values), remark, preset or _NO_PRESET
+        preset = preset or _NO_PRESET
+        return self._script(values), remark, preset, captions.remark_html(self._preset_help(preset))
+
+    @staticmethod
+    def _preset_help(name: str) -> str:
+        own = {
+            _NO_PRESET: "The settings below as you have set them.",
+            _AS_TRAINED: "What this model was trained for, from the agentsd.json in its folder.",
+        }
+        return own.get(name) or preset_help(name)
+
+    def _quality_notes(self, values: dict[str, Any]) -> list[str]:
+        try:
+            settings = check({**values, "prompt": values["prompt"] or "any"}, self.models.names, self.context.limits)
+        except (ValueError, TypeError):
+            return []  # the script says what is wrong
+        model = self.models.loaded(settings.model)
+        if model is None:
+            return []
+        own = model.pipe.scheduler
+        scheduler = scheduler_to_set(settings.scheduler, own) or scheduler_name(own)
+        return quality_notes(settings.request, scheduler, model.size)
 
     def _choose_model(self, *given: Any) -> list[Any]:
         """The values of the patch's controls for another model: those it was trained for.
@@ -232,11 +272,13 @@ class Form:
         if not str(values["prompt"] or "").strip():
             values["prompt"] = _PROMPT.format("castle")
         try:
-            return script(check(values, self.models.names, self.context.limits))
+            settings = check(values, self.models.names, self.context.limits)
+            model = self.models.loaded(settings.model)
+            return script(settings, scheduler_to_set(settings.scheduler, model.pipe.scheduler if model else None))
         except (ValueError, TypeError) as error:
             return "# " + str(error).replace("\n", " ")
 
-    def wire_link(self, page: gr.Blocks, status: gr.HTML) -> None:
+    def wire_link(self) -> None:
         """A link carries the settings in its address, so that it also works after a restart of the app.
 
         Gradio's own DeepLinkButton is not used: once an example or a saved image has filled a field, its links keep the
@@ -247,21 +289,15 @@ class Form:
         copy = _COPY_LINK % (json.dumps(names), json.dumps(defaults))
         self.link_button.click(None, self.inputs, self.link_button, js=copy, **PRIVATE)
         self.link_button.click(None, None, self.link_button, js=_NAME_AGAIN, **PRIVATE)
-        self.link_status = status
-        text = gr.Textbox(visible=False)
-        page.load(self.open_link, text, [status, *self.inputs], js=_READ_LINK, **QUICK)
 
-    def open_link(self, query: str) -> Any:
-        """Put the settings in the page's address into the form; what cannot be used is reported."""
+    def from_link(self, query: str) -> tuple[str, str, dict[str, Any]]:
+        """(message or "", its kind, form values) of the settings in the page's address; what cannot be used is told."""
         try:
             values, remarks = link_values(query, self.models.names, self.context.limits)
         except (ValueError, TypeError) as error:
-            text = f"The settings in the link could not be used: {error}"
-            return {self.link_status: captions.message_html(text, "error")}
+            return f"The settings in the link could not be used: {error}", "error", {}
         message = " ".join((["The settings of this link are in the form."] if values else []) + remarks)
-        kind = "error" if remarks else "info"
-        status = {self.link_status: captions.message_html(message, kind) if message else gr.skip()}
-        return status | self.updates(values)
+        return message, "error" if remarks else "info", values
 
     def _size_hint(self, model_name: str, side: str) -> str:
         limits, model = self.context.limits, self.models.loaded(model_name)

@@ -11,11 +11,12 @@ import torch
 
 from agentsd import AgentConfig
 from agentsd.images.methods import refuse_patched
-from agentsd.images.pipelines import ModelError, load_pipeline
+from agentsd.images.pipelines import SCHEDULERS, ModelError, load_pipeline
 from agentsd.patch import find_unet
 from agentsd.unet.layers import find_layers, own_latent_size
 
 from .previews import Preview
+from .settings import OWN_SCHEDULER, RECOMMENDED
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,25 @@ class Models:
             tuple((layer, downsample) for layer, _, downsample in layers),
             Preview(pipe),
         )
+
+
+def scheduler_name(scheduler: Any) -> str | None:
+    """The name in SCHEDULERS of a scheduler of that class; None where there is none."""
+    kind = type(scheduler).__name__
+    return next((name for name, (listed, _) in SCHEDULERS.items() if listed == kind), None)
+
+
+def scheduler_to_set(asked: str, own: Any) -> str | None:
+    """The name of the scheduler to put in the place of a model's own one; None keeps it.
+
+    Args:
+        asked: a key of SCHEDULERS, OWN_SCHEDULER or RECOMMENDED.
+        own: the model's own scheduler. Where it is PLMS, which wants 50 steps, DDIM is recommended; others were
+            chosen for their model and stay.
+    """
+    if asked == RECOMMENDED:
+        return "ddim" if scheduler_name(own) == "plms" else None
+    return None if asked == OWN_SCHEDULER else asked
 
 
 def free_memory() -> None:

@@ -21,6 +21,7 @@ from .settings import (
     OWN_SCHEDULER,
     PATCH_FIELDS,
     ROUNDS,
+    SCHEDULER_CHOICES,
     Field,
     Limits,
     check,
@@ -110,7 +111,7 @@ def form_values(settings: Mapping[str, Any], models: Sequence[str], limits: Limi
 
 def _scheduler_name(settings: Mapping[str, Any]) -> str | None:
     chosen = settings.get("scheduler_name")
-    if chosen in (OWN_SCHEDULER, *SCHEDULERS):
+    if chosen in SCHEDULER_CHOICES:
         return chosen
     if "scheduler" not in settings:
         return OWN_SCHEDULER

@@ -7,15 +7,20 @@ import json
 
 from agentsd import AgentConfig
 
-from .settings import OWN_SCHEDULER, Settings, preset_of, trained_config
+from .settings import Settings, preset_of, trained_config
 
 
-def script(settings: Settings) -> str:
-    """Write a Python script that generates what the settings say, with the patch; defaults are left out."""
+def script(settings: Settings, scheduler: str | None = None) -> str:
+    """Write a Python script that generates what the settings say, with the patch; defaults are left out.
+
+    Args:
+        settings: checked.
+        scheduler: what to put in the place of the model's own scheduler (`scheduler_to_set`); None keeps it.
+    """
     request, config = settings.request, settings.config
     loading = [json.dumps(settings.model, ensure_ascii=False)]
-    if settings.scheduler != OWN_SCHEDULER:
-        loading.append(f'scheduler="{settings.scheduler}"')
+    if scheduler is not None:
+        loading.append(f'scheduler="{scheduler}"')
     preset = preset_of(config)
     start = trained_config(settings.model) or AgentConfig()  # what apply_patch takes where nothing is named
     if preset and config != start:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentsd import AgentConfig
-from agentsd.config import PRESETS, SETTINGS
+from agentsd.config import PRESET_NOTES, PRESETS, SETTINGS
 from agentsd.fields import written
 from agentsd.images.pipelines import SCHEDULERS
 from agentsd.images.request import Request
@@ -17,6 +17,11 @@ from agentsd.trained import read_trained
 
 OWN_SCHEDULER = "model's own"
 """Name of the scheduler that came with the model."""
+
+RECOMMENDED = "recommended"
+"""DDIM for a model that comes with PLMS (which wants 50 steps), the model's own scheduler for others."""
+
+SCHEDULER_CHOICES = (RECOMMENDED, OWN_SCHEDULER, *SCHEDULERS)
 
 SWEEP_RANGES = {"ratio": (0.1, 0.7), "early": (0.0, 1.0), "alpha": (0.0, 0.3), "cache_interval": (1, 4)}
 """Fields that a sweep may vary, each with a useful range."""
@@ -61,7 +66,7 @@ class Settings:
 
     Attributes:
         model: a name the app was started with.
-        scheduler: a key of SCHEDULERS, or OWN_SCHEDULER.
+        scheduler: a key of SCHEDULERS, OWN_SCHEDULER or RECOMMENDED.
         request: what to generate.
         config: the patch.
         rounds: how many times each method is timed.
@@ -116,9 +121,9 @@ def request_fields(models: Sequence[str], limits: Limits) -> dict[str, Field]:
         Field("prompt", str, ...),
         Field("negative_prompt", str, ""),
         Field("seed", int, 0),
-        Field("steps", int, min(20, limits.steps)),
+        Field("steps", int, min(25, limits.steps)),
         Field("guidance", float, 5.0),
-        Field("scheduler", str, OWN_SCHEDULER),
+        Field("scheduler", str, RECOMMENDED),
         Field("width", int | None, None),
         Field("height", int | None, None),
         Field("model", str, models[0]),
@@ -142,9 +147,10 @@ def check(values: Mapping[str, Any], models: Sequence[str], limits: Limits) -> S
     given |= {name: value for name, value in values.items() if name in given and value is not None}
     if given["model"] not in models:
         raise ValueError(f"model={short(given['model'])}: must be one this app was started with: {', '.join(models)}")
-    if given["scheduler"] not in (OWN_SCHEDULER, *SCHEDULERS):
+    if given["scheduler"] not in SCHEDULER_CHOICES:
         raise ValueError(
-            f"scheduler={short(given['scheduler'])}: must be {OWN_SCHEDULER!r} or one of {', '.join(SCHEDULERS)}"
+            f"scheduler={short(given['scheduler'])}: must be {RECOMMENDED!r}, {OWN_SCHEDULER!r} or one of "
+            f"{', '.join(SCHEDULERS)}"
         )
     for name in ("prompt", "negative_prompt"):
         text = given[name]
@@ -182,6 +188,12 @@ def preset_values(name: Any) -> dict[str, Any]:
     if name not in PRESETS:
         raise ValueError(f"preset={short(name)}: must be one of {', '.join(PRESETS)}")
     return _form_values(PRESETS[name])
+
+
+def preset_help(name: str) -> str:
+    """What a preset does, who takes it and what it measured."""
+    preset = PRESET_NOTES[name]
+    return " ".join(text for text in (preset.help, preset.time, preset.distance) if text)
 
 
 def trained_config(model: str) -> AgentConfig | None:
