@@ -69,7 +69,9 @@ def expected(studio, request, method="agentsd", config=None, model="tiny"):
 
 
 def test_compare(app, client):
-    answer = client.predict("a zebra", steps=3, seed=5, ratio=0.3, rounds=1, api_name="/compare")
+    answer = client.predict(
+        "a zebra", steps=3, seed=5, ratio=0.3, rounds=1, scheduler="model's own", api_name="/compare"
+    )
     assert set(answer) == {*METHODS, "verdict"}
     request, config = Request("a zebra", steps=3, seed=5, guidance=5.0), AgentConfig(ratio=0.3)
     for method in METHODS:
@@ -95,12 +97,14 @@ def test_only_the_prompt_must_be_given(client):
 
 
 def test_inspect(app, client):
-    answer = client.predict("a zebra", steps=3, layer="1", call=0, agent=7, api_name="/inspect")
+    answer = client.predict(
+        "a zebra", steps=3, layer="1", call=0, agent=7, scheduler="model's own", api_name="/inspect"
+    )
     assert (answer["phase"], answer["call"], answer["grid"], answer["num_agents"]) == ("agent", 0, [16, 16], 16)
     request = Request("a zebra", steps=3, guidance=5.0)
     assert np.array_equal(pixels(answer["picture"]), expected(app[1], request))
     assert pixels(answer["merge_map"]).shape == pixels(answer["agent_map"]).shape == (128, 128, 3)
-    late = client.predict("a zebra", steps=3, call=3, api_name="/inspect")
+    late = client.predict("a zebra", steps=3, call=2, api_name="/inspect")
     assert late["phase"] == "merge" and late["agent_map"] is None
 
 

@@ -19,6 +19,7 @@ import torch
 from app_support import CountingLoader, tiny_models
 from PIL import Image
 from playground import captions, charts, figures, images, sweeps
+from playground.compare_tab import CompareTab
 from playground.context import Context, Recent
 from playground.form import Form
 from playground.jobs import Finished, Loading, Looked, Note, Run, Stepped, Stopped, Studio, explain, methods_to_compare
@@ -27,7 +28,8 @@ from playground.models import Models
 from playground.outputs import Outputs, file_name
 from playground.page import Page
 from playground.restore import form_values
-from playground.settings import PATCH_FIELDS, Limits, check
+from playground.settings import OWN_SCHEDULER, PATCH_FIELDS, Limits, check
+from playground.sweep_tab import SweepTab
 
 import agentsd
 from agentsd import AgentConfig
@@ -48,7 +50,17 @@ def studio():
 
 def settings(**values):
     return check(
-        {"prompt": "a zebra", "steps": 4, "seed": 3, "rounds": 1, "model": "tiny", **values}, ["tiny"], Limits()
+        {
+            "prompt": "a zebra",
+            "steps": 4,
+            "seed": 3,
+            "rounds": 1,
+            "model": "tiny",
+            "scheduler": OWN_SCHEDULER,
+            **values,
+        },
+        ["tiny"],
+        Limits(),
     )
 
 
@@ -70,7 +82,7 @@ def run_compare(studio, wanted):
 def test_each_image_comes_as_soon_as_it_is_ready(studio):
     wanted = settings(ratio=0.3, scheduler="ddim")
     reports, done = run_compare(studio, wanted)
-    assert isinstance(reports.pop(0), Loading)
+    assert isinstance(reports.pop(0), Loading) and isinstance(reports.pop(0), Note)  # few steps
     seen = [(r.case, r.round) if isinstance(r, Stepped) else r.case for r in reports]
     assert list(dict.fromkeys(seen)) == [(0, 0), (0, 1), 0, (1, 0), (1, 1), 1, (2, 0), (2, 1), 2]
     steps = [(r.step, r.total) for r in reports if isinstance(r, Stepped) and (r.case, r.round) == (2, 1)]
@@ -130,14 +142,45 @@ def test_stopped_before_it_begins_or_abandoned(studio):
     assert is_clean(studio)
 
 
-def test_a_second_click_ends_the_first(studio):
-    first = studio.begin("ann")
-    other = studio.begin("bob")
-    second = studio.begin("ann")
-    assert first.stopped and not second.stopped and not other.stopped
-    assert studio.stop("ann") and second.stopped and not studio.stop("ann") and not studio.stop("carl")
+def test_a_second_click_on_a_button_ends_its_first_run_and_no_other_button_s(studio):
+    first, sweep = studio.begin("ann", "compare"), studio.begin("ann", "sweep")
+    other = studio.begin("bob", "compare")
+    second = studio.begin("ann", "compare")
+    assert first.stopped and not (second.stopped or sweep.stopped or other.stopped)
+    assert studio.has(second) and not studio.has(first)
+    studio.finish(first)  # ended, as it was stopped; its button's newer run is not touched
+    assert studio.has(second)
+    assert studio.stop("ann") and second.stopped and sweep.stopped  # what waits too
+    assert not studio.stop("ann") and not studio.stop("carl")
     studio.forget("bob")
-    assert other.stopped and studio.current("bob") is None
+    assert other.stopped and not studio.has(other)
+
+
+def test_a_visitor_is_busy_while_something_of_theirs_goes_or_waits_and_not_longer(studio, tmp_path):
+    context = Context(studio, Outputs(tmp_path), Limits())
+    assert not studio.busy("ann")
+    going, waiting = context.begin("ann", "compare"), context.begin("ann", "sweep")
+    with context.running(going):
+        assert studio.busy("ann") and not studio.busy("bob")
+    assert studio.busy("ann")  # the other one still waits
+    with pytest.raises(ValueError), context.running(waiting):
+        raise ValueError("it failed")
+    assert not studio.busy("ann") and not studio._runs
+    with context.running(going) as run:
+        assert run is None  # a key is good for one run
+
+
+@pytest.mark.parametrize("key", [None, "", "of another app"])
+@pytest.mark.parametrize("what", ["compare", "look", "sweep"])
+def test_a_lost_request_is_told_and_not_run_where_nobody_could_stop_it(studio, tmp_path, what, key):
+    context = Context(studio, Outputs(tmp_path), Limits())
+    with gr.Blocks():
+        form = Form(context)
+        tab = {"compare": CompareTab, "look": LookTab, "sweep": SweepTab}[what](context, form)
+    given = {name: control.value for name, control in form.controls.items()} | {"prompt": "a zebra"}
+    more = {"compare": [], "look": ["0"], "sweep": ["ratio", 0.1, 0.3, 2]}[what]
+    (only,) = getattr(tab, what)(key, *more, *given.values())
+    assert "no longer knows this request" in only[tab.status] and len(only) == 1
 
 
 @pytest.mark.parametrize(
@@ -232,10 +275,10 @@ def generate_with(studio, wanted):
 def test_what_the_model_does_not_read_is_told(studio):
     prompt = " ".join(["zebra"] * 75 + ["castle", "frog"])
     reports, _ = run_compare(studio, settings(prompt=prompt))
-    (note,) = [report for report in reports if isinstance(report, Note)]
+    (note,) = [report for report in reports if isinstance(report, Note) and "prompt" in report.text]
     assert "longer than the model reads" in note.text and "“castle frog”" in note.text
     reports, _ = run_compare(studio, settings(prompt=" ".join(["zebra"] * 75)))
-    assert not any(isinstance(report, Note) for report in reports)
+    assert not any(isinstance(report, Note) and "prompt" in report.text for report in reports)
 
 
 def test_a_prompt_the_demo_model_does_not_know_is_told():
@@ -244,6 +287,7 @@ def test_a_prompt_the_demo_model_does_not_know_is_told():
     for values, told in (({}, True), ({"prompt": "a photograph of a zebra"}, False), ({"model": "tiny"}, False)):
         wanted = check({"model": "demo", **asked, **values}, ["demo", "tiny"], Limits())
         notes = [report.text for report in run_compare(studio, wanted)[0] if isinstance(report, Note)]
+        notes = [text for text in notes if "prompt" in text]
         assert len(notes) == told, values
         if told:
             assert "knows 121 things" in notes[0] and "Nearest in spelling: " in notes[0] and "list" in notes[0]
@@ -482,11 +526,11 @@ def test_a_preset_fills_the_controls_and_is_recognised(tmp_path):
         given |= dict(zip([field.name for field in PATCH_FIELDS.values()], form._choose_preset(name)))
         wanted = check({**given, "prompt": "a"}, ["tiny"], Limits())
         assert wanted.config == AgentConfig(**PRESETS[name])
-        code, _, shown = form._derived(*given.values())
+        code, _, shown, _ = form._derived(*given.values())
         assert shown == name and (f'preset="{name}"' in code) == (name != "paper")
-    _, _, shown = form._derived(*{**given, "ratio": 0.3}.values())
+    _, _, shown, _ = form._derived(*{**given, "ratio": 0.3}.values())
     assert shown == "own settings"
-    _, _, shown = form._derived(*{**given, "ratio": "wrong"}.values())
+    _, _, shown, _ = form._derived(*{**given, "ratio": "wrong"}.values())
     assert shown == "own settings"
     studio.worker.close()
 
@@ -563,13 +607,13 @@ def look_tab(tmp_path):
     with gr.Blocks():
         form = Form(context)
         tab = LookTab(context, form)
-    tab.history = SimpleNamespace(with_run=lambda *_: {})
+    tab.finished = gr.Textbox(render=False)
 
     def look(run_id, layer="0", **values):
         given = {name: control.value for name, control in form.controls.items()}
-        given |= {"prompt": "a zebra", "steps": 3, **values}
+        given |= {"prompt": "a zebra", "steps": 3, "scheduler": OWN_SCHEDULER, **values}
         changes = {}
-        for change in tab.look(run_id, [], layer, *given.values()):
+        for change in tab.look(run_id, layer, *given.values()):
             changes |= change
         return changes[tab.status], changes.get(tab.look_id)
 
@@ -582,14 +626,14 @@ def test_looks_go_when_their_page_is_closed(look_tab):
     page.context = context
     keys = {}
     for visitor in ("ann", "bob"):
-        told, keys[visitor] = look_tab.look(context.begin(visitor))
+        told, keys[visitor] = look_tab.look(context.begin(visitor, "look"))
         assert "recorded in 4 UNet calls" in told
     assert all(map(context.looks.get, keys.values()))
     page.leave(SimpleNamespace(session_hash="ann"))
     assert context.looks.get(keys["ann"]) is None and context.looks.get(keys["bob"])
-    assert "has made room" in look_tab.tab.show(keys["ann"], 0, 0)[look_tab.tab.caption]
+    assert "no longer kept" in look_tab.tab.show(keys["ann"], 0, 0)[look_tab.tab.caption]
 
-    _, newer = look_tab.look(context.begin("bob"))
+    _, newer = look_tab.look(context.begin("bob", "look"))
     assert context.looks.get(keys["bob"]) is None and context.looks.get(newer)  # its page shows the newer one
 
     run = Run("carl")  # left just when the generating was done
@@ -599,7 +643,7 @@ def test_looks_go_when_their_page_is_closed(look_tab):
 
 def test_all_looks_together_are_bounded_in_bytes(look_tab):
     context = look_tab.context
-    keys = [look_tab.look(context.begin(f"visitor {i}"), early=1.0)[1] for i in range(4)]
+    keys = [look_tab.look(context.begin(f"visitor {i}", "look"), early=1.0)[1] for i in range(4)]
     sizes = [look.num_bytes for look in map(context.looks.get, keys) if look]
     assert sizes and 4 * ONE_CALL < sizes[0] and sum(sizes) <= 10 * ONE_CALL
     assert context.looks.get(keys[-1]) and not context.looks.get(keys[0])
@@ -607,7 +651,7 @@ def test_all_looks_together_are_bounded_in_bytes(look_tab):
 
 def test_the_page_says_why_a_look_is_refused(look_tab):
     for layer in ("0", FIRST_LAYER):  # a layer chosen by name is not said to be out of the patch's reach
-        told, key = look_tab.look(look_tab.context.begin("ann"), layer, agent_ratio=0.0)
+        told, key = look_tab.look(look_tab.context.begin("ann", "look"), layer, agent_ratio=0.0)
         assert "would take" in told and "a larger agent_ratio" in told and key is None
     beyond = [name for name, downsample in look_tab.context.studio.models.loaded("tiny").layers if downsample > 1][0]
-    assert "choose max_downsample 2 or more" in look_tab.look(look_tab.context.begin("ann"), beyond)[0]
+    assert "choose max_downsample 2 or more" in look_tab.look(look_tab.context.begin("ann", "look"), beyond)[0]

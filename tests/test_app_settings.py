@@ -22,6 +22,7 @@ from playground.script import script
 from playground.settings import (
     OWN_SCHEDULER,
     PATCH_FIELDS,
+    RECOMMENDED,
     SWEEPABLE,
     Field,
     Limits,
@@ -43,8 +44,8 @@ LIMITS = Limits()
 
 def test_only_the_prompt_is_needed():
     settings = check({"prompt": "a zebra"}, MODELS, LIMITS)
-    assert settings.model == "demo" and settings.scheduler == OWN_SCHEDULER and settings.rounds == 3
-    assert settings.request == Request("a zebra", steps=20, guidance=5.0)
+    assert settings.model == "demo" and settings.scheduler == RECOMMENDED and settings.rounds == 3
+    assert settings.request == Request("a zebra", steps=25, guidance=5.0)
     assert settings.config == AgentConfig()
 
 
@@ -255,7 +256,7 @@ def test_a_link_gives_settings_by_name_or_as_json():
     values, remarks = link_values(query, MODELS, LIMITS)
     assert remarks == []
     settings = check(values, MODELS, LIMITS)
-    assert settings.request == Request("a castle, 50%", steps=20, seed=7, guidance=4.5) and settings.rounds == 2
+    assert settings.request == Request("a castle, 50%", steps=25, seed=7, guidance=4.5) and settings.rounds == 2
     assert settings.config == AgentConfig(ratio=0.3, agent_stride=(2, 4), use_rand=False)
     assert values["use_rand"] is False and isinstance(values["seed"], int)  # as the form's controls take them
     as_json = json.dumps({"seed": 7, "ratio": 0.3, "negative_prompt": "a & b"})
@@ -319,7 +320,7 @@ def test_the_script_generates_the_same_image(tmp_path, monkeypatch):
         "scheduler": "ddim", "width": 64, "ratio": 0.3, "agent_stride": "2x4", "upcast": "True", "patch_seed": 4,
     }  # fmt: skip
     settings = check(values, [str(folder)], LIMITS)
-    code = script(settings)
+    code = script(settings, "ddim")
     assert "agentsd.apply_patch(pipe, ratio=0.3, agent_stride=(2, 4), seed=4, upcast=True)" in code
     exec(compile(code, "script", "exec"), {})
     models = tiny_models(str(folder))

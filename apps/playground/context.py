@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from . import captions
+from .browser import Entry, thumbnail
 from .jobs import Case, Finished, Loading, Report, Run, Stepped, Studio, explain
 from .outputs import Outputs
 from .settings import Limits, Settings
@@ -21,10 +24,14 @@ QUICK = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 """For events that answer at once."""
 IN_LINE = {"concurrency_limit": 1, "concurrency_id": "generate"}
 """For all that generates: requests wait in one line, and Gradio shows each visitor their place in it."""
-_HISTORY = 30  # runs of a session that are kept
 GENERATES = {**PRIVATE, **IN_LINE, "show_progress": "full", "trigger_mode": "multiple", "preprocess": False}
-"""For events of the page that generate. A second click ends the first one's run and takes its place. Values come as
-they were typed, so that 2.5 steps are refused by name and not rounded."""
+"""For events of the page that generate. A second click on the same button ends the first one's run and takes its place;
+other buttons' requests wait in line. Values come as they were typed, so that 2.5 steps are refused by name and not
+rounded."""
+LOST = (
+    "The app no longer knows this request: it was restarted after the click. Everything that you typed is still here; "
+    "click once more."
+)
 
 
 class Recent:
@@ -58,6 +65,11 @@ class Recent:
             self._values.move_to_end(key)
             return self._values[key].value
 
+    def drop(self, key: str | None) -> None:
+        """Keep the value of that key no longer."""
+        with self._lock:
+            self._values.pop(key, None)
+
     def forget(self, owner: str) -> None:
         """Drop all values of one owner."""
         with self._lock:
@@ -83,30 +95,40 @@ class Context:
         studio: what generates.
         outputs: where images are saved.
         limits: bounds on every request.
-        runs: runs begun by a click, by the key that the page was given.
+        runs: runs begun by a click that have not ended, by the key that the page was given.
         looks: recent recordings of "Look inside", by the same kind of key; bounded in bytes by limits.recording.
     """
 
     studio: Studio
     outputs: Outputs
     limits: Limits
-    runs: Recent = field(default_factory=lambda: Recent(256))
+    runs: Recent = field(default_factory=lambda: Recent(1024))
     looks: Recent = field(init=False)
 
     def __post_init__(self) -> None:
         self.looks = Recent(8, self.limits.recording)
 
-    def begin(self, visitor: str) -> str:
-        """Begin a run at a click: the visitor's earlier run ends, and the new one gets a key.
+    def begin(self, visitor: str, what: str) -> str:
+        """Begin a run at a click: the visitor's earlier run of the same button ends, and the new one gets a key.
 
         The page sends the key with the request, which may wait in line for long; so Stop, and a second click, reach
         the run before it has begun.
         """
-        return self.runs.add(self.studio.begin(visitor))
+        return self.runs.add(self.studio.begin(visitor, what))
 
-    def run(self, key: str) -> Run:
-        """The run of that key; a new one where there is none, as for a request that no click began."""
-        return self.runs.get(key) or Run()
+    @contextlib.contextmanager
+    def running(self, key: str | None) -> Iterator[Run | None]:
+        """The run of that key, which ends with the block; None for a key that is not known, or no longer.
+
+        None is never taken for a new run: nobody could stop it.
+        """
+        run = self.runs.get(key)
+        try:
+            yield run
+        finally:
+            if run is not None:
+                self.studio.finish(run)
+                self.runs.drop(key)
 
     def keep_look(self, run: Run, look: Any, num_bytes: int) -> str:
         """Keep what a run has recorded, until its page is closed or has another look; returns its key."""
@@ -114,7 +136,7 @@ class Context:
             return self.looks.add(look, size=num_bytes)
         self.looks.forget(run.visitor)  # the page shows the newest only
         key = self.looks.add(look, run.visitor, num_bytes)
-        if self.studio.current(run.visitor) is None:
+        if not self.studio.has(run):
             self.looks.forget(run.visitor)  # they left while it was being generated
         return key
 
@@ -126,16 +148,18 @@ class Context:
 
 @dataclass(frozen=True)
 class PastRun:
-    """One run of a session's history.
+    """One run, for the list of past ones.
 
     Attributes:
-        image: path of its image in the gallery.
+        what: the button that began it: "compare", "look" or "sweep".
+        image: path of its image in the list.
         label: its name there.
         message: the sentence that the page showed.
         settings: what its image carries; they are put back into the form.
         shown, captions: paths of a comparison's images by method, and their captions; empty for other runs.
     """
 
+    what: str
     image: str
     label: str
     message: str
@@ -143,18 +167,11 @@ class PastRun:
     shown: dict[str, str] = field(default_factory=dict)
     captions: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True)
-class History:
-    """Where a session's runs are kept and shown: `runs` a gr.State of a list, `gallery` their images."""
-
-    runs: gr.State
-    gallery: gr.Gallery
-
-    def with_run(self, before: Sequence[PastRun], run: PastRun) -> dict[Any, Any]:
-        """Changes of the page that add a run at the beginning."""
-        runs = [run, *before][:_HISTORY]
-        return {self.runs: runs, self.gallery: [(past.image, past.label) for past in runs]}
+    def keep(self, outputs: Outputs) -> Entry:
+        """Keep it with its images; returns what the visitor's browser keeps."""
+        with Image.open(self.image) as image:
+            small = thumbnail(image)
+        return Entry(outputs.keep(vars(self)), self.what, self.label, self.message, self.settings, small)
 
 
 def label(what: str, settings: Settings) -> str:

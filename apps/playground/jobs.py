@@ -24,9 +24,9 @@ from agentsd.patch import find_unet, get_patch
 from agentsd.trained import FILE_NAME, trained_of
 from agentsd.visualize import LayerView, look_inside, look_through
 
-from .models import Model, Models, free_memory
-from .prompts import prompt_notes
-from .settings import OWN_SCHEDULER, Limits, Settings
+from .models import Model, Models, free_memory, scheduler_name, scheduler_to_set
+from .prompts import prompt_notes, quality_notes
+from .settings import Limits, Settings
 
 _PREVIEW_EVERY = 0.25  # seconds; more would only cost time, as each one is sent to the browser
 
@@ -118,10 +118,12 @@ class Run:
 
     Args:
         visitor: whose it is, where a page asked for it.
+        what: which button of theirs began it ("compare", "look" or "sweep").
     """
 
-    def __init__(self, visitor: str | None = None) -> None:
+    def __init__(self, visitor: str | None = None, what: str = "") -> None:
         self.visitor = visitor
+        self.what = what
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -200,7 +202,7 @@ class Worker:
 
 
 class Studio:
-    """Generates everything: the models, the generating thread, and the current run of each visitor.
+    """Generates everything: the models, the generating thread, and the runs of each visitor.
 
     Args:
         models: the app's models.
@@ -212,35 +214,49 @@ class Studio:
         self.models = models
         self.limits = limits or Limits()
         self.worker = Worker()
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, dict[str, Run]] = {}  # by visitor and button: going or waiting, until `finish`
         self._lock = threading.Lock()
         self._warm: set[tuple] = set()
 
-    def begin(self, visitor: str) -> Run:
-        """A new run of a visitor; an earlier one of theirs that is still going, or waiting, is stopped."""
-        run = Run(visitor)
+    def begin(self, visitor: str, what: str = "") -> Run:
+        """A new run of a visitor. An earlier one of the same button is stopped, others keep their place."""
+        run = Run(visitor, what)
         with self._lock:
-            before = self._runs.get(visitor)
-            self._runs[visitor] = run
+            runs = self._runs.setdefault(visitor, {})
+            before, runs[what] = runs.get(what), run
         if before:
             before.stop()
         return run
 
-    def current(self, visitor: str) -> Run | None:
-        """The run that `begin` made last for a visitor."""
+    def finish(self, run: Run) -> None:
+        """A run has ended, in whatever way: it is no longer its visitor's."""
         with self._lock:
-            return self._runs.get(visitor)
+            runs = self._runs.get(run.visitor or "", {})
+            if runs.get(run.what) is run:
+                del runs[run.what]
+            if not runs:
+                self._runs.pop(run.visitor or "", None)
+
+    def has(self, run: Run) -> bool:
+        """Whether a run that `begin` made has neither ended nor been replaced, and its visitor is still there."""
+        with self._lock:
+            return self._runs.get(run.visitor or "", {}).get(run.what) is run
+
+    def busy(self, visitor: str) -> bool:
+        """Whether something of this visitor is being generated or waits in line."""
+        with self._lock:
+            return any(not run.stopped for run in self._runs.get(visitor, {}).values())
 
     def stop(self, visitor: str) -> bool:
-        """Stop a visitor's run; False where there is none going or waiting."""
-        run = self.current(visitor)
-        if run is None or run.stopped:
-            return False
-        run.stop()
-        return True
+        """Stop all that a visitor has going or waiting; False where there is nothing."""
+        with self._lock:
+            runs = [run for run in self._runs.get(visitor, {}).values() if not run.stopped]
+        for run in runs:
+            run.stop()
+        return bool(runs)
 
     def forget(self, visitor: str) -> None:
-        """Stop a visitor's run and forget them: they have closed the page."""
+        """Stop a visitor's runs and forget them: they have closed the page."""
         self.stop(visitor)
         with self._lock:
             self._runs.pop(visitor, None)
@@ -311,9 +327,13 @@ class Studio:
         refuse_patched(model.pipe)
         own = model.pipe.scheduler
         try:
-            if settings.scheduler != OWN_SCHEDULER:
-                set_scheduler(model.pipe, settings.scheduler)
-            for text in prompt_notes(model.name, model.pipe, settings.request.prompt):
+            scheduler = scheduler_to_set(settings.scheduler, own)
+            if scheduler is not None:
+                set_scheduler(model.pipe, scheduler)
+            for text in (
+                *prompt_notes(model.name, model.pipe, settings.request.prompt),
+                *quality_notes(settings.request, scheduler or scheduler_name(own), model.size),
+            ):
                 emit(Note(text))
             trained = trained_of(find_unet(model.pipe))
             if trained is not None and settings.config == trained.config:

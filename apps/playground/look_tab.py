@@ -15,14 +15,17 @@ from agentsd.unet.layers import find_layers
 from agentsd.visualize import MOST_VIEWS, LayerView
 
 from . import captions
-from .context import GENERATES, QUICK, Context, History, PastRun, failed, label, tell
+from .context import GENERATES, LOST, QUICK, Context, PastRun, failed, label, tell
 from .form import Form
-from .jobs import Case, Looked, Note
+from .jobs import Case, Looked, Note, Run
 from .models import Model
 from .outputs import file_name
 from .settings import Settings, check
 
-_GONE = "This recording has made room for others; generate again."
+_GONE = (
+    "This recording is no longer kept: it has made room for others, or the app was restarted. Generate again from the "
+    "same settings."
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class LookTab:
         form: the settings column.
     """
 
+    what = "look"
+
     def __init__(self, context: Context, form: Form):
         self.context = context
         self.form = form
@@ -60,12 +65,15 @@ class LookTab:
             )
         self.status = gr.HTML(
             captions.message_html(
-                f"Generates with the patch and records one layer at every step, or at {MOST_VIEWS} of them, evenly "
-                "spaced, where there are more: which tokens it merges, and what each agent aggregates."
+                "Generates with AgentSD and records one of the layers that compare the tokens (parts) of the image, at "
+                f"every step or at {MOST_VIEWS} of them: which tokens it merges, and what each agent aggregates "
+                "(collects)."
             ),
             elem_id="look-status",
         )
-        self.look_id = gr.State(None)
+        self.run_id = gr.Textbox(visible=False)
+        self.look_id = gr.Textbox(visible=False)
+        """The key of the recording that is shown, "" before the first one; the page holds it."""
         with gr.Row():
             self.step = gr.Slider(0, 1, value=0, step=1, label="Recorded UNet call", elem_id="step", interactive=False)
             self.agent = gr.Slider(0, 1, value=0, step=1, label="Agent", elem_id="agent", interactive=False)
@@ -84,35 +92,40 @@ class LookTab:
             buttons=["download", "fullscreen"],
         )  # fmt: skip
 
-    def wire(self, begin: dict[str, Any], run_id: gr.Textbox, history: History) -> None:
-        """Connect the events; `begin` are the arguments of the event that gives a run its key."""
-        self.history = history
+    def wire(self, begun: Any, finished: gr.Textbox) -> Any:
+        """Connect the events; `begun` gives a run its key, `finished` takes what the browser keeps of it."""
+        self.finished = finished
         maps = [self.merge_map, self.agent_map, self.caption]
-        self.button.click(**begin).success(
+        generated = begun.success(
             self.look,
-            [run_id, history.runs, self.layer, *self.form.inputs],
-            [
-                *(self.status, self.look_id, self.image, self.step, self.agent, *maps, self.sheet),
-                *(history.runs, history.gallery),
-            ],
+            [self.run_id, self.layer, *self.form.inputs],
+            [self.status, self.look_id, self.image, self.step, self.agent, *maps, self.sheet, finished],
             show_progress_on=[self.status],
             **GENERATES,
         )
         chosen = [self.look_id, self.step, self.agent]
-        latest = {"trigger_mode": "always_last", **QUICK}
+        # Unchecked by Gradio, as an app that was restarted no longer knows how far these sliders go.
+        latest = {"trigger_mode": "always_last", "preprocess": False, **QUICK}
         self.agent.change(self.show, chosen, maps, **latest)
         self.step.input(self.change_step, chosen, [self.agent, *maps, self.sheet], **latest)
-        self.image.select(self.choose, [self.look_id, self.step], self.agent, **QUICK)
+        self.image.select(self.choose, [self.look_id, self.step], [self.agent, self.caption], preprocess=False, **QUICK)
+        return generated
 
     def look(
         self,
         run_id: str,
-        past: list[PastRun],
         layer: str | None,
         *given: Any,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[dict]:
         """Generate and record; yields the changes of the page."""
+        with self.context.running(run_id) as run:
+            if run is None:
+                yield {self.status: captions.message_html(LOST, "error")}
+            else:
+                yield from self._look(run, str(layer or "0"), given, progress)
+
+    def _look(self, run: Run, layer: str, given: tuple, progress: gr.Progress) -> Iterator[dict]:
         try:
             settings = check(self.form.values(given), self.context.studio.models.names, self.context.limits)
         except (ValueError, TypeError) as error:
@@ -122,9 +135,7 @@ class LookTab:
         cases = [Case("AgentSD", "agentsd", settings.config)]
         looked: Looked | None = None
         notes: list[str] = []
-        layer = str(layer or "0")
         try:
-            run = self.context.run(run_id)
             for report in self.context.studio.look(run, settings, int(layer) if layer.isdigit() else layer):
                 tell(progress, report, cases)
                 if isinstance(report, Looked):
@@ -149,13 +160,14 @@ class LookTab:
             "the image to see its agent."
         )
         text = " ".join([text, *notes])
+        past = PastRun("look", path, label("inside", settings), text, looked.settings)
         yield {
             self.status: captions.message_html(text, "done"),
             self.look_id: self.context.keep_look(run, look, look.num_bytes),
             self.image: path,
             self.step: gr.update(maximum=max(1, len(look.views) - 1), value=0, interactive=len(look.views) > 1),
             **self._maps(look, view, 0),
-            **self.history.with_run(past, PastRun(path, label("inside", settings), text, looked.settings)),
+            self.finished: past.keep(self.context.outputs).to_json(),
         }
 
     def _with_way_out(self, error: Exception, settings: Settings, layer: str) -> Exception:
@@ -176,7 +188,7 @@ class LookTab:
         """The maps of one agent."""
         look, view = self._view(look_id, step)
         if view is None:
-            return {self.caption: captions.message_html(_GONE, "error")} if look_id else {self.caption: ""}
+            return self._gone(look_id)
         changes = self._maps(look, view, int(agent or 0))
         return {key: changes[key] for key in (self.merge_map, self.agent_map, self.caption)}
 
@@ -184,16 +196,22 @@ class LookTab:
         """The maps of another step, with the number of agents in it."""
         look, view = self._view(look_id, step)
         if view is None:
-            return {self.caption: captions.message_html(_GONE, "error")} if look_id else {self.caption: ""}
+            return self._gone(look_id)
         return self._maps(look, view, int(agent or 0))
 
-    def choose(self, look_id: str | None, step: Any, event: gr.SelectData) -> Any:
+    def choose(self, look_id: str | None, step: Any, event: gr.SelectData) -> dict:
         """The agent nearest to the place that was clicked."""
         look, view = self._view(look_id, step)
-        if view is None or view.agent_attention is None:
-            return gr.skip()
+        if view is None:
+            return self._gone(look_id)
+        if view.agent_attention is None:
+            return {self.agent: gr.skip()}
         x, y = event.index
-        return agent_at(view, x / look.image.width, y / look.image.height)
+        return {self.agent: agent_at(view, x / look.image.width, y / look.image.height)}
+
+    def _gone(self, look_id: str | None) -> dict:
+        """What is told where there is no recording: that it is gone, or nothing before the first one."""
+        return {self.caption: captions.message_html(_GONE, "error") if look_id else ""}
 
     def _view(self, look_id: str | None, step: Any) -> tuple[Look | None, LayerView | None]:
         look = self.context.looks.get(look_id)

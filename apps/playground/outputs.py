@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import secrets
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ from PIL import Image
 
 from agentsd.images.png import save_image
 
+from .browser import is_key
+
+_RUN = "run.json"
 _KEEP_SECONDS, _TIDY_EVERY = 24 * 3600.0, 600.0
 
 
@@ -41,6 +47,22 @@ class Outputs:
         path = self._new(name)
         path.write_text(content, encoding="utf-8")
         return str(path)
+
+    def keep(self, run: Mapping[str, Any]) -> str:
+        """Keep what shows a run again, with its images' paths in "image" and "shown"; returns its key."""
+        path = self._new(_RUN)
+        path.write_text(json.dumps(run, ensure_ascii=False), encoding="utf-8")
+        return path.parent.name
+
+    def recall(self, key: Any) -> dict[str, Any] | None:
+        """What was kept under a key; None where it, or one of its images, is no longer there."""
+        if not is_key(key):
+            return None
+        try:
+            run = json.loads((self.folder / key / _RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return run if all(map(os.path.isfile, [run["image"], *run["shown"].values()])) else None
 
     def _new(self, name: str) -> Path:
         self._tidy()

@@ -7,15 +7,16 @@ from typing import Any
 
 import gradio as gr
 
+from agentsd.config import SETTINGS
 from agentsd.images.compare import are_stable, seconds_text
 from agentsd.images.generate import GeneratedImage
 from agentsd.images.methods import METHODS
 
 from . import captions
 from .charts import line_chart
-from .context import GENERATES, QUICK, Context, History, PastRun, failed, label, tell
+from .context import GENERATES, LOST, QUICK, Context, PastRun, failed, label, tell
 from .form import Form
-from .jobs import Finished, Note
+from .jobs import Finished, Note, Run
 from .outputs import file_name
 from .settings import SWEEP_RANGES, SWEEPABLE, check, sweep_values
 from .sweeps import sweep_cases, sweep_csv, sweep_label, sweep_rows, sweep_settings, sweep_sheet, sweep_verdict
@@ -28,6 +29,8 @@ class SweepTab:
         context: shared.
         form: the settings column.
     """
+
+    what = "sweep"
 
     def __init__(self, context: Context, form: Form):
         self.context = context
@@ -50,9 +53,13 @@ class SweepTab:
             self.count = gr.Number(
                 label=f"Values (2 … {context.limits.values})", value=4, precision=0, min_width=90, elem_id="count"
             )
+        self.about = gr.HTML(captions.remark_html(SETTINGS[SWEEPABLE[0]].help), elem_id="field-about")
         self.button = gr.Button("Sweep", variant="primary", elem_id="sweep")
         self.status = gr.HTML(
-            captions.message_html("Generates the unpatched image and one for each value, all from the same seed."),
+            captions.message_html(
+                "Generates the image without AgentSD, and one for each value of one of its settings, all from the same "
+                "seed: what does a value gain, and what does it cost?"
+            ),
             elem_id="sweep-status",
         )
         self.grid = gr.Gallery(
@@ -68,33 +75,49 @@ class SweepTab:
             self.sheet_file = gr.DownloadButton("All images (PNG)", interactive=False, elem_id="sheet-file")
             self.table_file = gr.DownloadButton("Figures (CSV)", interactive=False, elem_id="table-file")
 
-    def wire(self, begin: dict[str, Any], run_id: gr.Textbox, history: History) -> None:
-        """Connect the events; `begin` are the arguments of the event that gives a run its key."""
-        self.history = history
-        self.button.click(**begin).success(
+        self.run_id = gr.Textbox(visible=False)
+
+    def wire(self, begun: Any, finished: gr.Textbox) -> Any:
+        """Connect the events; `begun` gives a run its key, `finished` takes what the browser keeps of it."""
+        self.finished = finished
+        generated = begun.success(
             self.sweep,
-            [run_id, history.runs, self.field, self.first, self.last, self.count, *self.form.inputs],
+            [self.run_id, *self.range, *self.form.inputs],
             [
                 *(self.status, self.grid, self.seconds_plot, self.distance_plot, self.sheet_file, self.table_file),
-                *(history.runs, history.gallery),
+                finished,
             ],
             show_progress_on=[self.status],
             **GENERATES,
         )
+        # The remark also where a reload or a saved setting has chosen the field, the range only at a click.
         self.field.input(lambda name: SWEEP_RANGES[name], self.field, [self.first, self.last], **QUICK)
+        self.field.change(lambda name: captions.remark_html(SETTINGS[name].help), self.field, self.about, **QUICK)
+        return generated
 
-    def sweep(
+    @property
+    def range(self) -> list[Any]:
+        """The controls of what is swept."""
+        return [self.field, self.first, self.last, self.count]
+
+    def sweep(self, run_id: str, *given: Any, progress: gr.Progress = gr.Progress()) -> Iterator[dict]:  # noqa: B008
+        """Generate the images; yields the changes of the page."""
+        with self.context.running(run_id) as run:
+            if run is None:
+                yield {self.status: captions.message_html(LOST, "error")}
+            else:
+                yield from self._sweep(run, *given[: len(self.range)], given[len(self.range) :], progress)
+
+    def _sweep(
         self,
-        run_id: str,
-        past: list[PastRun],
+        run: Run,
         field: str,
         first: Any,
         last: Any,
         count: Any,
-        *given: Any,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
+        given: tuple,
+        progress: gr.Progress,
     ) -> Iterator[dict]:
-        """Generate the images; yields the changes of the page."""
         try:
             settings = check(self.form.values(given), self.context.studio.models.names, self.context.limits)
             points = sweep_values(field, first, last, count, self.context.limits)
@@ -115,7 +138,7 @@ class SweepTab:
         paths: dict[int, str] = {}
         notes: list[str] = []
         try:
-            for report in self.context.studio.generate(self.context.run(run_id), settings, cases):
+            for report in self.context.studio.generate(run, settings, cases):
                 tell(progress, report, cases)
                 change: dict[Any, Any] = {}
                 if isinstance(report, Note):
@@ -137,11 +160,12 @@ class SweepTab:
         sheet = self.context.outputs.image(sweep_sheet(field, rows, ordered), name, about)
         table = self.context.outputs.text(sweep_csv(field, rows, ordered), name + ".csv")
         message = " ".join([sweep_verdict(field, rows, ordered), *notes])
+        past = PastRun("sweep", sheet, label(f"{field} swept", settings), message, about)
         yield {
             self.status: captions.message_html(message, "done"),
             self.sheet_file: gr.update(value=sheet, interactive=True),
             self.table_file: gr.update(value=table, interactive=True),
-            **self.history.with_run(past, PastRun(sheet, label(f"{field} swept", settings), message, about)),
+            self.finished: past.keep(self.context.outputs).to_json(),
         }
 
     def _results(
