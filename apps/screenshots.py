@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tabs", nargs="+", choices=TABS, default=TABS, help="default: all")
     parser.add_argument("--width", type=int, default=1280, help="width of the window in pixels")
     parser.add_argument("--dark", action="store_true", help="in the dark theme")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
     parser.add_argument("--browser", default=shutil.which("chromium"), help="default: chromium")
     parser.add_argument(
