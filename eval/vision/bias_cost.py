@@ -18,6 +18,7 @@ from unittest import mock
 import timm
 import torch
 
+from agentsd.images.rounds import rotated
 from agentsd.vision.bias import AgentBias
 
 MODELS = (
@@ -40,13 +41,12 @@ WAYS: dict[str, Callable] = {"fixed": _fixed, "compared": _COMPARED, "resized": 
 @torch.no_grad()
 def seconds(name: str, rounds: int = 9) -> dict[str, float]:
     """Median CPU seconds of one image by each way; the order of the ways turns with the rounds."""
-    model = timm.create_model(name).eval()
+    model: Any = timm.create_model(name).eval()
     image = torch.randn(1, *model.default_cfg["input_size"])
     laps: dict[str, list[float]] = {way: [] for way in WAYS}
     model(image)
     for turn in range(rounds):
-        ways = list(WAYS)
-        for way in ways[turn % 3 :] + ways[: turn % 3]:
+        for way in rotated(list(WAYS), turn):
             with mock.patch.object(AgentBias, "current_biases", WAYS[way]):
                 start = time.process_time()
                 model(image)
