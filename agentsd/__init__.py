@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .images.pipelines import load_pipeline as load_pipeline
     from .images.tune import tune as tune
     from .patch import apply_patch as apply_patch
+    from .patch import new_run as new_run
     from .patch import patched as patched
     from .patch import remove_patch as remove_patch
     from .report import describe as describe
@@ -27,6 +28,7 @@ _HOME = {
     "compare": "images.compare",
     "describe": "report",
     "load_pipeline": "images.pipelines",
+    "new_run": "patch",
     "patched": "patch",
     "remove_patch": "patch",
     "tune": "images.tune",

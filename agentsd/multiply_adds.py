@@ -11,9 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import AgentConfig
 from .unet.layers import UNet
-from .unet.step_cache import StepCache
+from .unet.skipping import Switch, install_skipping, skippable_forwards
 
 
 def count_multiply_adds(
@@ -53,12 +52,13 @@ def _count(twin: UNet, inputs: dict[str, Any]) -> int:
 
 @contextmanager
 def _cached_calls(twin: UNet, inputs: dict[str, Any], depth: int | str) -> Iterator[None]:
-    cache = StepCache(AgentConfig(cache_interval=2, cache_depth=depth))
-    cache.install(twin)
+    switch = Switch()
+    install_skipping(twin, switch, depth)
     twin(**inputs)
-    cache.feature, cache.skipping = cache.kept, True
+    switch.set(switch.kept)
     yield
-    cache.uninstall(twin)
+    for forward in skippable_forwards(twin):
+        forward.remove()
 
 
 def _inputs(twin: UNet, height: int, width: int) -> dict[str, Any]:

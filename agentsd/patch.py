@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, TypedDict, TypeVar
@@ -12,11 +13,12 @@ from typing_extensions import Unpack
 
 from .config import AgentConfig
 from .trained import choose_settings
-from .unet.call import NOISE_LEVELS
-from .unet.installation import PATCH_ATTRIBUTE, Installation
-from .unet.layers import NOT_SOFTMAX, RESET_ATTN1, UNet, find_layers, find_other_cache, unwrap_unet, why_none
+from .unet.layers import RESET_ATTN1, UNet, find_layers, find_other_cache, unwrap_unet, why_none
 from .unet.schedule import Schedule
 from .unet.skipping import skipped_parts
+from .unet.threads import changes, refuse_change
+from .unet.unet_call import NOISE_LEVELS
+from .unet.unet_patch import PATCH_ATTRIBUTE, UNetPatch
 
 Model = TypeVar("Model")
 
@@ -72,10 +74,11 @@ def apply_patch(
         TypeError: the model has no such UNet, a setting has the wrong type or an unknown name, or there are both config
             and preset.
         ValueError: a setting is out of its range, or the model has ToMeSD's patch or, with step caching, another cache.
+        RuntimeError: a call of the UNet is in progress, or another thread is in the middle of a run.
         Nothing is changed where an error is raised.
     """
     unet, outer = unwrap_unet(model)
-    config = choose_config(unet, config, preset, **settings)
+    config = _choose(unet, config, preset, settings)
     _refuse_tomesd(unet)
     if config.cache_interval > 1:
         skipped_parts(unet, config.cache_depth)  # raises where the UNet has not so many
@@ -85,23 +88,21 @@ def apply_patch(
                 "or use cache_interval=1"
             )
     schedule = Schedule(model)
+    with changes:
+        _remove(unet)
+        layers, skipped = find_layers(unet, config)
+        patch = UNetPatch(unet, outer, config, schedule, layers, skipped, model)
+        patch.install()
     if schedule.noise_levels:
-        warnings.warn(NOISE_LEVELS, stacklevel=2)
-
-    remove_patch(unet)
-    eligible, skipped = find_layers(unet, config)
-    foreign = sorted({reason for _, reason in skipped if reason.endswith(NOT_SOFTMAX)})
+        patch.warnings.once("noise levels", NOISE_LEVELS)
+    foreign = sorted({layer.reason for layer in skipped if layer.foreign})
     remedy = f". To patch them too, {RESET_ATTN1}" if foreign else ""
-    if not eligible:
+    if not layers:
         what = f"no layer of this {type(unet).__name__} was patched: {why_none(skipped)}"
         warnings.warn(f"agentsd: {what}{remedy}", stacklevel=2)
     elif foreign:
-        what = f"{len(eligible)} layers were patched, others were left alone: {'; '.join(foreign)}"
+        what = f"{len(layers)} layers were patched, others were left alone: {'; '.join(foreign)}"
         warnings.warn(f"agentsd: {what}{remedy}", stacklevel=2)
-    patch = Installation(unet, outer, config, schedule, eligible, skipped, model)
-    if schedule.noise_levels:
-        patch.mark_warned("noise levels")
-    patch.install()
     return model
 
 
@@ -118,10 +119,30 @@ def remove_patch(model: Model) -> Model:
 
     Raises:
         TypeError: the model has no UNet that could have been patched.
+        RuntimeError: a call of the UNet is in progress, or another thread is in the middle of a run. Nothing is changed.
+    """
+    with changes:
+        _remove(find_unet(model))
+    return model
+
+
+def new_run(model: Model) -> Model:
+    """Tell step caching that the next UNet call begins a run; for loops by hand.
+
+    Pipelines need it not, nor do loops over a scheduler's own `timesteps`. No-op on an unpatched model.
+
+    Args:
+        model: what apply_patch takes.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: the model has no UNet that could have been patched.
     """
     patch = get_patch(model)
     if patch is not None:
-        patch.uninstall()
+        patch.runs.new_run()
     return model
 
 
@@ -131,16 +152,23 @@ def patched(
 ) -> Iterator[Model]:
     """`apply_patch` for the length of a `with` block; restores a patch that was there before.
 
-    Arguments and errors as `apply_patch`; yields `model`.
+    Other threads may use the model inside the block, but not change its patch. Arguments and errors as `apply_patch`;
+    yields `model`.
     """
-    before = get_patch(model)
-    apply_patch(model, config, preset=preset, **settings)
+    unet = find_unet(model)
+    with changes:
+        before = get_patch(unet)
+        apply_patch(model, config, preset=preset, **settings)
+        mine = get_patch(unet)
+        assert mine is not None  # apply_patch has just put it on
+        mine.owner = threading.get_ident()
     try:
         yield model
     finally:
-        remove_patch(model)
-        if before is not None:
-            before.install()
+        with changes:
+            _remove(unet)
+            if before is not None:
+                before.install()
 
 
 def choose_config(
@@ -151,10 +179,7 @@ def choose_config(
     Raises:
         TypeError, ValueError: as apply_patch.
     """
-    chosen, said = choose_settings(find_unet(model), config, preset, **settings)
-    if said:
-        warnings.warn(f"agentsd: {said}", stacklevel=3)
-    return chosen
+    return _choose(find_unet(model), config, preset, settings)
 
 
 def find_unet(model: Any) -> UNet:
@@ -162,9 +187,26 @@ def find_unet(model: Any) -> UNet:
     return unwrap_unet(model)[0]
 
 
-def get_patch(model: Any) -> Installation | None:
+def get_patch(model: Any) -> UNetPatch | None:
     """The patch on a pipeline or UNet, or None."""
     return getattr(find_unet(model), PATCH_ATTRIBUTE, None)
+
+
+def _choose(unet: UNet, config: AgentConfig | None, preset: str | None, settings: Any) -> AgentConfig:
+    chosen, said = choose_settings(unet, config, preset, **settings)
+    if said:
+        warnings.warn(f"agentsd: {said}", stacklevel=3)
+    return chosen
+
+
+def _remove(unet: UNet) -> None:
+    """Take the patch off, if there is one and nothing is in its midst."""
+    patch = get_patch(unet)
+    if patch is None:
+        refuse_change(unet, lambda frame: False, None)
+        return
+    patch.refuse_change()
+    patch.uninstall()
 
 
 def _refuse_tomesd(unet: nn.Module) -> None:

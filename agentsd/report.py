@@ -16,11 +16,11 @@ from .layer_plan import plan_layer, token_grid
 from .multiply_adds import count_multiply_adds
 from .patch import find_unet, get_patch
 from .report_text import as_html, as_text
-from .unet.call import ACTIVE, is_ours
-from .unet.call import LastCall as UNetCall
-from .unet.installation import Installation, PatchedLayer
-from .unet.layers import class_name, own_latent_size
+from .unet.layers import PatchedLayer, class_name, is_ours, own_latent_size
+from .unet.outcomes import ACTIVE
+from .unet.outcomes import LastCall as UNetCall
 from .unet.skipping import skipped_names
+from .unet.unet_patch import UNetPatch
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ class LastCall:
     cached_calls: int | None = None
 
     @classmethod
-    def of(cls, patch: Installation, scale: int) -> LastCall | None:
+    def of(cls, patch: UNetPatch, scale: int) -> LastCall | None:
         """From what the patch noted, with the pixels per latent pixel."""
-        call, cache = patch.last_call, patch.cache
+        call = patch.last_call
         if call is None:
             return None
-        counts = (cache.counts.whole, cache.counts.cached) if cache else (None, None)
+        counts = (call.whole_calls, call.cached_calls)
         size = (call.height * scale, call.width * scale)
         return cls(*size, call.timestep, call.phase, dict(call.notes), call.cached, *counts)
 
@@ -204,16 +204,15 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
                 layers.append(LayerReport(name, "not patched"))
     else:
         for layer in patch.layers:
-            name = layer.state.name
-            grid = token_grid(latent_height, latent_width, layer.state.downsample)
-            outcome = call.outcomes.get(name, "") if call else ""
-            report = _layer_report(name, _status(layer, grid, patch.config, call), layer.attn, grid, patch.config)
+            grid = token_grid(latent_height, latent_width, layer.downsample)
+            outcome = call.outcomes.get(layer.name, "") if call else ""
+            report = _layer_report(layer.name, _status(layer, grid, patch.config, call), layer.attn, grid, patch.config)
             layers.append(dataclasses.replace(report, last_call=outcome))
-        layers += [LayerReport(name, f"left alone: {reason}") for name, reason in patch.skipped]
+        layers += [LayerReport(layer.name, f"left alone: {layer.reason}") for layer in patch.skipped]
         order = {name: i for i, (name, _) in enumerate(unet.named_modules())}
         layers.sort(key=lambda layer: order[layer.name])
     config = patch.config if patch else None
-    depth = patch.cache.depth if patch and patch.cache else None
+    depth = config.cache_depth if config and config.cache_interval > 1 else None
     skipped = () if depth is None else skipped_names(unet, depth)
     whole, cached = count_multiply_adds(unet, latent_height, latent_width, depth)
     return Report(
@@ -234,12 +233,12 @@ def describe(model: Any, height: int | None = None, width: int | None = None) ->
         cached_multiply_adds=cached,
         assumed_timesteps=patch.num_train_timesteps if patch and patch.schedule.refresh().assumed else None,
         last_call=LastCall.of(patch, scale) if patch else None,
-        cache_order=patch.cache.order_with(patch.schedule.refresh()) if patch and patch.cache else None,
-        skips_controlnet=patch is not None and patch.controlnet.skips(patch),
+        cache_order=patch.cache_order() if patch else None,
+        skips_controlnet=patch is not None and patch.skips_controlnet(),
     )
 
 
-def _early_timestep(patch: Installation) -> float | None:
+def _early_timestep(patch: UNetPatch) -> float | None:
     """The least noisy timestep of the agent phase, None where no step is in it."""
     if patch.config.early == 0 or patch.schedule.refresh().noise_levels:
         return None
@@ -252,11 +251,11 @@ def _status(layer: PatchedLayer, grid: tuple[int, int], config: AgentConfig, cal
         return f"replaced by {class_name(layer.attn.processor)}: call apply_patch again"
     if not any(plan_layer(config, phase, grid).num_dst for phase in Phase):
         return f"left alone: its {grid[0]}×{grid[1]} grid is smaller than a cell"
-    outcome = call.outcomes.get(layer.state.name, ACTIVE) if call else ACTIVE
+    outcome = call.outcomes.get(layer.name, ACTIVE) if call else ACTIVE
     if call is None or outcome == ACTIVE:
         return "active"
     # Where the settings have nothing to do at that phase and size, the patch is in order none the less.
-    planned = plan_layer(config, call.phase, token_grid(call.height, call.width, layer.state.downsample))
+    planned = plan_layer(config, call.phase, token_grid(call.height, call.width, layer.downsample))
     return "active" if planned.action == "none" else f"not active in the last call: {outcome}"
 
 

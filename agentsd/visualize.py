@@ -13,12 +13,13 @@ from torch import Tensor
 from .config import AgentConfig, Phase
 from .images.generate import run_pipeline
 from .images.request import Request
-from .layer_plan import plan_layer
+from .layer_plan import plan_layer, token_grid
 from .maps import agent_at, agent_map, agents_sheet, merge_map
 from .merging import merge_tokens, merged_position
 from .patch import choose_config, find_unet, get_patch, patched
-from .unet.installation import Installation
-from .unet.processor import LayerState, project_key_value, project_queries
+from .unet.layers import PatchedLayer
+from .unet.processor import LayerInCall, project_key_value, project_queries
+from .unet.unet_patch import UNetPatch
 
 __all__ = [
     "MOST_VIEWS",
@@ -196,7 +197,8 @@ def _record(
     with patched(pipe, config):
         patch = get_patch(pipe)
         assert patch is not None
-        state, attn = _choose_layer(patch, layer)
+        number = _choose_layer(patch, layer)
+        patched_layer, state = patch.layers[number], patch.states[number]
 
         def count(module: Any, args: Any) -> None:
             nonlocal num_calls
@@ -213,15 +215,21 @@ def _record(
                     call >= len(timesteps) or config.phase_at(timesteps[call], patch.num_train_timesteps) is Phase.AGENT
                     for call in chosen
                 )
-                _check_budget(state, num_agent_calls, budget)
-            if any(part.action == "agents" for part in state.parts):
+                assert patch.call is not None  # one is in progress
+                grid = token_grid(*patch.call.size(), patched_layer.downsample)
+                _check_budget(config, patched_layer.name, grid, num_agent_calls, budget)
+            now = state.now
+            if now is not None and any(part.action == "agents" for part in now.parts):
                 with_agents.append(call)
             if call in chosen:
-                view = _view(patch, state, attn, args[0], call)
+                view = None if now is None else _view(patch, patched_layer, now, args[0], call)
                 if view is not None:
                     views[call] = view
 
-        handles = [find_unet(pipe).register_forward_pre_hook(count), attn.register_forward_pre_hook(record)]
+        handles = [
+            find_unet(pipe).register_forward_pre_hook(count),
+            patched_layer.attn.register_forward_pre_hook(record),
+        ]
         try:
             image, _, _ = run_pipeline(pipe, request, **extra)
         finally:
@@ -239,39 +247,43 @@ def _timesteps(pipe: Any) -> list[float]:
     return timesteps[: getattr(pipe, "num_timesteps", None)]  # SDXL's denoising_end leaves the last ones out
 
 
-def _check_budget(state: LayerState, num_agent_calls: int, budget: int | None) -> None:
+def _check_budget(
+    config: AgentConfig, name: str, grid: tuple[int, int], num_agent_calls: int, budget: int | None
+) -> None:
     """Raise ValueError where a layer's agent attention in so many calls would take more bytes than the budget."""
-    plan = plan_layer(state.config, Phase.AGENT, state.grid())
+    plan = plan_layer(config, Phase.AGENT, grid)
     if budget is None or plan.action == "none":
         return
     num_agents, num_tokens = plan.num_agents, plan.num_tokens
     needed = num_agent_calls * num_agents * num_tokens * _KEPT.itemsize
     if needed > budget:
         raise ValueError(
-            f"{state.name}: {num_agents:,} agents × {num_tokens:,} tokens in {num_agent_calls} UNet calls would take "
+            f"{name}: {num_agents:,} agents × {num_tokens:,} tokens in {num_agent_calls} UNet calls would take "
             f"{needed / 1e9:.2f} GB to record, and {budget / 1e9:.2f} GB are allowed; choose a smaller width and "
             "height, a larger agent_ratio and agent_stride, max_agents, or another layer"
         )
 
 
-def _choose_layer(patch: Installation, layer: int | str) -> tuple[LayerState, Any]:
+def _choose_layer(patch: UNetPatch, layer: int | str) -> int:
     layers = patch.layers
-    names = [entry.state.name for entry in layers]
+    names = [entry.name for entry in layers]
     if isinstance(layer, str) and layer in names:
         layer = names.index(layer)
     if isinstance(layer, str) or not 0 <= layer < len(layers):
         listed = "; ".join(f"{i}: {name}" for i, name in enumerate(names))
         raise ValueError(f"layer={layer!r}: must be a number or name of a patched layer ({listed})")
-    return layers[layer].state, layers[layer].attn
+    return layer
 
 
 @torch.no_grad()
-def _view(patch: Installation, state: LayerState, attn: Any, hidden_states: Tensor, call: int) -> LayerView | None:
+def _view(
+    patch: UNetPatch, layer: PatchedLayer, now: LayerInCall, hidden_states: Tensor, call: int
+) -> LayerView | None:
     # With guidance the last sample of the batch is the one with the prompt.
-    if state.block_input is None or state.parts[0].action not in ("agents", "merge"):
+    if now.block_input is None or now.parts[0].action not in ("agents", "merge"):
         return None
-    part = state.parts[0]
-    matching, r = part.match(state.block_input), part.num_merged
+    part, attn = now.parts[0], layer.attn
+    matching, r = part.match(now.block_input), part.num_merged
     position = merged_position(matching, r)[-1]
     agent_tokens = attention = None
     if part.action == "agents":
@@ -279,9 +291,10 @@ def _view(patch: Installation, state: LayerState, attn: Any, hidden_states: Tens
         agents = project_queries(attn, merge_tokens(hidden_states, matching, part.num_merged_for_agents))
         attention = _weights(agents[-1].float(), key[-1].float(), position)
         agent_tokens = matching.tokens[-1, part.num_merged_for_agents :].cpu()
-    assert patch.timestep is not None
+    unet_call = patch.call
+    assert unet_call is not None  # it is in progress
     return LayerView(
-        state.name, call, patch.timestep, patch.phase, state.grid(), position.cpu(), agent_tokens, attention
+        layer.name, call, unet_call.timestep, unet_call.phase, now.plan.grid, position.cpu(), agent_tokens, attention
     )
 
 

@@ -359,9 +359,9 @@ def test_warm_up_calls_the_unet_once_per_phase_in_use(scheduler, early, phases):
 
     def record(module, args):
         patch = get_patch(pipe)
-        seen.append(patch and patch.phase)
+        seen.append(patch and patch.call.phase)
 
-    handle = find_layers(pipe.unet, AgentConfig())[0][0][1].register_forward_pre_hook(record)
+    handle = find_layers(pipe.unet, AgentConfig())[0][0].block.register_forward_pre_hook(record)
     steps = []
     before = pipe.scheduler
     warm_up(pipe, Request("a", steps=50), "agentsd", AgentConfig(early=early), steps.append)

@@ -32,7 +32,7 @@ def record_phases(unet) -> list[Phase]:
     """The phase of every UNet call from now on, read when a patched layer runs."""
     phases = []
     patch = get_patch(unet)
-    patch.layers[0].attn.register_forward_pre_hook(lambda *_: phases.append(patch.phase))
+    patch.layers[0].attn.register_forward_pre_hook(lambda *_: phases.append(patch.call.phase))
     return phases
 
 
@@ -161,10 +161,10 @@ def test_every_phase_and_setting_matters():
 def test_levels(kind, max_downsample, downsamples):
     unet = make_unet(kind)
     eligible, skipped = find_layers(unet, agentsd.AgentConfig(max_downsample=max_downsample))
-    assert {downsample for _, _, downsample in eligible} == downsamples
+    assert {layer.downsample for layer in eligible} == downsamples
     self_attention = {name.removesuffix(".processor") for name in unet.attn_processors if ".attn1." in name}
-    assert {name for name, _, _ in eligible} | {name for name, _ in skipped} == self_attention
-    assert all(reason for _, reason in skipped)
+    assert {layer.name for layer in (*eligible, *skipped)} == self_attention
+    assert all(layer.reason for layer in skipped)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -455,7 +455,7 @@ def test_block_inputs_are_not_kept_where_processors_were_replaced():
     unet.set_attn_processor(AttnProcessor())
     with pytest.warns(UserWarning, match="the patch is not active"):
         call_unet(unet)
-    assert all(layer.state.block_input is None for layer in get_patch(unet).layers)
+    assert all(state.now is None for state in get_patch(unet).states)
 
 
 def test_a_dropped_unet_is_freed_at_once():

@@ -67,7 +67,8 @@ class NaiveAttention:
 
 def put_naive_attention(unet, phase, matchings=None):
     layers, _ = find_layers(unet, CONFIG)
-    for number, (_, block, _) in enumerate(layers):
+    for number, layer in enumerate(layers):
+        block = layer.block
         block.attn1.set_processor(NaiveAttention(block, number, len(layers), phase, matchings))
     assert len(layers) == 3
 

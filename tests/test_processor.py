@@ -17,11 +17,11 @@ class Recorder:
     def __init__(self, unet, layer):
         patch = get_patch(unet)
         self.layer = patch.layers[layer]
-        block = unet.get_submodule(self.layer.state.name.removesuffix(".attn1"))
+        block = unet.get_submodule(self.layer.name.removesuffix(".attn1"))
         block.register_forward_pre_hook(
             lambda m, a, k: self.keep("block_input", a[0] if a else k["hidden_states"]), with_kwargs=True
         )
-        block.attn1.register_forward_pre_hook(lambda *_: setattr(self, "split", self.layer.state.parts[0].split))
+        block.attn1.register_forward_pre_hook(lambda *_: setattr(self, "split", patch.states[layer].now.parts[0].split))
         block.attn1.register_forward_pre_hook(lambda m, a, k: self.keep("hidden_states", a[0]), with_kwargs=True)
         block.attn1.register_forward_hook(lambda m, a, out: self.keep("output", out))
 

@@ -221,7 +221,7 @@ def test_notes_of_the_last_call_and_a_scheduler_of_noise_levels():
     pipe = agentsd.apply_patch(make_pipeline())
     call_unet(pipe.unet)
     patch = get_patch(pipe)
-    notes = {layer.state.name: "its attn2 knows places" for layer in patch.layers}
+    notes = {layer.name: "its attn2 knows places" for layer in patch.layers}
     patch.last_call = dataclasses.replace(patch.last_call, notes=notes)
     assert "on 3 layers: its attn2 knows places" in str(agentsd.describe(pipe))
     pipe.scheduler = diffusers.EDMEulerScheduler()

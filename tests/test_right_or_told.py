@@ -274,7 +274,7 @@ def test_schedule_of_another_length_set_after_the_patch_is_followed():
     pipe.scheduler = DDIMScheduler(**{**SD_BETAS, "num_train_timesteps": 250})
     phases = []
     layer = get_patch(pipe).layers[0].attn
-    layer.register_forward_pre_hook(lambda *_: phases.append(get_patch(pipe).phase))
+    layer.register_forward_pre_hook(lambda *_: phases.append(get_patch(pipe).call.phase))
     untold(lambda: draw(pipe, steps=10))
     assert phases == [Phase.AGENT] * 4 + [Phase.MERGE] * 6
     assert agentsd.describe(pipe).early_timestep == 150

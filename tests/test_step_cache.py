@@ -39,8 +39,8 @@ def make_ddim(kind="sd15"):
 
 
 def counts(model) -> tuple[int, int]:
-    cache = get_patch(model).cache
-    return cache.counts.whole, cache.counts.cached
+    counts = get_patch(model).counts
+    return counts.whole, counts.cached
 
 
 def record_calls(unet) -> list[str]:
@@ -110,7 +110,7 @@ def test_interval_1_is_bit_identical_to_no_caching(settings):
 def test_the_phase_boundary_is_a_whole_call():
     pipe = agentsd.apply_patch(make_ddim(), cache_interval=5)
     calls, phases = record_calls(pipe.unet), []
-    pipe.unet.conv_in.register_forward_hook(lambda *_: phases.append(get_patch(pipe).phase))
+    pipe.unet.conv_in.register_forward_hook(lambda *_: phases.append(get_patch(pipe).call.phase))
     draw(pipe, steps=20)
     boundary = phases.index(Phase.MERGE)
     assert boundary == 8 and calls[boundary] == "whole" and calls[boundary - 1] == "cached"

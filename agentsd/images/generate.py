@@ -106,9 +106,9 @@ def generate(
 def cached_calls(pipe: Any) -> dict[str, int] | None:
     """How many UNet calls of the last run were whole and how many cached; None without step caching."""
     patch = get_patch(pipe)
-    if patch is None or patch.cache is None:
+    if patch is None or patch.counts is None:
         return None
-    return dataclasses.asdict(patch.cache.counts)
+    return dataclasses.asdict(patch.counts)
 
 
 def run_pipeline(

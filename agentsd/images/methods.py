@@ -38,7 +38,7 @@ def use_method(pipe: Any, method: str, config: AgentConfig) -> Iterator[None]:
             yield
     elif method == "tomesd":
         # ToMeSD's default reaches only undownsampled layers: on SDXL it would silently do nothing.
-        max_downsample = max(downsample for _, _, downsample in eligible)
+        max_downsample = max(layer.downsample for layer in eligible)
         tomesd.apply_patch(pipe, ratio=config.ratio, max_downsample=max_downsample, use_rand=config.use_rand)
         # It forks the global random state, so that two identical calls differ; its own generator prevents that.
         unet._tome_info["args"]["generator"] = torch.Generator(unet.device).manual_seed(config.seed)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from .installation import Installation
+from .processor import LayerState
 
 _FUNCTION = "_gradient_checkpointing_func"
 """Where diffusers' modules keep their checkpointing function."""
+
+
+class Patch(Protocol):
+    """What is needed of a patch."""
+
+    states: list[LayerState]
+
+    def standing(self) -> AbstractContextManager[None]: ...
 
 
 class _Checkpoint:
@@ -20,7 +27,7 @@ class _Checkpoint:
     By then there may have been later calls, of another phase and with other dsts, and the patch may have been removed.
     """
 
-    def __init__(self, function: Any, patch: Installation):
+    def __init__(self, function: Any, patch: Patch):
         self.function = function
         self.patch = patch
 
@@ -29,37 +36,29 @@ class _Checkpoint:
 
 
 class _Replayed:
-    """A part of the UNet with what the patch knew of the call in progress when this was made."""
+    """A part of the UNet with what its layers do in the call in progress when this was made."""
 
-    def __init__(self, module: Any, patch: Installation):
+    def __init__(self, module: Any, patch: Patch):
         self.module = module
         self.patch = patch
-        self.call = _snapshot(patch)
+        self.calls = [state.now for state in patch.states]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.patch.standing():
-            before = _snapshot(self.patch)
-            _restore(self.patch, self.call)
+            before = [state.now for state in self.patch.states]
+            _set(self.patch, self.calls)
             try:
                 return self.module(*args, **kwargs)
             finally:
-                _restore(self.patch, before)
+                _set(self.patch, before)
 
 
-def _snapshot(patch: Installation) -> tuple:
-    layers = [(layer.state.parts, layer.state.order, layer.state.plan) for layer in patch.layers]
-    return dataclasses.replace(patch.call), layers
+def _set(patch: Patch, calls: list) -> None:
+    for state, now in zip(patch.states, calls):
+        state.now = now
 
 
-def _restore(patch: Installation, snapshot: tuple) -> None:
-    call, layers = snapshot
-    for field in dataclasses.fields(call):
-        setattr(patch.call, field.name, getattr(call, field.name))
-    for layer, (parts, order, plan) in zip(patch.layers, layers):
-        layer.state.parts, layer.state.order, layer.state.plan = parts, order, plan
-
-
-def watch_checkpoints(unet: nn.Module, patch: Installation) -> None:
+def watch_checkpoints(unet: nn.Module, patch: Patch) -> None:
     """Put the wrapper before every checkpointing function of a UNet that has none yet."""
     for module in unet.modules():
         function = vars(module).get(_FUNCTION)

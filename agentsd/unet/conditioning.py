@@ -1,14 +1,13 @@
-"""What a kept feature depends on beside latent and timestep: the conditioning of a call, and the model's own state."""
+"""The arguments of a UNet or ControlNet call: by name, and what of them a kept feature depends on beside the latent."""
 
 from __future__ import annotations
 
+import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from .inputs import by_name
-from .layers import UNet
 
 # Everything in a UNet call that conditions it. ControlNet's and T2I-Adapter's residuals are new ones in every step:
 # only their presence counts.
@@ -28,49 +27,56 @@ _RESIDUALS = (
 )
 
 
+def by_name(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call by the names of the forward's parameters."""
+    return {**dict(zip(_parameters(type(model)), args)), **kwargs}  # type: ignore[arg-type]  # mypy hashes an instance
+
+
+@lru_cache(maxsize=16)
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def sample_and_timestep(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | float]:
+    """The first two arguments of such a call, by position or by name."""
+    sample = args[0] if args else kwargs["sample"]
+    timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+    return sample, timestep
+
+
 class Conditioning:
-    """The conditioning inputs of a call, to be compared with those of another call.
+    """The conditioning inputs of a call; == compares them with those of a later call.
 
-    Args:
-        inputs: by name; tensors may lie in lists and dictionaries.
-
-    Attributes:
-        structure: everything but the tensors' contents.
-        tensors: the tensors, in a fixed order.
+    Pipelines pass the same tensors in every step, which is seen without reading them. Contents are compared, and read
+    from the device, only where they pass others.
     """
 
-    def __init__(self, inputs: dict[str, Any]):
-        self.tensors: list[Tensor] = []
-        self.structure = self._describe(inputs)
-        self._places = [_place(tensor) for tensor in self.tensors]
-
-    @classmethod
-    def of_call(cls, model: nn.Module, args: tuple, kwargs: dict) -> Conditioning:
-        """The conditioning of a call of a UNet or ControlNet."""
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict):
         named = by_name(model, args, kwargs)
-        present = {name: named.get(name) is not None for name in _RESIDUALS}
-        return cls({**{name: named.get(name) for name in _CONDITIONS}, **present})
+        self._tensors: list[Tensor] = []  # held, so that no other tensor can take their place in memory
+        self._structure = (
+            tuple(self._describe(named.get(name)) for name in _CONDITIONS),
+            tuple(named.get(name) is not None for name in _RESIDUALS),
+        )
+        self._places = [_place(tensor) for tensor in self._tensors]
 
-    def copied(self) -> Conditioning:
-        """The same with copies of the tensors, as callers may write into theirs.
-
-        The tensors themselves are referenced too, so that no other one can take their place in memory.
-        """
-        copied = object.__new__(Conditioning)
-        copied.__dict__ = {**self.__dict__, "tensors": [one.clone() for one in self.tensors], "_held": self.tensors}
-        return copied
-
-    def same_as(self, other: Conditioning) -> bool | Tensor:
-        """Whether both have the same contents: a tensor of no dimensions where that must be read from the device."""
-        if self.structure != other.structure:
+    def __eq__(self, later: object) -> bool:
+        if not isinstance(later, Conditioning) or self._structure != later._structure:
             return False
-        if self._places == other._places:  # the usual case: pipelines pass the same tensors in every step
+        if self._places == later._places:
             return True
-        return torch.stack([(one == another).all() for one, another in zip(self.tensors, other.tensors)]).all()
+        if self._places != [_place(tensor) for tensor in self._tensors]:
+            return False  # someone has written into them since
+        pairs = zip(self._tensors, later._tensors)
+        return all(one is other or torch.equal(one, other) for one, other in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def _describe(self, value: Any) -> Any:
+        """Everything but the tensors' contents; tensors may lie in lists and dictionaries."""
         if isinstance(value, Tensor):
-            self.tensors.append(value)
+            # Nothing tells whether an inference tensor is written to, so a copy is what later ones are compared with.
+            self._tensors.append(value.clone() if value.is_inference() else value)
             return value.shape, value.dtype, value.device
         if isinstance(value, dict):
             return tuple((key, self._describe(value[key])) for key in sorted(value, key=str))
@@ -80,34 +86,6 @@ class Conditioning:
 
 
 def _place(tensor: Tensor) -> tuple:
-    """Where a tensor's contents lie, and how often they were written to; for an inference tensor nothing is known."""
-    version = object() if tensor.is_inference() else tensor._version
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), version
-
-
-def model_state(unet: UNet, adapter_layers: list[Any]) -> tuple:
-    """What of the model can change between two calls: FreeU, adapters, and weights that were written to.
-
-    Args:
-        unet: the UNet.
-        adapter_layers: what `find_adapter_layers` returned.
-    """
-    freeu = tuple(tuple(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")) for block in unet.up_blocks)
-    stages = [*unet.down_blocks, *([unet.mid_block] if unet.mid_block is not None else []), *unet.up_blocks]
-    # A weight of each stage stands for all: what loads, merges or trains weights writes to every stage.
-    versions = tuple(_version(stage) for stage in stages)
-    adapters = tuple(
-        (tuple(module.active_adapters), tuple(module.scaling.items()), module.merged, module.disable_adapters)
-        for module in adapter_layers
-    )
-    return freeu, versions, adapters
-
-
-def _version(stage: Any) -> int:
-    weight = stage.resnets[0].conv1.weight if hasattr(stage, "resnets") else next(stage.parameters(), None)
-    return -1 if weight is None or weight.is_inference() else weight._version
-
-
-def find_adapter_layers(unet: UNet) -> list[Any]:
-    """The layers of a UNet that LoRA adapters stand on."""
-    return [module for module in unet.modules() if hasattr(module, "scaling") and hasattr(module, "active_adapters")]
+    """Where a tensor's contents lie, and how often they were written to."""
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride(), version

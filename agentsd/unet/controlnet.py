@@ -2,29 +2,26 @@
 
 Such a call reads the residuals of the few pairs that it recomputes, which need the ControlNet's first layers alone: the
 image is the same, bit for bit. The ControlNet runs before the UNet has decided, so the decision is foreseen from the
-same timestep and state. Where it turns out otherwise, as after a change of what conditions the UNet alone, the
-ControlNet runs whole before the UNet goes on.
+position in the run, which both are called with. Where it turns out otherwise, as after a change of what conditions the
+UNet alone, the ControlNet runs whole before the UNet goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, SparseControlNetModel
 from torch import Tensor, nn
 
-from .conditioning import Conditioning
-from .inputs import by_name, read_timesteps
+from .caching import Caching
+from .conditioning import by_name
 from .layers import UNet
-from .skipping import first_layers_apart, install_forward, skippable_forwards
-from .step_cache import LEAST_SIMILARITY, latent_similarity
+from .sampling_run import Run, RunTracker
+from .skipping import Switch, first_layers_apart, install_forward, skippable_forwards, skipped_parts
 from .weak_link import WeakLink
-
-if TYPE_CHECKING:
-    from .installation import Installation
 
 _ATTRIBUTE = "_agentsd_skip"
 
@@ -33,59 +30,52 @@ _ATTRIBUTE = "_agentsd_skip"
 _CONTROLNETS = (ControlNetModel, ControlNetUnionModel, SparseControlNetModel)
 
 
-@dataclasses.dataclass
-class _Call:
-    """A ControlNet call.
+class Patch(Protocol):
+    """What is needed of the patch of the UNet that is called after the ControlNet."""
 
-    Attributes:
-        timestep, conditioning, sample: of the call; the last is a copy of the latent.
-        controls: its control images. A pipeline makes new tensors of them for each run.
-        answered: the patched UNet was called after it.
-    """
+    caching: Caching | None
+    runs: RunTracker
 
-    timestep: float
-    conditioning: Conditioning
-    sample: Tensor
-    controls: list[Any]
-    answered: bool = False
+    @property
+    def unet(self) -> UNet: ...
 
 
 @dataclasses.dataclass
 class _Skipped:
-    """A ControlNet call that was skipped, to be made whole if need be."""
+    """A ControlNet call that was skipped, to be made whole if need be.
 
+    Attributes:
+        run: that it belongs to.
+        outputs: its residuals, in part stand-ins.
+    """
+
+    run: Run
     controlnet: nn.Module
     args: tuple
     kwargs: dict[str, Any]
     outputs: list[Tensor]
 
 
-class ControlNetSkip:
+class ControlNetSkip(Switch):
     """On a ControlNet, or on several that a pipeline adds up: decides before each call whether most of it is skipped.
-
-    Attributes:
-        skipping: the call in progress is skipped.
-        filler: what stands in skipped residuals. A cached call reads none of them; anything else would show.
 
     Args:
         patch: the patch of the UNet that is called after it.
     """
 
-    filler = math.nan
+    filler = math.nan  # stands in skipped residuals. A cached call reads none of them; anything else would show
 
-    def __init__(self, patch: Installation):
+    def __init__(self, patch: Patch):
+        super().__init__()
         self.patch = WeakLink(patch)
-        self._unet: WeakLink[UNet] = WeakLink(patch.unet)
-        self.skipping = False
         self._making_whole = False
-        self._last: _Call | None = None
         self._skipped: _Skipped | None = None
         self._handles: list[Any] = []
 
     def install(self, controlnet: nn.Module, depth: int | str) -> None:
         """Wrap what a cached UNet call reads nothing of; a former patch's wrapping is taken off."""
         nets = _nets(controlnet)
-        owners = {id(forward.cache): forward.cache for net in nets for forward in skippable_forwards(net)}
+        owners = {id(forward.switch): forward.switch for net in nets for forward in skippable_forwards(net)}
         for owner in owners.values():
             if isinstance(owner, ControlNetSkip):
                 owner.uninstall(controlnet)
@@ -101,31 +91,34 @@ class ControlNetSkip:
         """Undo `install`."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._last, self._skipped = [], None, None
+        self._handles, self._skipped = [], None
         for forward in skippable_forwards(controlnet):
-            if forward.cache is self:
+            if forward.switch is self:
                 forward.remove()
         if vars(controlnet).get(_ATTRIBUTE) is self:
             delattr(controlnet, _ATTRIBUTE)
 
-    def settle(self, args: tuple, kwargs: dict, cached: bool) -> None:
+    def settle(self, unet: UNet, run: Run | None, args: tuple, kwargs: dict, cached: bool) -> None:
         """Make a skipped ControlNet call whole if the UNet call that begins is not cached.
 
+        It may serve several UNet calls, so it is kept until the ControlNet is called again or the run ends.
+
         Args:
-            args, kwargs: of the UNet call.
+            unet, args, kwargs: of the UNet call.
+            run: that it belongs to.
             cached: what was decided for it.
 
         Raises:
             RuntimeError: its residuals are not the ControlNet's own tensors, which could be filled in.
         """
-        skipped, self._skipped = self._skipped, None
-        if self._last is not None:
-            self._last.answered = True
+        skipped = self._skipped
         if skipped is None or cached:
             return
-        inputs = by_name(self._unet.target(), args, kwargs)
+        self._skipped = None
+        inputs = by_name(unet, args, kwargs)
         given = [*(inputs.get("down_block_additional_residuals") or ()), inputs.get("mid_block_additional_residual")]
-        if all(one is None for one in given):
+        own = {id(tensor) for tensor in skipped.outputs}
+        if all(one is None for one in given) or (skipped.run is not run and not any(id(one) in own for one in given)):
             return
         if len(given) != len(skipped.outputs) or any(one is not other for one, other in zip(given, skipped.outputs)):
             raise RuntimeError(
@@ -143,50 +136,32 @@ class ControlNetSkip:
         finally:
             self._making_whole = False
 
+    def forget(self) -> None:
+        """Let go of the last call, as the run has ended."""
+        self._skipped = None
+
     def _before_call(self, controlnet: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling() or self._making_whole:
             return
-        before, self._last = self._last, None
         self._skipped, self.skipping = None, False
-        patch, unet = self.patch(), self._unet()
+        patch = self.patch()
+        if patch is None or patch.caching is None or _compiled(controlnet):
+            return
         inputs = by_name(controlnet, args, kwargs)
-        sample, timestep = inputs["sample"], inputs["timestep"]
-        if patch is None or unet is None or patch.cache is None or torch.is_grad_enabled():
-            return
         # In guess mode pipelines make other tensors of the residuals, so that they could not be filled in.
-        if inputs.get("guess_mode") or isinstance(timestep, Tensor) and timestep.numel() != 1:
-            return
-        conditioning = Conditioning.of_call(controlnet, args, kwargs)
-        controls = _as_list(inputs["controlnet_cond"])
-        likeness = None
-        if before is not None:
-            likeness = latent_similarity(conditioning, sample, before.conditioning, before.sample)[None]
-        value, similarities = read_timesteps(timestep, likeness)
-        assert isinstance(value, float)  # there is one
-        goes_on = before is not None and similarities[0] >= LEAST_SIMILARITY
-        known = before.conditioning if before is not None and goes_on else conditioning.copied()
-        self._last = _Call(value, known, sample.detach().clone(), controls)
-        if not goes_on or before is None or _compiled(controlnet):
-            return
-        # Another UNet may share the ControlNet. The run is this UNet's if it was called after our last call, and if the
-        # images are the same tensors: a run of another UNet with the same seed and prompt may differ in nothing else.
-        same = len(controls) == len(before.controls) and all(a is b for a, b in zip(controls, before.controls))
-        if not (same and before.answered and patch.cache.last_timestep() == before.timestep):
-            return
-        schedule = patch.schedule.refresh()
-        phase = patch.config.phase_at(value, schedule.num_train_timesteps)
-        self.skipping = patch.cache.expects_cached(unet, value, phase, schedule)
+        if not inputs.get("guess_mode"):
+            self.skipping = patch.caching.expects_cached(patch.runs.run, inputs["timestep"])
 
     def _after_call(self, controlnet: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if torch.compiler.is_compiling() or self._making_whole:
             return
-        if self.skipping and output is not None:
-            self._skipped = _Skipped(controlnet, args, kwargs, _tensors(output))
+        patch = self.patch()
+        if self.skipping and output is not None and patch is not None and patch.runs.run is not None:
+            self._skipped = _Skipped(patch.runs.run, controlnet, args, kwargs, _tensors(output))
         self.skipping = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has runs of its own.
-        return {**self.__dict__, "skipping": False, "_last": None, "_skipped": None}
+        return {**super().__getstate__(), "_skipped": None}
 
 
 class ControlNetLink:
@@ -200,31 +175,40 @@ class ControlNetLink:
         self._pipeline = WeakLink(pipeline)
         self._installed: WeakLink[nn.Module] = WeakLink(None)
 
-    def install(self, patch: Installation) -> None:
-        """Have the ControlNet that the pipeline has now skipped; one of another kind is left alone."""
+    def install(self, patch: Patch, depth: int | str) -> None:
+        """Have the ControlNet that the pipeline has now skipped; one of another kind is left alone.
+
+        So is one whose middle residual a cached call reads: where that recomputes all up blocks.
+        """
         controlnet = getattr(self._pipeline(), "controlnet", None)
-        if patch.cache is not None and isinstance(controlnet, nn.Module) and _nets(controlnet):
-            ControlNetSkip(patch).install(controlnet, patch.cache.depth)
+        keeps_middle = skipped_parts(patch.unet, depth)[1] is patch.unet.mid_block
+        if isinstance(controlnet, nn.Module) and _nets(controlnet) and not keeps_middle:
+            ControlNetSkip(patch).install(controlnet, depth)
             self._installed = WeakLink(controlnet)
 
-    def settle(self, patch: Installation, args: tuple, kwargs: dict, cached: bool) -> None:
+    def settle(self, patch: Patch, args: tuple, kwargs: dict, cached: bool) -> None:
         """`ControlNetSkip.settle` of what was skipped before a UNet call; arguments and errors as there."""
         for _, skip in self._found(patch):
-            skip.settle(args, kwargs, cached)
+            skip.settle(patch.unet, patch.runs.run, args, kwargs, cached)
 
-    def uninstall(self, patch: Installation) -> None:
+    def end_run(self, patch: Patch) -> None:
+        """Let go of the ControlNet call before the last UNet call of a run."""
+        for _, skip in self._found(patch):
+            skip.forget()
+
+    def uninstall(self, patch: Patch) -> None:
         """Undo `install`, also where the pipeline has another ControlNet by now, or is a copy."""
         for controlnet, skip in self._found(patch):
             skip.uninstall(controlnet)
         self._installed = WeakLink(None)
 
-    def skips(self, patch: Installation) -> bool:
+    def skips(self, patch: Patch) -> bool:
         """Whether the ControlNet that is in use is skipped in cached calls."""
         pipeline = self._pipeline()
         used = self._installed() if pipeline is None else getattr(pipeline, "controlnet", None)
         return any(controlnet is used and not _compiled(controlnet) for controlnet, _ in self._found(patch))
 
-    def _found(self, patch: Installation) -> list[tuple[nn.Module, ControlNetSkip]]:
+    def _found(self, patch: Patch) -> list[tuple[nn.Module, ControlNetSkip]]:
         """What stands on ControlNets for a patch: on the one it was put on, and on the pipeline's where that is a copy.
 
         The pipeline may be gone, as after `pipe = OtherPipeline.from_pipe(pipe)`.
@@ -257,10 +241,6 @@ def _skipped_parts(controlnet: Any, depth: int | str) -> list[nn.Module]:
     if controlnet.mid_block is not None:
         parts.append(controlnet.mid_block)
     return [*parts, *controlnet.controlnet_down_blocks[depth:], controlnet.controlnet_mid_block]
-
-
-def _as_list(control: Any) -> list[Any]:
-    return list(control) if isinstance(control, (list, tuple)) else [control]
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from diffusers import UNet2DConditionModel, UNetMotionModel
@@ -25,7 +26,40 @@ UNet: TypeAlias = UNet2DConditionModel | UNetMotionModel
 # AnimateDiff's UNet is the first with motion modules between its blocks: its spatial layers are the same.
 UNET_CLASSES = (UNet2DConditionModel, UNetMotionModel)
 
-NOT_SOFTMAX = "is not one of diffusers' plain softmax processors"
+
+@dataclass(eq=False)
+class PatchedLayer:
+    """A self-attention layer that the settings reach.
+
+    Attributes:
+        name: module name of the attention in the UNet.
+        block: the transformer block that it is `attn1` of.
+        downsample: its tokens form the latent's grid divided by this.
+        attn: the attention.
+        original: the processor that is put back when the patch is removed.
+    """
+
+    name: str
+    block: BasicTransformerBlock
+    downsample: int
+    attn: Attention
+    original: Any
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A layer that is left alone.
+
+    Attributes:
+        name: module name in the UNet.
+        reason: why.
+        foreign: because of its processor, which somebody else has put there.
+    """
+
+    name: str
+    reason: str
+    foreign: bool = False
+
 
 RESET_ATTN1 = (
     "put diffusers' own on the self-attention alone (`for name, module in unet.named_modules(): if name.endswith("
@@ -41,6 +75,9 @@ _SOFTMAX_PROCESSORS = (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
+
+# Where the hooks of diffusers' guiders are defined.
+_GUIDERS = ("diffusers.hooks.layer_skip", "diffusers.hooks.smoothed_energy_guidance_utils")
 
 _OWN_SIZE = 64  # latent pixels of Stable Diffusion 1.x, for a UNet whose configuration names none
 
@@ -69,6 +106,30 @@ def replaced_forward(module: nn.Module) -> str | None:
         return None
     name = f"{getattr(forward, '__module__', '?')}.{getattr(forward, '__qualname__', type(forward).__name__)}"
     return f"the forward {name}"
+
+
+def is_guided(attn: Attention) -> bool:
+    """Whether a guider of diffusers (SLG, PAG, SEG) works on a layer in this call, by a hook on it or its queries."""
+    for module in (attn, attn.to_q):
+        registry = vars(module).get("_diffusers_hook")
+        if registry is not None and any(type(hook).__module__ in _GUIDERS for hook in registry.hooks.values()):
+            return True
+    return False
+
+
+def register_processor() -> None:
+    """Tell diffusers how its guiders skip a layer with our processor: as one with its own."""
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+    except ImportError:  # before diffusers 0.35 had guiders
+        return
+    # Not by `register`, which imports the processors of every transformer that diffusers has.
+    metadata = AttentionProcessorMetadata(skip_processor_output_fn=_skipped_attention)
+    AttentionProcessorRegistry._registry.setdefault(AgentAttnProcessor, metadata)
+
+
+def _skipped_attention(attn: Attention, *args: Any, **kwargs: Any) -> Any:
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 def find_other_cache(unet: nn.Module) -> str | None:
@@ -145,17 +206,10 @@ def _unwrapped(module: Any) -> nn.Module | None:
     return None
 
 
-def find_layers(
-    unet: UNet, config: AgentConfig
-) -> tuple[list[tuple[str, BasicTransformerBlock, int]], list[tuple[str, str]]]:
-    """Find the self-attention layers that the settings reach.
-
-    Returns:
-        The eligible ones as (name of the attention, its block, downsampling of the latent), and the others as
-        (name, reason).
-    """
+def find_layers(unet: UNet, config: AgentConfig) -> tuple[list[PatchedLayer], list[SkippedLayer]]:
+    """Find the self-attention layers that the settings reach, in the order of the UNet's modules, and the others."""
     candidates: list[tuple[str, BasicTransformerBlock, int]] = []
-    skipped: list[tuple[str, str]] = []
+    skipped: list[SkippedLayer] = []
     for prefix, stage, downsample in _stages(unet):
         for name, module in stage.named_modules(prefix=prefix):
             if isinstance(module, BasicTransformerBlock):
@@ -163,9 +217,9 @@ def find_layers(
                 if reason is None:
                     candidates.append((f"{name}.attn1", module, downsample))
                 else:
-                    skipped.append((f"{name}.attn1", reason))
+                    skipped.append(SkippedLayer(f"{name}.attn1", reason))
             elif isinstance(module, Attention) and not _inside_block(stage, name[len(prefix) + 1 :]):
-                skipped.append((name, "it is not part of a BasicTransformerBlock"))
+                skipped.append(SkippedLayer(name, "it is not part of a BasicTransformerBlock"))
 
     # The levels follow from the model alone, whatever processors it has.
     limit = config.max_downsample
@@ -175,17 +229,24 @@ def find_layers(
     for name, block, downsample in candidates:
         processor = block.attn1.processor
         if downsample > limit:
-            skipped.append((name, f"its level is downsampled {downsample}×, max_downsample is {limit}"))
+            reason = f"its level is downsampled {downsample}×, max_downsample is {limit}"
+            skipped.append(SkippedLayer(name, reason))
         elif not is_plain_softmax(processor) and not isinstance(processor, AgentAttnProcessor):
-            skipped.append((name, f"its processor {class_name(processor)} {NOT_SOFTMAX}"))
+            reason = f"its processor {class_name(processor)} is not one of diffusers' plain softmax processors"
+            skipped.append(SkippedLayer(name, reason, foreign=True))
         else:
-            eligible.append((name, block, downsample))
+            eligible.append(PatchedLayer(name, block, downsample, block.attn1, processor))
     return eligible, skipped
 
 
-def why_none(skipped: list[tuple[str, str]]) -> str:
-    """Say why no layer is eligible, from the (name, reason) pairs of `find_layers`."""
-    return "; ".join(sorted({reason for _, reason in skipped})) or "it has no self-attention"
+def why_none(skipped: list[SkippedLayer]) -> str:
+    """Say why no layer is eligible, from what `find_layers` skipped."""
+    return "; ".join(sorted({layer.reason for layer in skipped})) or "it has no self-attention"
+
+
+def is_ours(layer: PatchedLayer) -> bool:
+    """Whether a patch's processor is on the layer."""
+    return isinstance(layer.attn.processor, AgentAttnProcessor)
 
 
 def _stages(unet: UNet) -> Iterator[tuple[str, nn.Module, int]]:

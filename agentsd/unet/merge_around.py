@@ -50,7 +50,7 @@ class MergeAround:
             return None  # forward chunking hands it slices of the batch or of the tokens, which do not match
         if module is self.block.attn2 and knows_places(module):
             return None
-        return self.layer.matching
+        return None if self.layer.now is None else self.layer.now.matching
 
 
 def knows_places(attn2: nn.Module) -> bool:

@@ -13,87 +13,66 @@ from torch import Tensor
 from ..attention import agent_attention, softmax_attention
 from ..config import AgentConfig
 from ..grid_split import GridSplit
-from ..layer_plan import LayerCall, LayerPlan, token_grid
+from ..layer_plan import LayerCall, LayerPlan
 from ..merging import TokenMatching, merge_each, select_tokens, unmerge_tokens
+from .outcomes import Outcome, Warnings
 
 LAYER_ATTRIBUTE = "_agentsd"
 """Where a patched `Attention` module keeps its LayerState. It hangs on the module and not on the processor because
 diffusers remakes processors with `processor.__class__()` (load_ip_adapter, unload_ip_adapter)."""
 
-# What became of a layer in a call. Short constants, as they are written inside compiled graphs.
-RAN = "ran"
-NOT_REACHED = "not reached"
-BYPASSED = "bypassed"
-CROSS, MASK, NO_INPUT, OTHER_TOKENS = "cross", "mask", "no input", "other tokens"
-
 _STANDARD_PROCESSOR = AttnProcessor2_0()
 
 
-@dataclass
-class CallInProgress:
-    """Whether a UNet call is in progress, and what about; one object per patched UNet, shared by its layers.
+@dataclass(eq=False)
+class LayerInCall:
+    """What one layer does in one UNet call, and what became of it; made anew for each call.
 
     Attributes:
-        active: a call is in progress. Nothing of a call that has ended may be used.
-        height, width: size of the latent, in latent pixels.
-        batch: number of samples.
-        told_outside: a warning has said that a layer was called outside a UNet call.
+        plan: the numbers of the first part.
+        parts: one LayerCall, or one for each phase where the samples of a batch differ.
+        order: [B] puts the samples back into their order where there are several parts.
+        batch: number of samples of the UNet call.
+        block_input: [B, N, C] un-normalised input of the block, between the block's pre-hook and the attention.
+        matching: the tokens' matching and r, where they are needed after attention.
+        outcome: what became of the layer.
     """
 
-    active: bool = False
-    height: int = 0
-    width: int = 0
-    batch: int = 0
-    told_outside: bool = False
+    plan: LayerPlan
+    parts: tuple[LayerCall, ...]
+    order: Tensor | None
+    batch: int
+    block_input: Tensor | None = None
+    matching: tuple[TokenMatching, int] | None = None
+    outcome: Outcome = Outcome.NOT_REACHED
+
+    def leave_alone(self) -> None:
+        """Have the layer's own processor do it all in this call."""
+        self.plan = replace(self.plan, action="none", reason="a guider works on it in this call")
+        self.parts, self.order = (LayerCall("none"),), None
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerState:
-    """What one patched self-attention layer knows: its place, its settings, and what it does in this call.
+    """What hangs on a patched `Attention`: what is always true of it, and its part in the UNet call in progress.
 
     Attributes:
         name: module name of the `Attention` in the UNet.
         downsample: the layer's tokens form the latent's grid divided by this.
         config: settings, shared by all layers.
-        call: the UNet call in progress, shared by all layers.
+        warnings: the patch's, shared by all layers.
         fallback: the processor that stood here; it serves what this method does not apply to.
         keeps_matching: the matching is needed after attention, to merge around cross-attention or feed-forward.
-        parts: what this call does: one LayerCall, or one for each phase where the samples of a batch differ.
-        order: [B] puts the samples back into their order where there are several parts.
-        plan: the numbers of the first part.
-        block_input: [B, N, C] un-normalised input of the block, between the block's pre-hook and the attention.
-        matching: the tokens' matching and r of this call, while `keeps_matching`.
-        outcome: what became of the layer in this call, one of the constants above.
+        now: its part in the call in progress; None outside a call. Nothing of a call that has ended may be used.
     """
 
     name: str
     downsample: int
     config: AgentConfig
-    call: CallInProgress
+    warnings: Warnings
     fallback: Any
     keeps_matching: bool = False
-    parts: tuple[LayerCall, ...] = ()
-    order: Tensor | None = None
-    plan: LayerPlan | None = None
-    block_input: Tensor | None = None
-    matching: tuple[TokenMatching, int] | None = None
-    outcome: str = NOT_REACHED
-
-    def grid(self) -> tuple[int, int]:
-        """(height, width) of the layer's token grid in the UNet call in progress."""
-        return token_grid(self.call.height, self.call.width, self.downsample)
-
-    def planned(self) -> LayerPlan:
-        """The numbers of the first part. Raises RuntimeError where no call is in progress."""
-        if self.plan is None:
-            raise RuntimeError(f"{self.name}: no UNet call is in progress, so nothing is planned for it")
-        return self.plan
-
-    def clear(self) -> None:
-        """Forget the last call."""
-        self.parts, self.order, self.plan = (), None, None
-        self.block_input = self.matching = None
-        self.outcome = NOT_REACHED
+    now: LayerInCall | None = None
 
 
 class AgentAttnProcessor:
@@ -125,35 +104,36 @@ class AgentAttnProcessor:
             standard = _STANDARD_PROCESSOR
             return standard(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
-        block_input, layer.block_input = layer.block_input, None
-        layer.matching = None
-        if layer.call.active:
-            layer.outcome = _outcome(layer, block_input, hidden_states, encoder_hidden_states, attention_mask)
-        elif not layer.call.told_outside:
-            layer.call.told_outside = True
+        now, block_input = layer.now, None
+        if now is not None:
+            block_input, now.block_input = now.block_input, None
+            now.outcome = _outcome(now, block_input, hidden_states, encoder_hidden_states, attention_mask)
+        elif not layer.warnings.outside:
+            layer.warnings.outside = True
             _warn_outside_a_call()
-        parts, order = layer.parts, layer.order
-        unpatched = not layer.call.active or layer.outcome != RAN or (len(parts) == 1 and parts[0].action == "none")
-        if unpatched or block_input is None:  # RAN says that there is one
+        unpatched = now is None or now.outcome is not Outcome.RAN or block_input is None
+        if unpatched or (len(now.parts) == 1 and now.parts[0].action == "none"):
             return layer.fallback(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
-        if order is None:  # one part
-            return _attend(attn, layer, parts[0], hidden_states, block_input)
+        if now.order is None:  # one part
+            return _attend(attn, layer, now, now.parts[0], hidden_states, block_input)
 
         # A timestep per sample: each sample follows its own phase. A video's frames come as samples of their own.
-        frames = hidden_states.shape[0] // layer.call.batch
+        frames = hidden_states.shape[0] // now.batch
         outputs = []
-        for part in parts:
+        for part in now.parts:
             assert part.samples is not None  # several parts each have their own
             samples = _repeat_frames(part.samples, frames)
             tokens, inputs = hidden_states.index_select(0, samples), block_input.index_select(0, samples)
             if part.action == "none":
                 outputs.append(layer.fallback(attn, tokens, None, None, temb, *args, **kwargs))
             else:
-                outputs.append(_attend(attn, layer, part, tokens, inputs))
-        return torch.cat(outputs).index_select(0, _repeat_frames(order, frames))
+                outputs.append(_attend(attn, layer, now, part, tokens, inputs))
+        return torch.cat(outputs).index_select(0, _repeat_frames(now.order, frames))
 
 
-def _attend(attn: Attention, layer: LayerState, part: LayerCall, hidden_states: Tensor, block_input: Tensor) -> Tensor:
+def _attend(
+    attn: Attention, layer: LayerState, now: LayerInCall, part: LayerCall, hidden_states: Tensor, block_input: Tensor
+) -> Tensor:
     """What one part of a call does with its samples. [B', N, C] twice -> [B', N, C]."""
     split = part.split
     assert split is not None  # its action is not "none"
@@ -164,8 +144,8 @@ def _attend(attn: Attention, layer: LayerState, part: LayerCall, hidden_states: 
         return _downsampled_attention(attn, layer, split, hidden_states)
     matching = part.match(block_input)
     r = part.num_merged
-    if layer.keeps_matching and len(layer.parts) == 1:
-        layer.matching = (matching, r)
+    if layer.keeps_matching and len(now.parts) == 1:
+        now.matching = (matching, r)
 
     upcast = _upcasts(attn, layer)
     if part.action == "agents":
@@ -250,28 +230,28 @@ def _repeat_frames(samples: Tensor, frames: int) -> Tensor:
 
 
 def _outcome(
-    layer: LayerState,
+    now: LayerInCall,
     block_input: Tensor | None,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None,
     attention_mask: Tensor | None,
-) -> str:
+) -> Outcome:
     """RAN where this is self-attention over the whole grid; else the reason why the layer runs unpatched."""
     if encoder_hidden_states is not None:
-        return CROSS
+        return Outcome.CROSS
     if attention_mask is not None:
-        return MASK
+        return Outcome.MASK
     if block_input is None:
-        return NO_INPUT
-    split = layer.parts[0].split
+        return Outcome.NO_INPUT
+    split = now.parts[0].split
     if hidden_states.ndim != 3 or hidden_states.shape[:2] != block_input.shape[:2]:
-        return OTHER_TOKENS
+        return Outcome.OTHER_TOKENS
     if split is not None and hidden_states.shape[1] != split.num_tokens:
-        return OTHER_TOKENS
-    by_sample = len(layer.parts) > 1 or (split is not None and split.tokens.ndim == 2)
-    if by_sample and hidden_states.shape[0] % layer.call.batch != 0:
-        return OTHER_TOKENS
-    return RAN
+        return Outcome.OTHER_TOKENS
+    by_sample = len(now.parts) > 1 or (split is not None and split.tokens.ndim == 2)
+    if by_sample and hidden_states.shape[0] % now.batch != 0:
+        return Outcome.OTHER_TOKENS
+    return Outcome.RAN
 
 
 # Under torch.compile this runs while the graph is made, which is once, as the graph stands for such calls only.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,20 +11,31 @@ from torch import Tensor, nn
 from .layers import UNet
 from .weak_link import WeakLink
 
-if TYPE_CHECKING:
-    from .step_cache import StepCache
 
-
-class Skipping(Protocol):
-    """What decides whether a part is skipped.
+class Switch:
+    """Decides whether the skippable parts of one model are skipped. Read inside compiled graphs.
 
     Attributes:
-        skipping: the call in progress skips it.
-        filler: the value of its stand-ins.
+        skipping: the call in progress skips them.
+        feature: [B, C, H, W] what a cached call uses in place of what it skips.
+        kept: what the whole call in progress computed there.
+        split: the part that computes it ran several times in that call, on some of the samples each.
+        filler: the value of stand-ins.
     """
 
-    skipping: bool
-    filler: float
+    filler = 0.0
+
+    def __init__(self) -> None:
+        self.set(None)
+
+    def set(self, feature: Tensor | None) -> None:
+        """Begin a call: one that is cached with this feature, or a whole one."""
+        self.skipping, self.feature = feature is not None, feature
+        self.kept: Tensor | None = None
+        self.split = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "skipping": False, "feature": None, "kept": None}  # a copy has calls of its own
 
 
 # Compiled graphs hold for one object in the place of a module's forward. So that the next patch needs no new graphs, it
@@ -42,53 +53,54 @@ class SkippableForward:
     def __init__(self, module: nn.Module):
         # Weak, as it hangs on the module: a reference cycle would keep a dropped UNet alive until Python collects it.
         self.module = WeakLink(module, pickled=True)
-        self.cache: Any = None  # a StepCache, or what skips a ControlNet
+        self.switch: Switch | None = None
         self.keeps = False
         self.inner: Any = None  # what offloading put there
         self.like: Any = None  # tensors of the output's shapes that take no memory
 
-    def install(self, cache: Skipping, keeps: bool) -> None:
+    def install(self, switch: Switch, keeps: bool) -> None:
         """Take the place of the module's forward.
 
         Args:
-            cache: says whether a call is cached.
-            keeps: this is the last skipped part, whose output is the feature; `cache`, a StepCache, takes it.
+            switch: says whether a call is cached.
+            keeps: this is the last skipped part, whose output is the feature; the switch takes it.
         """
         module = self.module.target()
-        self.cache, self.keeps, self.inner = cache, keeps, vars(module).get("forward")
+        self.switch, self.keeps, self.inner = switch, keeps, vars(module).get("forward")
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = self.cache
-        if cache is not None and cache.skipping:
-            return self._stand_in(cache)
+        switch = self.switch
+        if switch is not None and switch.skipping:
+            return self._stand_in(switch)
         if self.inner is not None:
             output = self.inner(*args, **kwargs)
         else:
             module = self.module.target()
             output = type(module).forward(module, *args, **kwargs)
-        if cache is not None and not torch.is_grad_enabled():
-            self.like = _like(output, cache.filler)
+        if switch is not None and not torch.is_grad_enabled():
+            self.like = _like(output, switch.filler)
             if self.keeps:
+                switch.split = switch.kept is not None
                 # A copy, as diffusers may write into the tensor that goes on.
-                cache.kept = (output[0] if isinstance(output, tuple) else output).clone()
+                switch.kept = (output[0] if isinstance(output, tuple) else output).clone()
         return output
 
-    def _stand_in(self, cache: Any) -> Any:
+    def _stand_in(self, switch: Switch) -> Any:
         """The output's first tensor as one that can be written to, the residuals beside it as they are."""
         if isinstance(self.like, tuple):
-            return (self._hidden_states(cache, self.like[0]), *self.like[1:])
-        return self._hidden_states(cache, self.like)
+            return (self._hidden_states(switch, self.like[0]), *self.like[1:])
+        return self._hidden_states(switch, self.like)
 
-    def _hidden_states(self, cache: Any, like: Tensor) -> Tensor:
+    def _hidden_states(self, switch: Switch, like: Tensor) -> Tensor:
         if not self.keeps:
-            return torch.full_like(like, cache.filler, memory_format=torch.contiguous_format)
-        assert cache.feature is not None  # a cached call has one
-        return cache.feature
+            return torch.full_like(like, switch.filler, memory_format=torch.contiguous_format)
+        assert switch.feature is not None  # a cached call has one
+        return switch.feature
 
     def leave_graph(self) -> None:
         """Replace tensors that a compiled graph made, as its next run may overwrite them."""
-        self.like = _like(self.like, self.cache.filler)
+        self.like = _like(self.like, self.switch.filler if self.switch else 0.0)
 
     def remove(self) -> None:
         """Restore the forward that was there; where somebody has wrapped this one since, it stays and does nothing."""
@@ -100,12 +112,14 @@ class SkippableForward:
                 module.forward = self.inner
             self.inner = None  # it may refer to the module, which would then never be freed
             _REMOVED[module] = self
-        self.cache, self.like = None, None
+        self.switch, self.like = None, None
 
 
 def _like(output: Any, filler: float) -> Any:
     if isinstance(output, tuple):
         return tuple(_like(one, filler) for one in output)
+    if output is None:  # a stage without residuals, as the last one of the latent upscaler
+        return None
     return output.new_full((1,), filler).expand(output.shape)
 
 
@@ -115,12 +129,12 @@ def skippable_forwards(unet: nn.Module) -> list[SkippableForward]:
     return [forward for forward in found if isinstance(forward, SkippableForward)]
 
 
-def install_skipping(unet: UNet, cache: StepCache, depth: int | str) -> None:
+def install_skipping(unet: UNet, switch: Switch, depth: int | str) -> None:
     """Wrap everything that a cached call of a UNet skips.
 
     Args:
         unet: the UNet.
-        cache: the step cache.
+        switch: decides whether it is skipped.
         depth: how many pairs of resnet and transformer at the end of the last up block are recomputed; "auto" is 1.
 
     Raises:
@@ -128,13 +142,13 @@ def install_skipping(unet: UNet, cache: StepCache, depth: int | str) -> None:
     """
     parts, keeper = skipped_parts(unet, depth)
     for module in parts:
-        install_forward(module, cache, module is keeper)
+        install_forward(module, switch, module is keeper)
 
 
-def install_forward(module: nn.Module, cache: Skipping, keeps: bool = False) -> None:
+def install_forward(module: nn.Module, switch: Switch, keeps: bool = False) -> None:
     """Make one module skippable; arguments as those of `SkippableForward.install`."""
     forward = _REMOVED.pop(module, None) or SkippableForward(module)
-    forward.install(cache, keeps)
+    forward.install(switch, keeps)
 
 
 def skipped_parts(unet: UNet, depth: int | str) -> tuple[list[nn.Module], nn.Module]:

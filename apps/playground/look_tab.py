@@ -177,7 +177,7 @@ class LookTab:
         if downsample is None or not isinstance(error, ValueError):
             return error
         reached, _ = find_layers(find_unet(model.pipe), settings.config)
-        if layer in [name for name, *_ in reached]:
+        if layer in [one.name for one in reached]:
             return error
         return ValueError(
             f"{layer} is not patched with these settings: choose max_downsample {downsample} or more under "

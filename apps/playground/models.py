@@ -101,7 +101,7 @@ class Models:
             name,
             pipe,
             (height * pipe.vae_scale_factor, width * pipe.vae_scale_factor),
-            tuple((layer, downsample) for layer, _, downsample in layers),
+            tuple((layer.name, layer.downsample) for layer in layers),
             Preview(pipe),
         )
 

@@ -91,7 +91,7 @@ def check_row(row: Row) -> None:
         row.mend(pipe)
     for model in row.models(pipe) if row.every_layer else ():  # describe tells what happened in the last call
         described = {layer.name for layer in agentsd.describe(model).active}
-        assert described == {layer.state.name for layer in get_patch(model).layers}
+        assert described == {layer.name for layer in get_patch(model).layers}
 
     with warnings.catch_warnings(), record_attention(*row.models(pipe)) as record:
         warnings.filterwarnings("error", message="agentsd")
