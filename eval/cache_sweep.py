@@ -43,7 +43,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--intervals", nargs="+", type=at_least(2), default=[2, 3, 5], help="default: 2 3 5")
     add("--images", type=at_least(1), default=4, help="images a row (default: %(default)s)")
     add("--extras", action="store_true", help="also depth 2, and more whole calls early")
-    add("--last-cached", action="store_true", help="also runs whose last call may be cached")
     return parser
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from .weak_link import WeakLink
 
-# The functions that run while a module is called.
-_CALLING = ("forward", "_call_impl", "_wrapped_call_impl", "__call__")
+# The functions that run while a module is called; not its forward, which may be called directly, past all hooks.
+_CALLING = ("_call_impl", "_wrapped_call_impl", "__call__")
 
 changes = threading.RLock()
 """Held while a patch is put on or off, so that two threads do not do so at once."""

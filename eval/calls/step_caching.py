@@ -17,6 +17,7 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from tqdm import tqdm
 
 import agentsd
 from agentsd.images.pipelines import SCHEDULERS
-from agentsd.patch import get_patch
+from agentsd.step_cache import plan_whole_calls
+from agentsd.unet import caching
 from eval.common.environment import commit, device_name
 from eval.common.protocol import BenchError
 from eval.common.tables import markdown
@@ -53,37 +55,22 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if options.extras:
                 yield {**base, "method": "cache", "interval": interval, "order": 1, "depth": 2}
                 yield {**base, "method": "cache, dense early", "interval": interval, "order": 1}
-            for method in ("cache", "agents + cache") if options.last_cached else ():
-                yield {**base, "method": f"{method}, last call cached", "interval": interval, "order": 0}
 
 
 @contextmanager
-def dense_early(cache: Any, interval: int) -> Iterator[None]:
-    """More whole calls in the noisiest 30 % of the run and fewer later: intervals one below and one above `interval`.
+def dense_early() -> Iterator[None]:
+    """More whole calls in the first 30 % of the run and fewer later: intervals one below and one above the given one.
 
-    The number of whole calls is about that of `interval` throughout.
+    The number of whole calls is about that of the interval throughout.
     """
-    begin = cache.begin
 
-    def with_interval(unet: Any, sample: Any, timestep: float, *rest: Any) -> bool:
-        cache.interval = interval - 1 if timestep >= 700 else interval + 1
-        return begin(unet, sample, timestep, *rest)
+    def plan(phases: tuple, interval: int, steps: int) -> tuple[bool, ...]:
+        early = round(0.3 * len(phases))
+        first = plan_whole_calls(phases[:early], interval - 1, steps)
+        return (*first, *plan_whole_calls(phases[early:], interval + 1, steps))
 
-    cache.begin = with_interval
-    try:
+    with mock.patch.object(caching, "plan_whole_calls", plan):
         yield
-    finally:
-        del cache.begin
-
-
-@contextmanager
-def last_call_cached(patch: Any) -> Iterator[None]:
-    """Let the last call of a run be cached with every scheduler, where the patch makes it whole with DPM++ 2M."""
-    patch.schedule.last_timestep = lambda: None  # as where no scheduler is known
-    try:
-        yield
-    finally:
-        del patch.schedule.last_timestep
 
 
 @contextmanager
@@ -143,12 +130,7 @@ def method_of(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
             fields |= {"cache_interval": row["interval"], "cache_order": row["order"]}
             fields["cache_depth"] = row.get("depth", "auto")
         with agentsd.patched(pipe, **fields):
-            patch: Any = get_patch(pipe)
-            change: AbstractContextManager[None] = nullcontext()
-            if "dense early" in method:
-                change = dense_early(patch.cache, row["interval"])
-            elif "last call cached" in method:
-                change = last_call_cached(patch)
+            change: AbstractContextManager[None] = dense_early() if "dense early" in method else nullcontext()
             with change:
                 yield
 
