@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .attention import agent_attention as agent_attention
     from .config import AgentConfig as AgentConfig
     from .config import Phase as Phase
+    from .describe import describe as describe
     from .images.compare import compare as compare
     from .images.pipelines import load_pipeline as load_pipeline
     from .images.tune import tune as tune
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from .patch import new_run as new_run
     from .patch import patched as patched
     from .patch import remove_patch as remove_patch
-    from .report import describe as describe
 
 _HOME = {
     "AgentConfig": "config",
@@ -26,7 +26,7 @@ _HOME = {
     "agent_attention": "attention",
     "apply_patch": "patch",
     "compare": "images.compare",
-    "describe": "report",
+    "describe": "describe",
     "load_pipeline": "images.pipelines",
     "new_run": "patch",
     "patched": "patch",

@@ -66,9 +66,9 @@ def info(options: argparse.Namespace, config: AgentConfig) -> int:
     for name in ("height", "width"):
         check_size(name, getattr(options, name))
     _check_loading(options)
+    from .describe import describe
     from .patch import apply_patch
-    from .report import describe
-    from .report_text import USUAL_WIDTH, as_text, every_layer
+    from .report import USUAL_WIDTH, as_text, every_layer
 
     pipe = _load(options)
     report = describe(apply_patch(pipe, config), options.height, options.width)

@@ -1,17 +1,73 @@
-"""Merge maps and agent maps: what a LayerView recorded, over the image it belongs to."""
+"""The view of a layer (LayerView), and merge maps and agent maps that show it over the image it belongs to."""
 
 from __future__ import annotations
 
 import colorsys
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .visualize import LayerView
+from .config import Phase
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What one layer did in one UNet call, for one sample (the one with the prompt).
+
+    Attributes:
+        layer: module name of the attention.
+        call: number of the UNet call in its run, from 0.
+        timestep: its noise level.
+        phase: what the layer did.
+        grid: (height, width) of its tokens.
+        position: [N] where each token went: tokens with the same number were merged into one.
+        agent_tokens: [num_agents] the token at whose place each agent stands; None in the merge phase.
+        agent_attention: [num_agents, N] bfloat16, what each agent aggregates from each token, averaged over heads: the
+            weight of the token's group, shared by its members, so each row sums to 1; None in the merge phase.
+        calls_with_agents: numbers of the UNet calls of this run in which the layer used agents.
+        num_calls: number of UNet calls of the run.
+    """
+
+    layer: str
+    call: int
+    timestep: float
+    phase: Phase
+    grid: tuple[int, int]
+    position: Tensor
+    agent_tokens: Tensor | None
+    agent_attention: Tensor | None
+    calls_with_agents: tuple[int, ...] = ()
+    num_calls: int = 0
+
+    @property
+    def where_agents_are(self) -> str:
+        """Which calls of the run have agents, in words."""
+        if not self.calls_with_agents:
+            return f"none of the {self.num_calls} calls of this run has agents; raise early"
+        which = _ranges(self.calls_with_agents)
+        verb = "calls {} have" if len(self.calls_with_agents) > 1 else "only call {} has"
+        return f"{verb.format(which)} agents, of 0 … {self.num_calls - 1}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that its tensors take."""
+        tensors = (self.position, self.agent_tokens, self.agent_attention)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers with those in a row as a range: "0 … 3, 6"."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return ", ".join(f"{group[0]} … {group[-1]}" if len(group) > 1 else str(group[0]) for group in groups)
 
 
 def merge_map(view: LayerView, image: Image.Image) -> Image.Image:

@@ -119,7 +119,7 @@ def remove_patch(model: Model) -> Model:
 
     Raises:
         TypeError: the model has no UNet that could have been patched.
-        RuntimeError: a call of the UNet is in progress, or another thread is in the middle of a run. Nothing is changed.
+        RuntimeError: a call of the UNet is in progress, or another thread is in the midst of a run; nothing changes.
     """
     with changes:
         _remove(find_unet(model))

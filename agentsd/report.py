@@ -1,26 +1,24 @@
-"""describe: which layers are patched, how many tokens and agents they work with, and what that saves."""
+"""The report of `describe` as data, as text and as HTML: like layers are one table, so that SDXL fits on a screen."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import html
+import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
-
 from .config import AgentConfig, Phase
-from .layer_plan import plan_layer, token_grid
-from .multiply_adds import count_multiply_adds
-from .patch import find_unet, get_patch
-from .report_text import as_html, as_text
-from .unet.layers import PatchedLayer, class_name, is_ours, own_latent_size
-from .unet.outcomes import ACTIVE
-from .unet.outcomes import LastCall as UNetCall
-from .unet.skipping import skipped_names
-from .unet.unet_patch import UNetPatch
+
+USUAL_WIDTH = 100
+_LATER = {"merge": "token merging", "downsample": "downsampled keys and values", "full": "unpatched"}
+_HEADER = ("", "tokens", "keys", "agents", "Mmul-add")
+_SHARES = (
+    "Shares of the multiply-adds are not shares of the seconds: a UNet call of SD 1.5 at 1024 px took 44% of its "
+    "unpatched time in the early steps with 67% of its multiply-adds (2 CPU cores). To measure yours: "
+    "agentsd generate --compare."
+)
 
 
 @dataclass(frozen=True)
@@ -89,16 +87,6 @@ class LastCall:
     cached: bool = False
     whole_calls: int | None = None
     cached_calls: int | None = None
-
-    @classmethod
-    def of(cls, patch: UNetPatch, scale: int) -> LastCall | None:
-        """From what the patch noted, with the pixels per latent pixel."""
-        call = patch.last_call
-        if call is None:
-            return None
-        counts = (call.whole_calls, call.cached_calls)
-        size = (call.height * scale, call.width * scale)
-        return cls(*size, call.timestep, call.phase, dict(call.notes), call.cached, *counts)
 
 
 @dataclass(frozen=True, repr=False)
@@ -179,128 +167,202 @@ class Report:
         return as_html(self)
 
 
-def describe(model: Any, height: int | None = None, width: int | None = None) -> Report:
-    """Report what is patched, what it saves, and what happened in the last UNet call.
+def as_text(report: Report, width: int = USUAL_WIDTH) -> str:
+    """The report as plain text, at most `width` columns wide where words allow it."""
 
-    Args:
-        model: a pipeline or UNet that `apply_patch` takes, patched or not.
-        height, width: image size in pixels; None takes the model's own.
+    def wrapped(parts: list[str]) -> str:
+        return "\n".join(
+            textwrap.fill(part, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+            for part in parts
+        )
 
-    Returns:
-        A Report. Its numbers come from the layers' shapes; nothing is generated or timed.
+    blocks = [wrapped(_introduction(report))]
+    blocks += ["\n".join([wrapped([title]), *_aligned(rows)]) for title, rows in _tables(report)]
+    blocks += [wrapped(_closing(report)), wrapped(_others(report))]
+    return "\n\n".join(block for block in blocks if block)
 
-    Raises:
-        TypeError: the model has no UNet of the supported kind, or a size is no integer.
-        ValueError: a size is not a positive multiple of the pixels per latent pixel.
-    """
-    unet = find_unet(model)
-    latent_height, latent_width, scale = _latent_size(model, unet, height, width)
-    patch = get_patch(model)
-    call = patch.last_call if patch else None
-    layers = []
-    if patch is None:
-        for name, module in unet.named_modules():
-            if isinstance(module, Attention) and name.endswith("attn1"):
-                layers.append(LayerReport(name, "not patched"))
-    else:
-        for layer in patch.layers:
-            grid = token_grid(latent_height, latent_width, layer.downsample)
-            outcome = call.outcomes.get(layer.name, "") if call else ""
-            report = _layer_report(layer.name, _status(layer, grid, patch.config, call), layer.attn, grid, patch.config)
-            layers.append(dataclasses.replace(report, last_call=outcome))
-        layers += [LayerReport(layer.name, f"left alone: {layer.reason}") for layer in patch.skipped]
-        order = {name: i for i, (name, _) in enumerate(unet.named_modules())}
-        layers.sort(key=lambda layer: order[layer.name])
-    config = patch.config if patch else None
-    depth = config.cache_depth if config and config.cache_interval > 1 else None
-    skipped = () if depth is None else skipped_names(unet, depth)
-    whole, cached = count_multiply_adds(unet, latent_height, latent_width, depth)
-    return Report(
-        model=type(model).__name__,
-        height=latent_height * scale,
-        width=latent_width * scale,
-        config=config,
-        early_timestep=_early_timestep(patch) if patch else None,
-        layers=tuple(
-            dataclasses.replace(
-                layer,
-                self_attention=not _attends_to_text_only(unet, layer.name),
-                recomputed=not layer.name.startswith(skipped),
-            )
-            for layer in layers
-        ),
-        unet_multiply_adds=whole,
-        cached_multiply_adds=cached,
-        assumed_timesteps=patch.num_train_timesteps if patch and patch.schedule.refresh().assumed else None,
-        last_call=LastCall.of(patch, scale) if patch else None,
-        cache_order=patch.cache_order() if patch else None,
-        skips_controlnet=patch is not None and patch.skips_controlnet(),
+
+def as_html(report: Report) -> str:
+    """The report for a notebook: paragraphs and tables."""
+
+    def paragraphs(parts: list[str]) -> list[str]:
+        return [f"<p>{html.escape(part)}</p>" for part in parts]
+
+    def row(cells: tuple[str, ...], kind: str) -> str:
+        first, *numbers = (html.escape(cell) for cell in cells)
+        aligned = "".join(f'<{kind} style="text-align:right">{cell}</{kind}>' for cell in numbers)
+        return f"<tr><{kind}>{first}</{kind}>{aligned}</tr>"
+
+    out = paragraphs(_introduction(report))
+    for title, (header, *rows) in _tables(report):
+        body = row(header, "th") + "".join(row(cells, "td") for cells in rows)
+        out += [*paragraphs([title]), f"<table>{body}</table>"]
+    return "\n".join([*out, *paragraphs(_closing(report)), *paragraphs(_others(report))])
+
+
+def every_layer(report: Report) -> str:
+    """One line for each layer with its status; the patched ones with the number that `visualize --layer` takes."""
+    lines, number = [], 0
+    for layer in report.layers:
+        label = "-"
+        if layer.grid is not None:
+            label, number = str(number), number + 1
+        lines.append(f"{label:>3}  {layer.name}: {layer.status}")
+    return "\n".join(lines)
+
+
+def _introduction(report: Report) -> list[str]:
+    lines = [f"{report.model} at {report.width}×{report.height} px: {_headline(report)}"]
+    if report.config is not None:
+        lines.append("settings: " + _settings(report.config))
+        if report.config.cache_interval > 1:
+            lines.append(_step_caching(report))
+    if report.last_call is not None:
+        lines.append(_last_call(report))
+        notes: dict[str, int] = {}
+        for note in report.last_call.notes.values():
+            notes[note] = notes.get(note, 0) + 1
+        lines += [f"  on {count} layers: {note}" for note, count in notes.items()]
+    return lines
+
+
+def _step_caching(report: Report) -> str:
+    assert report.config is not None
+    kept = "on the line through the last two kept features" if report.cache_order else "on the last kept feature"
+    text = (
+        f"step caching: up to {report.config.cache_interval} calls in a row share one whole call; the others recompute "
+        f"the end of the UNet alone, {kept} (order {report.cache_order})"
     )
+    if report.skips_controlnet:
+        text += ", and before them the ControlNet computes its first layers alone"
+    return text + ". The tables below are those of a whole call"
 
 
-def _early_timestep(patch: UNetPatch) -> float | None:
-    """The least noisy timestep of the agent phase, None where no step is in it."""
-    if patch.config.early == 0 or patch.schedule.refresh().noise_levels:
-        return None
-    return patch.config.first_agent_timestep(patch.num_train_timesteps)
+def _headline(report: Report) -> str:
+    layers = [layer for layer in report.layers if layer.self_attention]
+    others = len(report.layers) - len(layers)
+    beside = f"; {others} others are cross-attention only" if others else ""
+    if report.config is None:
+        return f"not patched; it has {len(layers)} self-attention layers{beside}"
+    later = _LATER[report.config.late]
+    if report.early_timestep is None:
+        nothing = "ratio=0" if report.config.late == "merge" else f"late={report.config.late!r}"
+        changes = report.config.acts_in(Phase.MERGE)
+        without = "early=0" if report.config.early == 0 else "a scheduler that counts noise levels, not timesteps,"
+        when = f"{later} in every step" if changes else f"but {nothing} and {without} change nothing"
+        if changes and report.config.early > 0:
+            when += ", as the scheduler counts noise levels, not timesteps"
+    else:
+        when = f"agent attention at timesteps ≥ {report.early_timestep:g}, {later} below"
+        if report.config.early == 1:
+            when = "agent attention in every step"
+        if report.assumed_timesteps:
+            when += f"; a schedule of {report.assumed_timesteps} timesteps is assumed, as a bare UNet has no scheduler"
+    return f"agentsd is active on {len(report.active)} of {len(layers)} self-attention layers{beside}; {when}"
 
 
-def _status(layer: PatchedLayer, grid: tuple[int, int], config: AgentConfig, call: UNetCall | None) -> str:
-    """What stands on a patched layer, for tokens on a grid, and whether it ran in the last call."""
-    if not is_ours(layer):
-        return f"replaced by {class_name(layer.attn.processor)}: call apply_patch again"
-    if not any(plan_layer(config, phase, grid).num_dst for phase in Phase):
-        return f"left alone: its {grid[0]}×{grid[1]} grid is smaller than a cell"
-    outcome = call.outcomes.get(layer.name, ACTIVE) if call else ACTIVE
-    if call is None or outcome == ACTIVE:
-        return "active"
-    # Where the settings have nothing to do at that phase and size, the patch is in order none the less.
-    planned = plan_layer(config, call.phase, token_grid(call.height, call.width, layer.downsample))
-    return "active" if planned.action == "none" else f"not active in the last call: {outcome}"
+def _settings(config: AgentConfig) -> str:
+    """ratio and early, and what else is not at its default."""
+    values = dataclasses.asdict(config)
+    defaults = dataclasses.asdict(AgentConfig())
+    shown = [name for name in values if name in ("ratio", "early") or values[name] != defaults[name]]
+    text = ", ".join(f"{name}={values[name]!r}" for name in shown)
+    return text + ("" if len(shown) == len(values) else "; all others at their defaults")
 
 
-def _attends_to_text_only(unet: torch.nn.Module, name: str) -> bool:
-    """Whether a block's attn1 is cross-attention, as in blocks with only_cross_attention."""
-    block = unet.get_submodule(name.rpartition(".")[0])
-    return bool(getattr(block, "only_cross_attention", False))
+def _last_call(report: Report) -> str:
+    call = report.last_call
+    assert call is not None
+    installed = [layer for layer in report.layers if layer.last_call]
+    active = sum(layer.last_call == "active" for layer in installed)
+    phase = f"{call.phase.value} phase" + (", cached" if call.cached else "")
+    text = (
+        f"last call: {call.width}×{call.height} px, timestep {call.timestep:g}, {phase}: active on {active} of "
+        f"{len(installed)} patched layers"
+    )
+    if call.whole_calls is not None:
+        text += f"; this run: {call.whole_calls} whole and {call.cached_calls} cached calls"
+    return text
 
 
-def _latent_size(model: Any, unet: UNet2DConditionModel, height: int | None, width: int | None) -> tuple[int, int, int]:
-    scale = getattr(model, "vae_scale_factor", 8)
-    default = own_latent_size(unet)
-    latent = []
-    for name, value, own in (("height", height, default[0]), ("width", width, default[1])):
-        if value is None:
-            latent.append(own)
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}={value!r}: must be an integer, the image's {name} in pixels")
-        if value <= 0 or value % scale:
-            raise ValueError(f"{name}={value}: must be a positive multiple of {scale} pixels")
-        latent.append(value // scale)
-    return latent[0], latent[1], scale
+def _tables(report: Report) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """(title, rows) for each group of active layers with the same figures."""
+    groups: dict[tuple, list[LayerReport]] = {}
+    for layer in report.active:
+        groups.setdefault((layer.grid, layer.multiply_adds, tuple(layer.phases.items())), []).append(layer)
+    tables = []
+    for layers in groups.values():
+        first = layers[0]
+        assert first.grid is not None
+        each = f"{len(layers)} layers, each" if len(layers) > 1 else "1 layer,"
+        title = f"{each} {first.grid[0]}×{first.grid[1]} = {first.tokens} tokens: {_places(layers)}"
+        rows = [_HEADER, ("unpatched", *map(str, (first.tokens, first.tokens, "-")), _millions(first.multiply_adds))]
+        for phase in phases_in_use(report):
+            cost = first.phases[phase.value]
+            agents = str(cost.agents or "-")
+            rows.append((phase.value, str(cost.tokens_left), str(cost.keys), agents, _millions(cost.multiply_adds)))
+        tables.append((title, rows))
+    return tables
 
 
-def _layer_report(name: str, status: str, attn: Attention, grid: tuple[int, int], config: AgentConfig) -> LayerReport:
-    channels, inner = attn.to_q.in_features, attn.to_q.out_features
-    tokens = grid[0] * grid[1]
-    before = 4 * tokens * channels * inner + 2 * tokens**2 * inner
-    phases = {phase.value: _phase_cost(phase, grid, channels, inner, config, before) for phase in Phase}
-    return LayerReport(name, status, grid, tokens, before, phases)
+def _closing(report: Report) -> list[str]:
+    """What the layers' self-attention is of the whole UNet, before and after."""
+    if not report.active:
+        return []
+    before = report.self_attention_multiply_adds()
+    phases = phases_in_use(report)
+    after = {phase: report.self_attention_multiply_adds(phase) / before for phase in phases}
+    if report.unet_multiply_adds is None:
+        shares = ", ".join(f"{part:.1%} in the {phase.value} phase" for phase, part in after.items())
+        return [f"multiply-adds of their self-attention: {shares} of the unpatched ones"]
+    lines = [
+        f"whole UNet, unpatched: {report.unet_multiply_adds / 1e9:.2f} Gmul-add a call and image, "
+        f"{before / report.unet_multiply_adds:.1%} of them in the self-attention of these layers"
+    ]
+    for phase, part in after.items():
+        whole = report.unet_fraction(phase)
+        line = f"{phase.value} phase: {part:.1%} of that self-attention is left, {whole:.1%} of the whole UNet"
+        cached = report.unet_fraction(phase, cached=True)
+        lines.append(line + ("" if cached is None else f"; in a cached call {cached:.1%}"))
+    return [*lines, _SHARES]
 
 
-def _phase_cost(
-    phase: Phase, grid: tuple[int, int], channels: int, inner: int, config: AgentConfig, unpatched: int
-) -> PhaseCost:
-    plan = plan_layer(config, phase, grid)
-    tokens, left, keys, agents = plan.num_tokens, plan.num_left, plan.num_keys, plan.num_agents
-    if plan.action == "none":
-        return PhaseCost(tokens, tokens, 0, unpatched)
-    if plan.action == "downsample":
-        return PhaseCost(left, keys, 0, 2 * (left + keys) * channels * inner + 2 * left * keys * inner)
-    matching = plan.num_src * plan.num_dst * channels * math.prod(plan.tile or grid) // tokens
-    projections = 4 * left * channels * inner
-    if plan.action == "merge":
-        return PhaseCost(left, keys, 0, matching + projections + 2 * left * keys * inner)
-    attention = 4 * left * agents * inner + (left * inner if config.alpha else 0)
-    return PhaseCost(left, keys, agents, matching + projections + agents * channels * inner + attention)
+def _others(report: Report) -> list[str]:
+    """One line per status of the layers that are not active: how many, why, where."""
+    others: dict[str, list[LayerReport]] = {}
+    for layer in report.layers:
+        if layer.status != "active":
+            others.setdefault(layer.status, []).append(layer)
+    return [f"{len(layers)} {status}: {_places(layers)}" for status, layers in others.items()]
+
+
+def phases_in_use(report: Report) -> list[Phase]:
+    """The phases that a run goes through with the report's settings and scheduler."""
+    if report.config is None:
+        return []
+    has_agents = report.early_timestep is not None
+    return [Phase.AGENT] * has_agents + [Phase.MERGE] * (report.config.early < 1 or not has_agents)
+
+
+def _places(layers: Iterable[LayerReport]) -> str:
+    """The UNet's stages that the layers stand in, with their number in each."""
+    stages: dict[str, int] = {}
+    for layer in layers:
+        parts = layer.name.split(".")
+        stage = ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
+        if ".motion_modules." in layer.name:
+            stage += " (motion)"
+        stages[stage] = stages.get(stage, 0) + 1
+    return ", ".join(f"{stage} ({count})" if count > 1 else stage for stage, count in stages.items())
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}"

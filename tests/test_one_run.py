@@ -1,4 +1,4 @@
-"""Step caching knows which run, position and stream a call has: no image depends on another run, and none in silence."""
+"""Step caching knows which run, position and stream a call has: no image depends on another run in silence."""
 
 from __future__ import annotations
 

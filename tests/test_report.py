@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import agentsd
 from agentsd import Phase
 from agentsd.patch import get_patch
-from agentsd.report_text import as_text, every_layer
+from agentsd.report import as_text, every_layer
 
 
 def sd15_unet():
@@ -74,7 +74,7 @@ def test_a_cached_call_is_counted_as_pytorch_counts_it(kind, depth, recomputed):
         with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             unet(sample, timestep, text, added_cond_kwargs=extra)
         counted.append(counter.get_total_flops() // 2)
-    assert get_patch(unet).cached and [report.unet_multiply_adds, report.cached_multiply_adds] == counted
+    assert get_patch(unet).last_call.cached and [report.unet_multiply_adds, report.cached_multiply_adds] == counted
     # Agents save in the recomputed layers alone.
     agentsd.apply_patch(unet, cache_interval=2, cache_depth=depth)
     report = agentsd.describe(unet, 128, 192)

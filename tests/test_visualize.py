@@ -227,7 +227,7 @@ def test_with_step_caching_calls_are_those_of_the_unet(pipe):
     config = AgentConfig(cache_interval=3, early=0.6)
     _, views = look_through(pipe, replace(REQUEST, steps=20), config, layer=0)
     whole = [view.call for view in views]
-    assert views[0].num_calls == 21 and len(whole) < 21 and set(whole) > {0, 3, 6}
+    assert views[0].num_calls == 21 and len(whole) < 21 and set(whole) > {0, 3}
     assert views[0].calls_with_agents == tuple(view.call for view in views if view.phase is Phase.AGENT)
     _, last = look_through(pipe, replace(REQUEST, steps=20), config, layer=2)
     assert [view.call for view in last] == list(range(21))  # the recomputed end

@@ -11,7 +11,7 @@ import torch
 
 from ..config import AgentConfig
 from ..patch import choose_config, find_unet, get_patch, patched
-from ..unet.layers import find_layers, why_none
+from ..unet.layers import PatchedLayer, find_layers, why_none
 
 METHODS = {"sd": "Stable Diffusion", "tomesd": "ToMeSD", "agentsd": "AgentSD"}
 """Name on the command line: name in print."""
@@ -56,7 +56,7 @@ def config_for(pipe: Any, method: str, config: AgentConfig | None) -> AgentConfi
     return choose_config(pipe, config) if method == "agentsd" else config or AgentConfig()
 
 
-def check_method(pipe: Any, method: str, config: AgentConfig) -> list[tuple[str, Any, int]]:
+def check_method(pipe: Any, method: str, config: AgentConfig) -> list[PatchedLayer]:
     """The layers that a method changes, as `find_layers` lists them. Raises ValueError as `use_method`."""
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""What became of each patched layer in a UNet call: an enum with its sentences, and the warnings that are given once."""
+"""What became of each patched layer in a UNet call: an enum with its sentences, and warnings given once."""
 
 from __future__ import annotations
 

@@ -46,8 +46,12 @@ class LayerInCall:
     matching: tuple[TokenMatching, int] | None = None
     outcome: Outcome = Outcome.NOT_REACHED
 
+    def does_nothing(self) -> bool:
+        """Whether the layer's own processor does it all in this call."""
+        return len(self.parts) == 1 and self.parts[0].action == "none"
+
     def leave_alone(self) -> None:
-        """Have the layer's own processor do it all in this call."""
+        """Have the layer's own processor do it all in this call, as a guider's hook works on the layer."""
         self.plan = replace(self.plan, action="none", reason="a guider works on it in this call")
         self.parts, self.order = (LayerCall("none"),), None
 
@@ -111,8 +115,7 @@ class AgentAttnProcessor:
         elif not layer.warnings.outside:
             layer.warnings.outside = True
             _warn_outside_a_call()
-        unpatched = now is None or now.outcome is not Outcome.RAN or block_input is None
-        if unpatched or (len(now.parts) == 1 and now.parts[0].action == "none"):
+        if now is None or block_input is None or now.outcome is not Outcome.RAN or now.does_nothing():
             return layer.fallback(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         if now.order is None:  # one part
             return _attend(attn, layer, now, now.parts[0], hidden_states, block_input)

@@ -53,7 +53,7 @@ class Loop:
         """Where in the loop a timestep stands; None where it is none of the loop's."""
         if not self.goes_over(timestep):
             return None
-        steps, rest = divmod(timestep.storage_offset() - self.first, self.stride)
+        steps, rest = divmod(int(timestep.storage_offset()) - self.first, self.stride)
         return steps if rest == 0 and 0 <= steps < len(self.timesteps) else None
 
 

@@ -1,4 +1,4 @@
-"""One UNet call as a value, made anew for each: its size, timesteps and phases, what each layer does and what became of it.
+"""One UNet call as a value, made anew for each: size, timesteps, phases, what each layer does and what became of it.
 
 Nothing outlives the call but the `LastCall` that `describe` shows.
 """

@@ -236,7 +236,7 @@ class UNetPatch:
         if begins or run is None or run.loop is None:
             check_schedule(self.schedule, timesteps, timestep, begins, self.warnings)
         phases = tuple(self.config.phase_at(one, self.schedule.num_train_timesteps) for one in timesteps)
-        call = UNetCall(*sample.shape[-2:], sample.shape[0], timesteps, phases, compiled=compiled)
+        call = UNetCall(sample.shape[-2], sample.shape[-1], sample.shape[0], timesteps, phases, compiled=compiled)
         if self.caching is not None:
             call = dataclasses.replace(call, cached=self.caching.begin_call(run, call, self.unet, args, kwargs))
             self.controlnet.settle(self, args, kwargs, call.cached)
@@ -283,7 +283,7 @@ class UNetPatch:
         self.lock.leave()
 
     def _forget_stale(self, *_: Any) -> None:
-        """Pre-hook of the time embedding, which every forward runs first: Ctrl-C leaves the call that it ended behind."""
+        """Pre-hook of the time embedding, which every forward runs first: Ctrl-C leaves the call it ended behind."""
         if self.call is not None and not torch.compiler.is_compiling() and not is_inside(self.unet):
             self.end_call()
 

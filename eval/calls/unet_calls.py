@@ -180,7 +180,7 @@ def calls_of_a_run(settings: dict[str, Any], interval: int, steps: int = 50) -> 
 def _is_cached(unet: Any) -> bool:
     """Whether the last call of a patched UNet was cached."""
     patch = get_patch(unet)
-    return patch is not None and patch.cached
+    return patch is not None and patch.last_call is not None and patch.last_call.cached
 
 
 def _tiny_unet() -> Any:
