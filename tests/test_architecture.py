@@ -192,7 +192,11 @@ GOOD = {
     ("module", "code", "message"),
     [
         ("config", "from .patch import apply_patch", "agentsd.config imports agentsd.patch, which is in a later layer"),
-        ("merging", "def f():\n    import agentsd.unet.unet_call", "agentsd.merging imports agentsd.unet.unet_call, which is"),
+        (
+            "merging",
+            "def f():\n    import agentsd.unet.unet_call",
+            "agentsd.merging imports agentsd.unet.unet_call, which is",
+        ),
         ("unet/layers", "from .. import patch", "agentsd.unet.layers imports agentsd.patch, which is"),
         ("unet/layers", "try:\n    from .unet_call import f\nexcept ImportError:\n    pass", "cycle: agentsd.unet."),
         ("unet/layers", "if TYPE_CHECKING:\n    from .unet_call import f", "cycle: agentsd.unet."),
