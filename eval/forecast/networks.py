@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +25,6 @@ from .tracing import CallTrace, trace
 STEPS = 50
 """PLMS steps of a run, which call the UNet 51 times."""
 _ENOUGH_CALLS = 12  # of one phase, until whole and cached ones were traced
-
-_KNOWS_RUNS = importlib.util.find_spec("agentsd.unet.sampling_run") is not None
 
 CallKind = tuple[Phase, bool]
 """A call's phase, and whether it is whole."""
@@ -120,7 +117,7 @@ class Network:
                 seen: list[bool] = []
                 for timestep in self._timesteps()[begin : begin + _ENOUGH_CALLS]:
                     with ran_whole(self.unet) as whole:
-                        call = self.call(timestep if _KNOWS_RUNS else float(timestep))
+                        call = self.call(timestep)
                     seen.append(whole())
                     # The last of each kind: a run's first whole call and first cached one differ a little.
                     found[phase, seen[-1]] = call
