@@ -113,8 +113,8 @@ class Api:
         "phase", "grid" [height, width], "num_agents", "settings"}.
         """
         settings = self._check(values)
-        layer = str(values["layer"])
-        layer = int(layer) if layer.isdigit() else layer
+        named = str(values["layer"])
+        layer = int(named) if named.isdigit() else named
         try:
             call, agent = (check_index(name, values[name]) for name in ("call", "agent"))
         except ValueError as error:
@@ -125,6 +125,8 @@ class Api:
                 looked = report
             else:
                 yield {"status": _status(report, ["AgentSD"])}
+        if looked is None:
+            raise gr.Error("stopped before the layer was recorded", print_exception=False)
         view = looked.views[0]
         name = file_name(settings.request.prompt)
         try:
@@ -229,7 +231,7 @@ def _with_parameters(method: Callable[..., Iterator], fields: list[Field]) -> Ca
         )
         for field in fields
     ]
-    function.__signature__ = inspect.Signature(parameters, return_annotation=dict)
+    vars(function)["__signature__"] = inspect.Signature(parameters, return_annotation=dict)
     function.__annotations__ = {**{field.name: field.kind for field in fields}, "return": dict}
     function.__name__ = method.__name__
     function.__doc__ = method.__doc__

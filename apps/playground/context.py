@@ -19,12 +19,18 @@ from .jobs import Case, Finished, Loading, Report, Run, Stepped, Studio, explain
 from .outputs import Outputs
 from .settings import Limits, Settings
 
-PRIVATE = {"api_visibility": "private"}
-QUICK = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+QUICK: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 """For events that answer at once."""
-IN_LINE = {"concurrency_limit": 1, "concurrency_id": "generate"}
+IN_LINE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "generate"}
 """For all that generates: requests wait in one line, and Gradio shows each visitor their place in it."""
-GENERATES = {**PRIVATE, **IN_LINE, "show_progress": "full", "trigger_mode": "multiple", "preprocess": False}
+GENERATES: dict[str, Any] = {
+    **PRIVATE,
+    **IN_LINE,
+    "show_progress": "full",
+    "trigger_mode": "multiple",
+    "preprocess": False,
+}
 """For events of the page that generate. A second click on the same button ends the first one's run and takes its place;
 other buttons' requests wait in line. Values come as they were typed, so that 2.5 steps are refused by name and not
 rounded."""
@@ -60,7 +66,7 @@ class Recent:
     def get(self, key: str | None) -> Any:
         """The value, or None where it was never kept or is kept no longer."""
         with self._lock:
-            if key not in self._values:
+            if key is None or key not in self._values:
                 return None
             self._values.move_to_end(key)
             return self._values[key].value
@@ -68,7 +74,8 @@ class Recent:
     def drop(self, key: str | None) -> None:
         """Keep the value of that key no longer."""
         with self._lock:
-            self._values.pop(key, None)
+            if key is not None:
+                self._values.pop(key, None)
 
     def forget(self, owner: str) -> None:
         """Drop all values of one owner."""

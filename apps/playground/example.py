@@ -83,6 +83,8 @@ def store_example(path: str | Path, machine: str) -> None:
         machine: where it was generated, in print ("2 CPU cores"); the image does not say.
     """
     settings = read_settings(path)
+    if settings is None:
+        raise ValueError(f"{path} holds no settings: give an image of `agentsd generate --compare`")
     runs = {run["method"]: run for run in settings["compare"]}
     with Image.open(path) as sheet:
         images = split_comparison(sheet.convert("RGB"), len(METHODS))

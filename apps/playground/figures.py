@@ -46,14 +46,14 @@ class Figures:
     @classmethod
     def of(cls, generated: GeneratedImage, first: GeneratedImage | None) -> Figures:
         """The figures of an image beside the first one of its comparison (None: it is the first)."""
-        is_first = first is None or first is generated
+        other = None if first is generated else first
         return cls(
             generated.seconds,
             len(generated.all_seconds),
-            None if is_first else first.seconds / generated.seconds,
+            None if other is None else other.seconds / generated.seconds,
             None if generated.peak_bytes is None else generated.peak_bytes / 1e9,
             str(generated.settings.get("device", "")).startswith("cuda"),
-            None if is_first else distance(first.image, generated.image),
+            None if other is None else distance(other.image, generated.image),
             are_stable([generated] if first is None else [first, generated]),
             unet_calls(generated),
         )

@@ -56,15 +56,15 @@ class HistoryTab:
         for event in generated:
             # In the browser, which has the runs of all its pages; a list sent along with the request would be old.
             listed = event.then(None, self.finished, self.past, js=browser.ADD, **PRIVATE)
-            listed.then(self.list, self.past, [self.gallery, self.finished], **QUICK)
+            listed.then(self.listed, self.past, [self.gallery, self.finished], **QUICK)
         self.clear_button.click(None, None, self.past, js=browser.CLEAR, **PRIVATE).then(
-            self.list, self.past, [self.gallery, self.finished], **QUICK
+            self.listed, self.past, [self.gallery, self.finished], **QUICK
         )
         self.gallery.select(
             self.recall, self.past, [self.status, *self.compare.outputs, *self.form.inputs], preprocess=False, **QUICK
         ).then(self.compare.side_by_side, self.compare.chosen, self.compare.comparison, preprocess=False, **QUICK)
 
-    def list(self, past: str | None) -> tuple[list[tuple[Any, str]], str]:
+    def listed(self, past: str | None) -> tuple[list[tuple[Any, str]], str]:
         """The images of the list; and nothing in `finished`, which is in the list now."""
         return self.images(read_entries(past)), ""
 

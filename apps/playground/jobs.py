@@ -279,7 +279,7 @@ class Studio:
                         case = cases[index]
                         if number == 1:
                             self._warm_up(model, settings, index, case, emit)
-                        calls = Counter()
+                        calls: Counter[str] = Counter()
                         report = _step_reporter(model, index, number, emit, calls)
                         one = generate(model.pipe, settings.request, case.method, case.config, report)
                         one = done[index].with_run(one) if index in done else one
@@ -303,7 +303,10 @@ class Studio:
         def work(emit: Emit) -> None:
             with self._ready(settings, emit) as model:
                 asked = (model.pipe, settings.request, settings.config, layer)
-                options = {"budget": self.limits.recording, "on_step": _step_reporter(model, 0, 1, emit)}
+                options: dict[str, Any] = {
+                    "budget": self.limits.recording,
+                    "on_step": _step_reporter(model, 0, 1, emit),
+                }
                 if call is None:
                     image, views = look_through(*asked, **options)
                 else:

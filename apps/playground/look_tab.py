@@ -147,6 +147,8 @@ class LookTab:
         except Exception as error:
             yield {self.status: failed(self._with_way_out(error, settings, layer), settings)}
             return
+        if looked is None:  # stopped: the page has been told
+            return
         look = Look(looked.image, looked.views)
         path = self.context.outputs.image(
             looked.image, file_name(settings.request.prompt, "agentsd", settings.request.seed), looked.settings
@@ -174,7 +176,7 @@ class LookTab:
         """Add the remedy for a layer that is in the list but beyond this patch's max_downsample."""
         model = self.context.studio.models.loaded(settings.model)
         downsample = dict(model.layers).get(layer) if model else None
-        if downsample is None or not isinstance(error, ValueError):
+        if model is None or downsample is None or not isinstance(error, ValueError):
             return error
         reached, _ = find_layers(find_unet(model.pipe), settings.config)
         if layer in [one.name for one in reached]:
@@ -186,24 +188,27 @@ class LookTab:
 
     def show(self, look_id: str | None, step: Any, agent: Any) -> dict:
         """The maps of one agent."""
-        look, view = self._view(look_id, step)
-        if view is None:
+        shown = self._view(look_id, step)
+        if shown is None:
             return self._gone(look_id)
+        look, view = shown
         changes = self._maps(look, view, int(agent or 0))
         return {key: changes[key] for key in (self.merge_map, self.agent_map, self.caption)}
 
     def change_step(self, look_id: str | None, step: Any, agent: Any) -> dict:
         """The maps of another step, with the number of agents in it."""
-        look, view = self._view(look_id, step)
-        if view is None:
+        shown = self._view(look_id, step)
+        if shown is None:
             return self._gone(look_id)
+        look, view = shown
         return self._maps(look, view, int(agent or 0))
 
     def choose(self, look_id: str | None, step: Any, event: gr.SelectData) -> dict:
         """The agent nearest to the place that was clicked."""
-        look, view = self._view(look_id, step)
-        if view is None:
+        shown = self._view(look_id, step)
+        if shown is None:
             return self._gone(look_id)
+        look, view = shown
         if view.agent_attention is None:
             return {self.agent: gr.skip()}
         x, y = event.index
@@ -213,10 +218,10 @@ class LookTab:
         """What is told where there is no recording: that it is gone, or nothing before the first one."""
         return {self.caption: captions.message_html(_GONE, "error") if look_id else ""}
 
-    def _view(self, look_id: str | None, step: Any) -> tuple[Look | None, LayerView | None]:
+    def _view(self, look_id: str | None, step: Any) -> tuple[Look, LayerView] | None:
         look = self.context.looks.get(look_id)
         if look is None:
-            return None, None
+            return None
         return look, look.views[min(max(int(step or 0), 0), len(look.views) - 1)]
 
     def _maps(self, look: Look, view: LayerView, agent: int) -> dict[Any, Any]:
@@ -228,7 +233,7 @@ class LookTab:
             f"UNet call {view.call}, timestep {view.timestep:g}, {view.phase.value} phase: {height * width} tokens "
             f"became {left}"
         )
-        if num_agents:
+        if view.agent_tokens is not None and num_agents:
             token = int(view.agent_tokens[agent])
             text += f"; agent {agent} of {num_agents} is in row {token // width}, column {token % width}."
         else:

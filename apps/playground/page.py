@@ -50,6 +50,11 @@ _FAILED = captions.message_html(
 _FAILED = browser.script(f"(kept.busy(false), [{{__type__: 'update', interactive: false}}, {json.dumps(_FAILED)}])", "")
 
 
+def _visitor(request: gr.Request) -> str:
+    """The key of the session: a page has one."""
+    return request.session_hash or ""
+
+
 class Page:
     """Builds the page; its methods answer the events that belong to no tab.
 
@@ -137,7 +142,7 @@ class Page:
 
         def begin(keep_seed: bool, request: gr.Request) -> tuple[str, Any, Any]:
             seed = gr.skip() if keep_seed else random.randrange(2**31)
-            return self.context.begin(request.session_hash, tab.what), seed, gr.update(interactive=True)
+            return self.context.begin(_visitor(request), tab.what), seed, gr.update(interactive=True)
 
         return gr.on(
             clicks, begin, form.keep_seed, [tab.run_id, form.controls["seed"], form.stop_button],
@@ -150,15 +155,15 @@ class Page:
 
     def stop(self, request: gr.Request) -> Any:
         """The Stop button: ends all that its visitor has going or waiting."""
-        if not self.context.studio.stop(request.session_hash):
+        if not self.context.studio.stop(_visitor(request)):
             gr.Info("Nothing of yours is being generated.")
         return gr.update(interactive=False)
 
     def ended(self, request: gr.Request) -> tuple[Any, str]:
         """A run has ended: Stop stays lit while another one of its visitor is left."""
-        busy = self.context.studio.busy(request.session_hash)
+        busy = self.context.studio.busy(_visitor(request))
         return gr.update(interactive=busy), "1" if busy else ""
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed."""
-        self.context.leave(request.session_hash)
+        self.context.leave(_visitor(request))

@@ -261,7 +261,8 @@ def check_index(name: str, value: Any) -> int:
 
 def with_value(config: AgentConfig, name: str, value: float) -> AgentConfig:
     """The config with one field changed; an error names the value of the sweep that is impossible."""
-    return dataclasses.replace(config, **{name: value})
+    changed: dict[str, Any] = {name: value}
+    return dataclasses.replace(config, **changed)
 
 
 def _check_range(name: str, value: Any, low: int, high: int, more: str = "") -> None:

@@ -106,7 +106,8 @@ class SweepTab:
             if run is None:
                 yield {self.status: captions.message_html(LOST, "error")}
             else:
-                yield from self._sweep(run, *given[: len(self.range)], given[len(self.range) :], progress)
+                field, first, last, count = given[: len(self.range)]
+                yield from self._sweep(run, field, first, last, count, given[len(self.range) :], progress)
 
     def _sweep(
         self,
@@ -174,7 +175,7 @@ class SweepTab:
         ready = sorted(done)
         rows = sweep_rows([values[i] for i in ready], [done[i] for i in ready])
         stable = are_stable(list(done.values()))
-        points = [row for row in rows if row.value is not None]
+        points = [(row.value, row) for row in rows if row.value is not None]
         return {
             self.grid: [
                 (paths[i], f"{sweep_label(field, row.value)}: {seconds_text(row.seconds, stable)}")
@@ -183,12 +184,12 @@ class SweepTab:
             self.seconds_plot: line_chart(
                 "Seconds an image" + ("" if stable else " (unstable)"),
                 field,
-                {METHODS["agentsd"]: [(row.value, row.seconds) for row in points]},
+                {METHODS["agentsd"]: [(value, row.seconds) for value, row in points]},
                 level=(METHODS["sd"], rows[0].seconds),
             ),
             self.distance_plot: line_chart(
                 "Distance to unpatched (of 255)",
                 field,
-                {METHODS["agentsd"]: [(row.value, row.distance) for row in points]},
+                {METHODS["agentsd"]: [(value, row.distance) for value, row in points]},
             ),
         }

@@ -39,7 +39,8 @@ class Tabs:
 
         A link's settings win, unless the page is only loaded again: what was typed since is newer than its address.
         """
-        said, kind, values = [], "info", {}
+        said: list[str] = []
+        kind, values = "info", dict[str, Any]()
         if not (opened.again and opened.form):
             text, kind, values = self.form.from_link(opened.search)
             said += [text] if text else []
