@@ -58,9 +58,8 @@ class Schedule:
             sigma_data = getattr(self._current(), "config", {}).get("sigma_data", 1.0)
             scale = (sigma**2 + sigma_data**2) ** -0.5
             return scale, sigma * scale
-        kept = getattr(self._current(), "alphas_cumprod", None)
-        if not isinstance(kept, Tensor) or kept.ndim != 1:
-            kept = _stable_diffusion(self.num_train_timesteps)
+        own = getattr(self._current(), "alphas_cumprod", None)
+        kept: Any = own if isinstance(own, Tensor) and own.ndim == 1 else _stable_diffusion(self.num_train_timesteps)
         power = float(kept[min(max(round(timestep), 0), len(kept) - 1)])
         return power**0.5, (1 - power) ** 0.5
 
@@ -85,6 +84,7 @@ class Schedule:
 
 
 @lru_cache(maxsize=4)
-def _stable_diffusion(length: int) -> Tensor:
-    """[length] ᾱ_t of Stable Diffusion's own noise schedule."""
-    return (1 - torch.linspace(_FIRST_BETA**0.5, _LAST_BETA**0.5, length, dtype=torch.float64) ** 2).cumprod(0)
+def _stable_diffusion(length: int) -> list[float]:
+    """ᾱ_t of Stable Diffusion's own noise schedule, for t = 0 … length − 1."""
+    betas = torch.linspace(_FIRST_BETA**0.5, _LAST_BETA**0.5, length, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0).tolist()
