@@ -151,9 +151,11 @@ def _phase_cost(
         return PhaseCost(tokens, tokens, 0, unpatched)
     if plan.action == "downsample":
         return PhaseCost(left, keys, 0, 2 * (left + keys) * channels * inner + 2 * left * keys * inner)
+    attention = 4 * left * agents * inner + (left * inner if config.alpha else 0)
+    if plan.action == "grid agents":  # nothing is matched, and the agents' projections are among the queries'
+        return PhaseCost(left, keys, agents, 4 * left * channels * inner + attention)
     matching = plan.num_src * plan.num_dst * channels * math.prod(plan.tile or grid) // tokens
     projections = 4 * left * channels * inner
     if plan.action == "merge":
         return PhaseCost(left, keys, 0, matching + projections + 2 * left * keys * inner)
-    attention = 4 * left * agents * inner + (left * inner if config.alpha else 0)
     return PhaseCost(left, keys, agents, matching + projections + agents * channels * inner + attention)

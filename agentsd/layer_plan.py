@@ -23,7 +23,7 @@ from .config import AgentConfig, Phase
 from .grid_split import GridSplit, grid_cells, split_grid, tile_size
 from .merging import MergeLayout, TokenMatching, lay_out, lay_out_by_sample, match_tokens
 
-Action = Literal["agents", "merge", "downsample", "none"]
+Action = Literal["agents", "grid agents", "merge", "downsample", "none"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class LayerPlan:
     """What a self-attention layer on one grid does in one phase, as plain numbers.
 
     Attributes:
-        action: "agents" is agent attention on merged tokens, "merge" softmax attention on merged tokens, "downsample"
-            softmax attention to one token of each cell, "none" the model's own attention.
+        action: "agents" is agent attention on merged tokens, "grid agents" agent attention of all tokens through one
+            token of each cell, "merge" softmax attention on merged tokens, "downsample" softmax attention to one token
+            of each cell, "none" the model's own attention.
         reason: why the action is "none"; empty otherwise.
         grid: (height, width) in tokens.
         stride: (rows, columns) of one cell.
@@ -70,6 +71,8 @@ class LayerPlan:
 
     @property
     def num_agents(self) -> int:
+        if self.action == "grid agents":
+            return self.num_dst
         return self.num_tokens - self.num_merged_for_agents if self.action == "agents" else 0
 
 
@@ -96,6 +99,8 @@ def plan_layer(config: AgentConfig, phase: Phase, grid: tuple[int, int]) -> Laye
         return plan("none", reason=f"{nothing} leaves the {phase.value} phase to the model's own attention")
     if num_dst == 0:
         return plan("none", reason=f"its {grid[0]}×{grid[1]} grid is smaller than a cell")
+    if phase is Phase.AGENT and config.agents == "grid":
+        return plan("grid agents")
     if phase is Phase.AGENT:
         return plan("agents", num_merged, config.num_merged_for_agents(num_tokens, num_src))
     if config.late == "downsample":

@@ -328,10 +328,9 @@ def unmerge_tokens(x: Tensor, matching: TokenMatching, r: int) -> Tensor:
 
 
 def merged_position(matching: TokenMatching, r: int) -> Tensor:
-    """Where each token of the grid went: [B, N] positions in the output of `merge_tokens(…, matching, r)`.
-
-    r must not be 0, which merges nothing and orders nothing.
-    """
+    """Where each token of the grid went: [B, N] positions in the output of `merge_tokens(…, matching, r)`."""
+    if r == 0:  # which returns the grid as it is
+        return torch.arange(matching.num_tokens, device=matching.ranking.device).expand(matching.batch, -1)
     position = _positions(matching, _layout_of(matching, r))[0].view(matching.batch, matching.num_tokens)
     return position - torch.arange(matching.batch, device=position.device)[:, None] * (matching.num_tokens - r)
 

@@ -253,9 +253,10 @@ def _headline(report: Report) -> str:
         if changes and report.config.early > 0:
             when += ", as the scheduler counts noise levels, not timesteps"
     else:
-        when = f"agent attention at timesteps ≥ {report.early_timestep:g}, {later} below"
+        agents = "agent attention" + " (one token of each cell)" * (report.config.agents == "grid")
+        when = f"{agents} at timesteps ≥ {report.early_timestep:g}, {later} below"
         if report.config.early == 1:
-            when = "agent attention in every step"
+            when = f"{agents} in every step"
         if report.assumed_timesteps:
             when += f"; a schedule of {report.assumed_timesteps} timesteps is assumed, as a bare UNet has no scheduler"
     return f"agentsd is active on {len(report.active)} of {len(layers)} self-attention layers{beside}; {when}"

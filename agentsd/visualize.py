@@ -224,17 +224,27 @@ def _view(
     patch: UNetPatch, layer: PatchedLayer, now: LayerInCall, hidden_states: Tensor, call: int
 ) -> LayerView | None:
     # With guidance the last sample of the batch is the one with the prompt.
-    if now.block_input is None or now.parts[0].action not in ("agents", "merge"):
-        return None
     part, attn = now.parts[0], layer.attn
-    matching, r = part.match(now.block_input), part.num_merged
-    position = merged_position(matching, r)[-1]
-    agent_tokens = attention = None
-    if part.action == "agents":
-        key, _ = project_key_value(attn, merge_tokens(hidden_states, matching, r))
-        agents = project_queries(attn, merge_tokens(hidden_states, matching, part.num_merged_for_agents))
-        attention = _weights(agents[-1].float(), key[-1].float(), position)
-        agent_tokens = matching.tokens[-1, part.num_merged_for_agents :].cpu()
+    if now.block_input is None or part.action not in ("agents", "grid agents", "merge"):
+        return None
+    tokens = agents = agent_tokens = None  # tokens: attention's keys
+    if part.action == "grid agents":
+        assert part.split is not None
+        tokens, position = hidden_states, torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        agent_tokens = part.split.dst_index.view(-1, part.split.num_dst)[-1].to(hidden_states.device)
+        agents = hidden_states[:, agent_tokens]
+    else:
+        matching, r = part.match(now.block_input), part.num_merged
+        position = merged_position(matching, r)[-1]
+        if part.action == "agents":
+            tokens = merge_tokens(hidden_states, matching, r)
+            agents = merge_tokens(hidden_states, matching, part.num_merged_for_agents)
+            agent_tokens = matching.tokens[-1, part.num_merged_for_agents :]
+    attention = None
+    if tokens is not None and agents is not None and agent_tokens is not None:
+        key, _ = project_key_value(attn, tokens)
+        attention = _weights(project_queries(attn, agents)[-1].float(), key[-1].float(), position)
+        agent_tokens = agent_tokens.cpu()
     unet_call = patch.call
     assert unet_call is not None  # it is in progress
     return LayerView(

@@ -20,6 +20,7 @@ SETTINGS = {
     "downsampled keys": dict(late="downsample", early=0.5, max_keys=10),
     "full later": dict(late="full", ratio=0.9, early=0.37),
     "capped": dict(max_agents=4, match_tile=8, early=1.0),
+    "agents from a grid": dict(agents="grid", early=1.0, ratio=0.5),
 }
 
 

@@ -372,3 +372,9 @@ def test_a_layout_serves_a_batch_of_another_size():
     tokens, agents = layout.parts(merge_each(metric, matching, layout))
     assert torch.equal(tokens, merge_tokens(metric, call.match(metric), plan.num_merged))
     assert torch.equal(agents, merge_tokens(metric, call.match(metric), plan.num_merged_for_agents))
+
+
+def test_positions_of_no_merge_are_those_of_the_grid():
+    """As what merge_tokens returns for r = 0: maps of agents beside unmerged tokens would be scrambled."""
+    matching = match_tokens(torch.randn(2, 16, 4), split_grid(4, 4, (2, 2)))
+    assert merged_position(matching, 0).tolist() == [list(range(16))] * 2

@@ -80,7 +80,7 @@ class LayerState:
 
 
 class AgentAttnProcessor:
-    """Self-attention on merged tokens: through agents in the agent phase, plain softmax attention in the merge phase.
+    """Self-attention through agents in the agent phase, and on merged tokens or by what else the settings say.
 
     Stateless: all it needs hangs on the `Attention` module (LAYER_ATTRIBUTE), so a copy made with no arguments serves
     as well. On a module without that state it is diffusers' AttnProcessor2_0.
@@ -145,6 +145,8 @@ def _attend(
         part = replace(part, split=split)
     if part.action == "downsample":
         return _downsampled_attention(attn, layer, split, hidden_states)
+    if part.action == "grid agents":
+        return _grid_agent_attention(attn, layer, split, hidden_states)
     matching = part.match(block_input)
     r = part.num_merged
     if layer.keeps_matching and len(now.parts) == 1:
@@ -181,6 +183,19 @@ def _merge_and_project(
         return query, agents, *project_key_value(attn, parts[0])
     merged, agents = (parts[0], hidden_states) if part.merges_tokens else (hidden_states, parts[0])
     return project_queries(attn, merged), project_queries(attn, agents), *project_key_value(attn, merged)
+
+
+def _grid_agent_attention(attn: Attention, layer: LayerState, split: GridSplit, hidden_states: Tensor) -> Tensor:
+    """Agent attention of all tokens, one token of each cell being the agents. [B, N, C] -> [B, N, C]."""
+    projected = attn.to_q(hidden_states)
+    # Agents are projected like queries, and are among them here.
+    agents = _as_queries(attn, select_tokens(projected, split.dst_index.to(projected.device)))
+    key, value = project_key_value(attn, hidden_states)
+    out = agent_attention(
+        _as_queries(attn, projected), agents, key, value, layer.config.alpha, layer.config.broadcast_exponent,
+        upcast=_upcasts(attn, layer),
+    )  # fmt: skip
+    return _project_out(attn, out)
 
 
 def _downsampled_attention(attn: Attention, layer: LayerState, split: GridSplit, hidden_states: Tensor) -> Tensor:

@@ -35,9 +35,14 @@ WARNED = (BYPASSED, OTHER_TOKENS, OTHER_KEYS, REPLACED)
 
 @dataclass
 class _Pending:
-    """What the output patch of the layer in progress has to do."""
+    """What the output patch of the layer in progress has to do.
 
-    matching: TokenMatching
+    Attributes:
+        matching: of its tokens; None where nothing was merged.
+        num_merged: r.
+    """
+
+    matching: TokenMatching | None
     num_merged: int
 
 
@@ -123,10 +128,13 @@ class UNetCall:
         self.plans[layer.name] = plan
 
         call = self._call_of(layer, plan, tokens)
-        if plan.action == "downsample":
+        if plan.action in ("downsample", "grid agents"):
             assert call.split is not None  # its action is not "none"
             kept = select_tokens(tokens, call.split.dst_index)
-            return tokens, kept, kept
+            if plan.action == "downsample":
+                return tokens, kept, kept
+            self._pending, self._replacements[_block_key(extra)] = _Pending(None, 0), self._attend
+            return torch.cat([tokens, kept], dim=1), tokens, tokens
         matching = call.match(block_input)
         merged = merge_tokens(tokens, matching, call.num_merged)
         self._pending = _Pending(matching, call.num_merged)
@@ -157,7 +165,7 @@ class UNetCall:
         # Only this layer's: a later call of another block with the same key must not find it.
         if self._replacements.get(_block_key(extra)) == self._attend:
             del self._replacements[_block_key(extra)]
-        return unmerge_tokens(out, pending.matching, pending.num_merged)
+        return out if pending.matching is None else unmerge_tokens(out, pending.matching, pending.num_merged)
 
     def _grid(self, layer: Layer, extra: dict) -> tuple[int, int]:
         """(height, width) in tokens. ComfyUI says it; a node such as Kohya Deep Shrink may make it smaller."""

@@ -16,6 +16,7 @@ METHODS = ("sd", "tomesd", "agentsd", *CONTROLS)
 
 ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     **{name: PROTOCOL_ABLATIONS[name] for name in ("alpha", "scale", "late", "agents")},
+    "agents-from": tuple({"agents": value} for value in ("merge", "grid")),
     "ratio": tuple({"ratio": value} for value in (0.0, 0.2, 0.4, 0.6)),
     "agent-ratio": tuple({"agent_ratio": value} for value in (0.8, 0.9, 0.95)),
     "agent-stride": tuple({"agent_stride": value} for value in (2, 3, 4, 6)),

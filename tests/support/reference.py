@@ -75,6 +75,24 @@ def downsampled_layer(attn, hidden_states, dsts):
 
 
 @torch.no_grad()
+def grid_agents_layer(attn, hidden_states, dsts, alpha, exponent):
+    """Agent attention of all tokens through the tokens `dsts`, projected like queries."""
+    outputs = []
+    for y in hidden_states.double():
+        q, a, k, v = (
+            double(m, x).unflatten(-1, (attn.heads, -1))
+            for m, x in ((attn.to_q, y), (attn.to_q, y[dsts]), (attn.to_k, y), (attn.to_v, y))
+        )
+        d, per_head = q.shape[-1], []
+        for h in range(attn.heads):
+            aggregated = attend(a[:, h], k[:, h], v[:, h], d**-0.5)
+            out = attend(q[:, h], a[:, h], aggregated, d**exponent)
+            per_head.append(torch.stack([o + alpha * value for o, value in zip(out, v[:, h])]))
+        outputs.append(double(attn.to_out[0], torch.cat(per_head, dim=-1)))
+    return torch.stack(outputs)
+
+
+@torch.no_grad()
 def layer(attn, block_input, hidden_states, height, width, stride, offsets, r, r_agents, alpha, exponent, tile=None):
     """One patched self-attention layer, [B, N, C] -> [B, N, C]; r_agents None is the merge phase."""
     matched = [match(x, height, width, stride, offsets, tile) for x in block_input.double()]
