@@ -36,9 +36,9 @@ BOUNDS = {
     "agent phase": 820,
     "agent phase, agents from a grid": 775,
     "later, merging": 800,
-    "cached, agent phase": 115,
-    "cached, later": 115,
-    "cached, nothing merged": 90,
+    "cached, agent phase": 100,
+    "cached, later": 95,
+    "cached, nothing merged": 80,
 }
 
 
