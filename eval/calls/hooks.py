@@ -1,8 +1,8 @@
 """run: the host's time in the patch's hooks, call by call, on UNets of real structure and no weights.
 
-The UNet is on the meta device and nothing of it runs. Its inputs are on the CPU, so that where tokens are merged the rows
-hold what a GPU would compute beside its host, too: the layout of the merges. The rows in which nothing is merged are the
-host's own time. Reads are those of a device's tensor (`.item()`, `bool()`) beside the one of the run's timesteps.
+The UNet is on the meta device and nothing of it runs. Its inputs are on the CPU, so that where tokens are merged the
+rows hold what a GPU would compute beside its host, too: the layout of the merges. The rows in which nothing is merged
+are the host's own time. Reads are those of a device's tensor (`.item()`, `bool()`) beside that of the run's timesteps.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def hook_times(unet: Any, size: int, steps: int) -> list[tuple[str, float]]:
 def run(options: argparse.Namespace, command: str) -> None:
     """Time the hooks without and with step caching, and print a table."""
     lines = [
-        "| | hooks of a whole call, ms | of a cached call, ms | of the slowest, ms | reads in a run, beside the timesteps |",
+        "| | a whole call, ms | a cached call, ms | the slowest, ms | reads in a run, beside the timesteps |",
         "|---|---|---|---|---|",
     ]
     for name, (architecture, size) in CASES.items():

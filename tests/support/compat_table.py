@@ -59,7 +59,7 @@ def run_matrix() -> tuple[str, list[dict]]:
     """Run every test file of the matrix; returns the versions as text, and the rows in the order of the files."""
     recorder = Recorder()
     names = [f"compat_{name}" for name in ("pipelines", "schedulers", "adapters", "execution")]
-    names += ["right_or_told", "step_cache", "compat_versions"]
+    names += ["right_or_told", "step_cache", "step_cache_controlnet", "one_run", "compat_versions"]
     pytest.main(["-q", "-n0", "-m", "compat", *(str(TESTS / f"test_{name}.py") for name in names)], plugins=[recorder])
     versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in LIBRARIES)
     return f"Python {platform.python_version()}, {versions}", list(recorder.rows.values())
