@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from eval.common.protocol import BenchError
-from eval.fid.images import read_image, reference_files
+from eval.fid.images import read_image, reference_files, said_of_transparent, save_grid
+from eval.fid.similarity import similarity_of_pairs
 
 
 def make_images(folder: Path, count: int, suffix: str = ".png") -> list[Path]:
@@ -34,10 +35,85 @@ def test_pixels_of_unknown_range_are_refused_also_in_a_folder(tmp_path, kind, sa
     path = tmp_path / "a" / "100.tif"
     Image.fromarray(np.ones((8, 8), dtype=kind)).save(path)
     for call in (lambda: read_image(path), lambda: reference_files(tmp_path / "a")):
-        with pytest.raises(BenchError, match=f"100.tif.*its pixels are {said}: save it with 8 bits"):
+        with pytest.raises(BenchError, match=f"100.tif.*its pixels are {said} of unknown range: save it with 8 bits"):
             call()
     path.unlink()
     assert reference_files(tmp_path / "a") == files
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pgm", ".tif"])
+def test_16_bit_formats_are_read_as_training_reads_them(tmp_path, suffix):
+    from dreambooth.data import read_image as read_for_training
+
+    levels = (np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(levels).save(path)
+    trained = read_for_training(path, 64, "instance_data_dir").pixels
+    ours = np.asarray(read_image(path))
+    assert np.array_equal(ours.transpose(2, 0, 1), np.round((trained.numpy() + 1) * 127.5)) and ours.max() > 250
+
+
+def test_12_bit_data_in_16_bit_files_is_refused_and_not_scored_as_black(tmp_path):
+    files = make_images(tmp_path / "a", 12)
+    path = tmp_path / "a" / "100.png"
+    Image.fromarray(np.full((8, 8), 4000, dtype=np.uint16)).save(path)
+    for call in (lambda: read_image(path), lambda: reference_files(tmp_path / "a")):
+        with pytest.raises(BenchError, match="100.png.*its 16-bit pixels reach 4000 of 65535, so that it is black"):
+            call()
+    path.unlink()
+    assert reference_files(tmp_path / "a") == files
+
+
+def transparent(mode: str, hidden: int) -> Image.Image:
+    """A black square on a transparent ground under which a grey value lies that nobody sees."""
+    alpha = Image.new("L", (16, 16))
+    alpha.paste(255, (4, 4, 12, 12))
+    grey = Image.composite(Image.new("L", (16, 16), 0), Image.new("L", (16, 16), hidden), alpha)
+    image = Image.merge("LA", (grey, alpha))
+    if mode in ("RGBA", "LA"):
+        return image.convert(mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.where(np.asarray(alpha) == 255, 65535, hidden * 257).astype(np.uint16))
+        image.info["transparency"] = hidden * 257
+        return image
+    plain = grey.convert(mode)  # one colour of which is declared transparent
+    plain.info["transparency"] = {"L": hidden, "RGB": (hidden,) * 3, "P": plain.getpixel((0, 0))}[mode]
+    return plain
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "RGB", "P", "I;16"])
+def test_pixels_that_nobody_sees_are_not_scored(tmp_path, mode):
+    """Two sets that look alike once had an FD of 257 and a PSNR of 5.3 dB."""
+    found = []
+    for hidden in (40, 200):
+        image = transparent(mode, hidden)
+        image.save(tmp_path / f"{hidden}.png", transparency=image.info.get("transparency"))
+        found.append(read_image(tmp_path / f"{hidden}.png"))
+    assert np.array_equal(*map(np.asarray, found))
+    assert found[0].getpixel((0, 0)) == (255, 255, 255)
+    square = (255,) * 3 if mode == "I;16" else (0,) * 3
+    assert found[0].getpixel((8, 8)) == square
+    assert similarity_of_pairs([tmp_path / "40.png"], [tmp_path / "200.png"])[0, 0] == 100
+    files = sorted(tmp_path.iterdir())
+    assert said_of_transparent(files) == "2 of 2 images have transparency and are laid on white"
+
+
+def test_of_opaque_images_nothing_is_said(tmp_path):
+    assert said_of_transparent(make_images(tmp_path / "a", 3)) == ""
+
+
+def test_a_full_disk_leaves_the_old_grid(tmp_path, monkeypatch):
+    save_grid(Image.new("RGB", (8, 8), "red"), tmp_path / "grid.webp")
+    before = (tmp_path / "grid.webp").read_bytes()
+
+    def fill(self, file, **_):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fill)
+    with pytest.raises(OSError, match="No space"):
+        save_grid(Image.new("RGB", (8, 8), "blue"), tmp_path / "grid.webp")
+    assert (tmp_path / "grid.webp").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_image_is_rotated_as_its_exif_data_says(tmp_path):

@@ -143,8 +143,8 @@ def read_image(path: Path, resolution: int, field: str) -> TrainingImage:
     try:
         with warnings.catch_warnings(), Image.open(path) as file:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            _check_range(file)
-            image = _on_white(ImageOps.exif_transpose(file))
+            check_range(file)
+            image = on_white(ImageOps.exif_transpose(file))
     except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         raise UsageError(
             f"{option(field)}: {path} cannot be read as an image ({_brief(error)}); replace it or take it out"
@@ -165,22 +165,24 @@ def read_image(path: Path, resolution: int, field: str) -> TrainingImage:
     return TrainingImage(pixels.contiguous(), (height, width), (top, left))
 
 
-def _check_range(image: Image.Image) -> None:
+def check_range(image: Image.Image) -> None:
     """Raise ValueError where nothing says which value is white: Pillow's conversions would make most of it black."""
     if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BITS):
         kind = "floats" if image.mode == "F" else "32-bit integers"
         raise ValueError(f"its pixels are {kind} of unknown range: save it with 8 bits")
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB, laid on white."""
+def on_white(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, laid on white. Raises ValueError for fewer than 12 bits in the low end of 16."""
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion cuts values above 255 off
-        values = np.asarray(image).clip(0, 65535)
+        values, clear = np.asarray(image).clip(0, 65535), image.info.get("transparency")
         if values.max() < _DARKEST:
             raise ValueError(
                 f"its 16-bit pixels reach {values.max()} of 65535, so that it is black: scale it or save it with 8 bits"
             )
         image = Image.fromarray((values / 257).round().astype(np.uint8))
+        if isinstance(clear, int):  # the one grey value that a PNG declares transparent
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 

@@ -1,13 +1,15 @@
-"""Read image files: which files of a folder are images, and their pixels as 8-bit RGB."""
+"""Read image files: which files of a folder are images, and their pixels as 8-bit RGB on white."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
+from dreambooth.data import check_range, on_white
 from PIL import Image, ImageOps
 
+from agentsd.files import write_atomically
 from eval.common.protocol import BenchError
 
 FEWEST_IMAGES = 10
@@ -20,28 +22,26 @@ _SUFFIXES = frozenset(
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file as 8-bit RGB, rotated as its EXIF data says; of an animation the first frame.
+    """An image file as DreamBooth reads it too: 8-bit RGB, rotated as its EXIF data says, on white where transparent.
 
-    16-bit grey is scaled to 8 bits: Pillow's own conversion would clip it to white.
+    Nobody sees what lies under transparent pixels, and it may be anything; Pillow's own conversion would show it.
+    Grey of 16 bits is scaled to 8, where that conversion would clip it to white. Of an animation it is the first frame.
 
     Raises:
-        BenchError: the file is no readable image, or its pixels are floats or 32-bit integers of unknown range.
+        BenchError: the file is no readable image, or nothing says which value is white: its pixels are floats or 32-bit
+            integers, or 12 bits and fewer in 16.
     """
     try:
         with Image.open(path) as file:
-            _check_mode(file)
-            image: Image.Image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):
-                values = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray(np.round(values / 257).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
+            check_range(file)
+            return on_white(ImageOps.exif_transpose(file))
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise BenchError(f"{path} cannot be read as an image ({first_line(error)}): repair or remove it") from error
 
 
 def save_grid(image: Image.Image, path: Path) -> None:
     """Write an image that is shown on a page, as WebP: a tenth of a PNG's size, with no difference that one sees."""
-    image.save(path, format="WEBP", quality=88, method=6)
+    write_atomically(path, lambda file: image.save(file, format="WEBP", quality=88, method=6))
 
 
 def reference_files(folder: Path, per_class: int | None = None) -> list[Path]:
@@ -83,6 +83,15 @@ def reference_files(folder: Path, per_class: int | None = None) -> list[Path]:
     return files
 
 
+def said_of_transparent(files: Sequence[Path]) -> str:
+    """What is done with the images that have an alpha channel or transparent colours; "" where none has."""
+    count = 0
+    for path in files:
+        with Image.open(path) as image:
+            count += image.has_transparency_data
+    return f"{count} of {len(files)} images have transparency and are laid on white" if count else ""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -92,17 +101,14 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES and path.is_file()
 
 
-def _check_mode(image: Image.Image) -> None:
-    # Pillow before 11.3 opens a 16-bit PNG in the 32-bit mode "I".
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-        raise ValueError(f"its pixels are {'floats' if image.mode == 'F' else '32-bit integers'}: save it with 8 bits")
-
-
 def _why_unreadable(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
-            _check_mode(image)
-            image.verify()
+            check_range(image)
+            if image.mode.startswith("I"):
+                on_white(image)  # its greatest value counts, so all of it is decoded
+            else:
+                image.verify()
     except Exception as error:
         return first_line(error)
     return None
