@@ -42,18 +42,7 @@ def small(monkeypatch):
 
 
 def test_rows_and_resuming(small, tmp_path, capsys, monkeypatch):
-    command = [
-        "--out",
-        str(tmp_path),
-        "--steps",
-        "20",
-        "--intervals",
-        "3",
-        "--images",
-        "2",
-        "--extras",
-        "--last-cached",
-    ]
+    command = ["--out", str(tmp_path), "--steps", "20", "--intervals", "3", "--images", "2", "--extras"]
     cache_sweep.main([*command, "--schedulers", "dpm++2m"])
     rows = {
         (row["method"], row.get("order"), row.get("depth")): row
@@ -62,17 +51,55 @@ def test_rows_and_resuming(small, tmp_path, capsys, monkeypatch):
     whole = {key: row["whole"] for key, row in rows.items()}
     assert whole["agents", None, None] == 20 and whole["deepcache", None, None] == 7
     assert whole["cache", 0, None] == 8 == whole["fewer steps", None, None]  # the last call is whole
-    assert whole["cache, last call cached", 0, None] == 7
-    assert rows["cache, last call cached", 0, None]["psnr"] == pytest.approx(
-        rows["deepcache", None, None]["psnr"], abs=0.1
-    )
     with (tmp_path / "rows.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(rows) == 11
+        assert len(list(csv.DictReader(file))) == len(rows) == 9
     assert "FLIP" in capsys.readouterr().out
 
     monkeypatch.setattr(step_caching, "run_row", lambda *_: pytest.fail("a row that is there is generated again"))
     cache_sweep.main([*command, "--schedulers", "dpm++2m"])
     assert "FLIP" in capsys.readouterr().out
+
+
+ONE_ROW = "--steps 4 --intervals 2 --images 1 --schedulers ddim --out".split()
+
+
+def test_a_folder_of_another_model_is_refused(small, tmp_path, capsys, monkeypatch):
+    """It once printed the first model's figures as those of the second."""
+    assert cache_sweep.main([*ONE_ROW, str(tmp_path)]) == 0
+    before = (tmp_path / "rows.json").read_text()
+    capsys.readouterr()
+    assert cache_sweep.main([*ONE_ROW, str(tmp_path), "--model", "another"]) == 2
+    printed = capsys.readouterr()
+    assert "has rows of the model demo, and this is another: give another --out" in printed.err
+    assert "FLIP" not in printed.out
+    monkeypatch.setattr(step_caching, "weights_fingerprint", lambda pipe: "fine-tuned")
+    assert cache_sweep.main([*ONE_ROW, str(tmp_path)]) == 2
+    assert "demo with other weights" in capsys.readouterr().err
+    data = json.loads(before)
+    for row in data["rows"]:
+        del row["model"]
+    (tmp_path / "rows.json").write_text(json.dumps(data))
+    assert cache_sweep.main([*ONE_ROW, str(tmp_path)]) == 2
+    assert "the model which they do not say" in capsys.readouterr().err
+
+
+def test_old_rows_keep_their_date_and_versions(small, tmp_path, capsys, monkeypatch):
+    """The folder was once stamped as a whole with the day and versions of the last run."""
+    assert cache_sweep.main([*ONE_ROW, str(tmp_path)]) == 0
+    first = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert all({"model", "weights", "date", "machine", "versions"} <= row.keys() for row in first)
+    assert all("torch " in row["versions"] for row in first)
+    later = {"date": "2031-01-01", "machine": "a faster one", "versions": "torch 3.0"}
+    monkeypatch.setattr(step_caching, "setting", lambda: later)
+    assert cache_sweep.main([*ONE_ROW, str(tmp_path), "--intervals", "2", "3"]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert rows[: len(first)] == first and len(rows) > len(first)
+    assert all({key: row[key] for key in later} == later for row in rows[len(first) :])
+    page = (tmp_path / "rows.md").read_text()
+    assert f"- {len(first)} rows, 1 images each: demo, {first[0]['date']}" in page and "demo, 2031-01-01" in page
+    assert "made in 2 settings: " in capsys.readouterr().out
+    with (tmp_path / "rows.csv").open() as file:
+        assert [line["date"] for line in csv.DictReader(file)] == [row["date"] for row in rows]
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,17 @@
 
 Each row is one way to spend fewer whole UNet calls, each image has the seed and prompt of its unpatched twin. Controls:
 DeepCache at the same interval, and *fewer steps* without a cache, at the number of whole calls that the cache makes.
-A folder that holds rows is gone on with: what it has is not generated again.
+A folder that holds rows of the same model is gone on with: what it has is not generated again, and each row keeps the
+date, machine and versions that it was made with.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import date
@@ -23,15 +26,18 @@ import numpy as np
 import torch
 from DeepCache import DeepCacheSDHelper
 from torchmetrics.functional.image import structural_similarity_index_measure
-from tqdm import tqdm
 
 import agentsd
+from agentsd.files import write_atomically
 from agentsd.images.pipelines import SCHEDULERS
 from agentsd.step_cache import plan_whole_calls
 from agentsd.unet import caching
 from eval.common.environment import commit, device_name
+from eval.common.files import read_json
+from eval.common.fingerprint import weights_fingerprint
+from eval.common.progress import progress
 from eval.common.protocol import BenchError
-from eval.common.tables import markdown
+from eval.common.tables import markdown, write_json
 
 try:
     import flip_evaluator
@@ -176,47 +182,73 @@ def run(options: argparse.Namespace, command: str) -> None:
     """Generate what is missing, write rows.json, rows.csv and rows.md, and print the table.
 
     Raises:
-        BenchError: a scheduler is not known.
+        BenchError: a scheduler is not known, or the folder has rows of another model.
     """
     for name in options.schedulers:
         if name not in SCHEDULERS:
             raise BenchError(f"--schedulers {name}: must be of {', '.join(SCHEDULERS)}")
+    load = lambda scheduler: agentsd.load_pipeline(options.model, scheduler=scheduler)  # noqa: E731
+    weights = weights_fingerprint(load(options.schedulers[0]))
+    known = kept_rows(options.out, options.model, weights)
     options.out.mkdir(parents=True, exist_ok=True)
-    store = options.out / "rows.json"
-    known = {json.dumps(row["row"]): row for row in json.loads(store.read_text())["rows"]} if store.exists() else {}
     originals: dict[tuple, np.ndarray] = {}
     results = []
-    for row in tqdm(list(rows(options)), unit="row"):
+    for row in progress(list(rows(options)), unit="row"):
         key = json.dumps({**row, "images": options.images})
         if key not in known:
-            pipe = agentsd.load_pipeline(options.model, scheduler=row["scheduler"])
+            pipe = load(row["scheduler"])
             pipe.set_progress_bar_config(disable=True)
             place = row["scheduler"], row["steps"]
             if place not in originals:
                 originals = {place: generate(pipe, row["steps"], options.images)}
             images, whole = run_row(pipe, row, options.images)
             measured = distances(images, originals[place])
-            known[key] = {"row": json.loads(key), **row, "whole": whole, **measured}
+            made = {"model": options.model, "weights": weights, **setting()}
+            known[key] = {"row": json.loads(key), **row, "whole": whole, **measured, **made}
             write(options.out, list(known.values()), command)
         results.append(known[key])
     print(table(results))
+    if len(settings := {said(row) for row in results}) > 1:
+        print(f"made in {len(settings)} settings: " + "; ".join(sorted(settings)))
+
+
+def kept_rows(folder: Path, model: str, weights: str) -> dict[str, dict[str, Any]]:
+    """The rows that a folder has, by their settings as JSON. Raises BenchError for rows of another or unknown model."""
+    found = (read_json(folder / "rows.json") or {"rows": []})["rows"]
+    for row in found:
+        if (row.get("model"), row.get("weights")) != (model, weights):
+            name = row.get("model", "which they do not say")
+            what = f"the model {name}" if name != model else f"{model} with other weights"
+            raise BenchError(f"{folder} has rows of {what}, and this is {model}: give another --out")
+    return {json.dumps(row["row"]): row for row in found}
+
+
+def setting() -> dict[str, Any]:
+    """Date, machine and versions of the rows that are made now."""
+    names = ["torch", "diffusers", "DeepCache", *(["flip-evaluator"] if flip_evaluator else [])]
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, commit {commit()}"
+    return {"date": date.today().isoformat(), "machine": machine, "versions": versions}
+
+
+def said(row: dict[str, Any]) -> str:
+    """How a row was made, in one line."""
+    return f"{row['model']}, {row['date']}, {row['machine']}, {row['versions']}"
 
 
 def write(folder: Path, results: list[dict[str, Any]], command: str) -> None:
-    """rows.json, rows.csv and rows.md with the machine and versions."""
-    names = ["torch", "diffusers", "DeepCache", *(["flip-evaluator"] if flip_evaluator else [])]
-    versions = {name: version(name) for name in names}
-    machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, commit {commit()}"
-    setting = {"date": date.today().isoformat(), "machine": machine, **versions}
-    (folder / "rows.json").write_text(json.dumps({"setting": setting, "rows": results}, indent=1))
-    with (folder / "rows.csv").open("w", newline="") as file:
-        names = list(dict.fromkeys(name for row in results for name in row if name not in ("row", "psnrs")))
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(results)
-    said = f"{setting['date']}, {machine}, " + ", ".join(f"{name} {value}" for name, value in versions.items())
-    (folder / "rows.md").write_text(
-        f"# Step caching by settings\n\n`{command}`, {said}.\n\nDistance to the unpatched image of "
-        f"the same seed, mean ± standard error over {results[0]['row']['images']} images of the built-in model at 512 "
-        "px. `whole` is the number of whole UNet calls.\n\n" + table(results)
+    """rows.json, rows.csv and rows.md; each row with how it was made."""
+    write_json(folder / "rows.json", {"rows": results})
+    names = list(dict.fromkeys(name for row in results for name in row if name not in ("row", "psnrs")))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(results)
+    write_atomically(folder / "rows.csv", text.getvalue())
+    counts = Counter((said(row), row["row"]["images"]) for row in results)
+    made = "\n".join(f"- {count} rows, {images} images each: {how}" for (how, images), count in counts.items())
+    write_atomically(
+        folder / "rows.md",
+        f"# Step caching by settings\n\n`{command}`\n\n{made}\n\nDistance to the unpatched image of the same seed, "
+        "mean ± standard error over the images. `whole` is the number of whole UNet calls.\n\n" + table(results),
     )
