@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--save-reference", nargs=2, metavar=("FOLDER", "FILE.npz"), help="save statistics of images, and stop"
     )
+    what.add_argument("--overwrite", action="store_true", help="--save-reference may replace a file")
     what.add_argument("--report-only", metavar="DIR", help="rebuild the report of a finished run from disk, and stop")
 
     grid = parser.add_argument_group("scenarios")
@@ -118,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     score = parser.add_argument_group("scores")
     score.add_argument("--features", help="inception (FID) or efficientnet-lite0 (offline; FD, never called FID)")
     score.add_argument("--inception-weights", metavar="FILE", help="pytorch-fid's weights, where it cannot fetch them")
-    score.add_argument("--reference", metavar="PATH", help="folder of images, or .npz; default for demo: its own")
+    score.add_argument(
+        "--reference", metavar="PATH", help="folder of images, on white where transparent, or .npz; demo has its own"
+    )
     score.add_argument(
         "--reference-per-class", type=int, metavar="N", help="the first N of each class: 5 as ToMe, or 50"
     )

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--per-name", type=int, default=3, help="canvases of each name (default: %(default)s)")
     add("--images", type=Path, metavar="DIR", help="also write the composed images there")
     add("--out", type=Path, metavar="FILE.npz", default=DEMO_REFERENCE, help="default: %(default)s")
+    add("--overwrite", action="store_true", help="replace that file where it is there")
     return parser
 
 

@@ -182,6 +182,52 @@ def test_scoring_two_sets_and_saving_a_reference(images, tmp_path, capsys):
     assert "FID" not in capsys.readouterr().out
 
 
+def test_a_saved_reference_is_not_overwritten_unless_told_to(images, tmp_path, capsys, monkeypatch):
+    common, target = [*OFFLINE, "--device", "cpu"], tmp_path / "reference.npz"
+    target.write_bytes(b"of another model")
+    monkeypatch.setattr(bench, "load_features", lambda *_: pytest.fail("work began"))
+    assert main([*common, "--save-reference", str(images), str(target)]) == 2
+    assert "is there already: give another name, or --overwrite" in capsys.readouterr().err
+    assert target.read_bytes() == b"of another model"
+    monkeypatch.undo()
+    assert main([*common, "--save-reference", str(images), str(target), "--overwrite"]) == 0
+    assert np.load(target)["count"] == 12
+
+
+def test_a_full_disk_leaves_the_old_reference(images, tmp_path, capsys, monkeypatch):
+    target = tmp_path / "reference.npz"
+    target.write_bytes(b"the old one")
+
+    def fill(file, **_):
+        (open(file, "wb") if isinstance(file, (str, Path)) else file).write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scores.np, "savez_compressed", fill)
+    assert main([*OFFLINE, "--device", "cpu", "--save-reference", str(images), str(target), "--overwrite"]) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert target.read_bytes() == b"the old one" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_transparent_images_that_look_alike_score_alike_and_it_is_said(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    for i in range(10):
+        pixels = random.integers(0, 255, (64, 64, 4), dtype=np.uint8)
+        pixels[..., 3] = 0
+        pixels[16:48, 16:48, 3] = 255
+        for name, hidden in (("a", 0), ("b", 255)):
+            pixels[..., :3][pixels[..., 3] == 0] = hidden
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    assert main([*OFFLINE, "--device", "cpu", "--score", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    printed = capsys.readouterr()
+    header, _, row = printed.out.strip().splitlines()[-3:]
+    cells = dict(zip((c.strip() for c in header.split("|")), (c.strip() for c in row.split("|"))))
+    assert cells["FD (EfficientNet-Lite0)"] == "0.00" and cells["PSNR of pairs, dB"] == "100.0"
+    assert printed.err.count("10 of 10 images have transparency and are laid on white") == 2
+    assert "\r" not in printed.err and "%|" not in printed.err  # stderr is no terminal here
+
+
 def test_speed_only_needs_nothing_but_an_architecture(tmp_path, capsys, monkeypatch):
     small = dict(
         ARCHITECTURES["sd15"]["unet"], block_out_channels=(32, 32, 32, 32), attention_head_dim=4, layers_per_block=1

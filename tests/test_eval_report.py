@@ -16,6 +16,7 @@ from PIL import Image
 
 from eval.common.environment import environment
 from eval.common.protocol import METHODS, UNSCORED, BenchError, make_scenarios
+from eval.common.tables import figure, number
 from eval.fid import report
 from eval.fid.generation import save_image
 from eval.fid.latency import Timing, Workload
@@ -243,6 +244,14 @@ def test_the_verdict_says_what_the_intervals_say(machine):
 def test_the_verdict_admits_that_a_model_cannot_judge(machine, control):
     said = report.verdict(make_results(machine, None, make_scores(control))["rows"], SCORED)
     assert all("cannot tell attention methods apart" in s for s in said if s.startswith("Control"))
+
+
+@pytest.mark.parametrize("form, zero", [("{:+.2f}", "+0.00"), ("{:.2f}", "0.00"), ("{:.0f}", "0")])
+def test_what_rounds_to_zero_has_no_minus_sign(form, zero):
+    for value in (-0.0, -0.001, 0.001):
+        assert number(value, form) == zero
+    assert figure(-0.004, (-0.001, 0.004), form) == f"{zero} [{zero}, {zero}]"
+    assert number(-1.5, "{:+.2f}") == "-1.50" and number("", "{}") == "" and number(-3, "{}") == "-3"
 
 
 def test_nothing_to_report_on(tmp_path):

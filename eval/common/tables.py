@@ -64,8 +64,19 @@ def figure(value: Any, interval: Sequence[float] | None, form: str) -> str:
     """A value in a format, with its interval where it has one; "" for none."""
     if value is None or value == "":
         return ""
+    text = number(value, form)
+    return f"{text} [{', '.join(number(end, form) for end in interval)}]" if interval else text
+
+
+def number(value: Any, form: str) -> str:
+    """A value in a format; what rounds to zero has no minus sign.
+
+    Example:
+        >>> number(-0.001, "{:+.2f}")
+        '+0.00'
+    """
     text = form.format(value)
-    return f"{text} [{', '.join(form.format(end) for end in interval)}]" if interval else text
+    return form.format(0.0) if text.startswith("-") and not set(text) & set("123456789") else text
 
 
 def as_csv(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agentsd import AgentConfig
+from agentsd.files import write_atomically
 
 _COLOURS = {
     "merging": "#e08214", "agents": "#2166ac", "agents only": "#67a9cf", "downsampled": "#4d9221",
@@ -63,7 +64,7 @@ def cost_chart(rows: Sequence[dict[str, Any]], path: Path, title: str, footer: s
     figure.canvas.draw()
     bottom = figure.get_tightbbox().y0 / figure.get_figheight()
     figure.text(0.01, bottom, "\n".join(textwrap.wrap(footer, 150)), fontsize=5, color="#666666", va="top")
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130, bbox_inches="tight"))
     pyplot.close(figure)
     return True
 

@@ -11,7 +11,7 @@ from agentsd import Phase
 from agentsd.files import write_atomically
 from eval.common.environment import environment_line
 from eval.common.protocol import Scenario
-from eval.common.tables import as_csv, markdown, write_json
+from eval.common.tables import as_csv, markdown, number, write_json
 
 from .chart import cost_chart
 from .costs import SIZE, Cost
@@ -200,4 +200,4 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 def _percent(row: dict[str, Any]) -> str:
     rise, error = row["rise"], row["standard_error"]
-    return "0" if rise == 0 and error == 0 else f"{100 * rise:+.1f} ± {100 * error:.1f}"
+    return "0" if rise == 0 and error == 0 else f"{number(100 * rise, '{:+.1f}')} ± {100 * error:.1f}"

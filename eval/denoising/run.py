@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 from diffusers import DDIMScheduler
-from tqdm import tqdm
 
 from agentsd.files import write_atomically
 from eval.common.environment import environment
 from eval.common.files import read_json
 from eval.common.fingerprint import code_fingerprint, effective_code, package_versions, weights_fingerprint
 from eval.common.processes import Processes, claim, lock_folder
+from eval.common.progress import progress
 from eval.common.protocol import BenchError, Scenario, parse_numbers
 
 from .costs import costs_of, measure_times
@@ -106,7 +106,7 @@ def measure(
     """
     cells: Cells = {}
     jobs = [(timestep, scenario) for timestep in timesteps for scenario in scenarios][rank::count]
-    for timestep, scenario in tqdm(jobs, desc="losses", unit="cell", disable=rank > 0):
+    for timestep, scenario in progress(jobs, desc="losses", unit="cell", disable=rank > 0):
         name = name_of(scenario)
         path = out / "losses" / name / f"t{timestep:04d}.json"
         code = _code(scenario)

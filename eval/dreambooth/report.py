@@ -9,7 +9,7 @@ from typing import Any
 
 from agentsd.files import write_atomically
 from eval.common.environment import environment_line
-from eval.common.tables import Column, as_csv, table, write_json
+from eval.common.tables import Column, as_csv, figure, table, write_json
 from eval.launch import REPOSITORY
 
 from .grid import grid_image
@@ -249,7 +249,7 @@ def _times(row: dict[str, Any], key: str) -> str:
 
 def _signed(row: dict[str, Any], key: str, form: str = "{:+.3f}") -> str:
     low, high = row[f"{key}_ci"]
-    return f"{form.format(row[key])} [{form.format(low)}, {form.format(high)}]"
+    return figure(row[key], (low, high), form)
 
 
 def _direction(row: dict[str, Any], key: str, more: str, less: str) -> str:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from agentsd.images.generate import generate
 from agentsd.images.png import read_settings, save_image
 from agentsd.images.request import Request
 from agentsd.images.rounds import rotated
 from agentsd.images.warm_up import warm_up
 from eval.common.models import ModelSpec, load_model
+from eval.common.progress import progress
 from eval.fid.generation import is_whole
 
 from .plan import Plan, Row
@@ -77,7 +76,7 @@ def sample_all(plan: Plan, out: Path, rows: Sequence[Row]) -> None:
     todo = sum(not is_whole(shot.path) for row in shots for shot in row)
     pipes: dict[str | None, Any] = {}
     warm: set[str] = set()
-    with tqdm(total=todo, desc="images", unit="image", disable=not todo) as bar:
+    with progress(total=todo, desc="images", unit="image", disable=not todo) as bar:
         for number, same in enumerate(rounds):
             for shot in rotated(same, number):
                 if is_whole(shot.path):

@@ -8,19 +8,19 @@ import itertools
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from agentsd.images.model_files import ModelError, check_model
 from agentsd.images.names import SCHEDULERS
 from eval.common.environment import environment
 from eval.common.models import ModelSpec, load_model, native_size, pick_device
 from eval.common.processes import Processes, lock_folder
+from eval.common.progress import progress
 from eval.common.protocol import (
     DEMO_REFERENCE,
     PROMPT,
@@ -49,7 +49,7 @@ from .generation import (
     missing_images,
     open_folders,
 )
-from .images import FEWEST_IMAGES, reference_files
+from .images import FEWEST_IMAGES, reference_files, said_of_transparent
 from .latency import Timing, Workload, measure
 from .similarity import similarity_of_pairs
 
@@ -236,7 +236,7 @@ class _Bench:
     def _time(self, pipe: Any, results: dict[str, Any]) -> list[Timing]:
         timings: list[Timing] = []
         total = len(self.timed) * sum(workload.rounds + 1 for workload in self.workloads)
-        with tqdm(total=total, desc="timing", unit="call") as bar:
+        with progress(total=total, desc="timing", unit="call") as bar:
             for workload in self.workloads:
 
                 def show(name: str, number: int, size: int | None = workload.size) -> None:
@@ -263,11 +263,11 @@ class _Scorer:
     def score(self, job: Job) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """What the scores are of, and each scenario's scores by name."""
         features = {}
-        for scenario in tqdm(job.scenarios, desc="features", unit="scenario"):
+        for scenario in progress(job.scenarios, desc="features", unit="scenario"):
             features[scenario.name] = self.network.of_files(job.paths(scenario))
         files = {scenario.name: job.paths(scenario) for scenario in job.scenarios}
         rows = scores.score_sets(
-            features, files, self.network, self.reference, self.resamples, tqdm,
+            features, files, self.network, self.reference, self.resamples, progress,
             groups=[sample.index for sample in self.plan.samples], rivals=rivals_of(job.scenarios),
         )  # fmt: skip
         if self.clip is not None:
@@ -292,9 +292,11 @@ def score_two(options: argparse.Namespace) -> str:
     device = pick_device(options.device)
     paths = [Path(path) for path in options.score]
     files = [None if path.suffix == ".npz" else reference_files(path, options.reference_per_class) for path in paths]
+    for path, own in zip(paths, files):
+        _tell_of_transparent(path, own or [])
     network = load_features(options.features, device, _inception_weights(options))
     a, b = (
-        scores.load_statistics(path, network) if own is None else scores.statistics_of(network.of_files(own, tqdm))
+        scores.load_statistics(path, network) if own is None else scores.statistics_of(network.of_files(own, progress))
         for path, own in zip(paths, files)
     )
     row: dict[str, Any] = {"scenario": f"{paths[0]} to {paths[1]}", "images": a.count or None}
@@ -311,11 +313,14 @@ def _save_reference(options: argparse.Namespace) -> int:
     folder, target = map(Path, options.save_reference)
     if target.suffix != ".npz" or not target.absolute().parent.is_dir():
         raise BenchError(f"--save-reference {target}: must be a file name ending in .npz, in a folder that exists")
+    if target.exists() and not options.overwrite:
+        raise BenchError(f"--save-reference {target}: is there already: give another name, or --overwrite")
     check_features(options.features, _inception_weights(options))
     device = pick_device(options.device)
     files = reference_files(folder, options.reference_per_class)
+    _tell_of_transparent(folder, files)
     network = load_features(options.features, device, _inception_weights(options))
-    statistics = scores.statistics_of(network.of_files(files, lambda x: tqdm(x, desc="features", unit="batch")))
+    statistics = scores.statistics_of(network.of_files(files, lambda x: progress(x, desc="features", unit="batch")))
     try:
         scores.save_statistics(target, statistics, network)
     except OSError as error:
@@ -397,9 +402,17 @@ def _load_reference(options: argparse.Namespace, plan: Plan, network: FeatureNet
     if path.suffix == ".npz":
         return scores.load_statistics(path, network), str(path)
     files = reference_files(path, options.reference_per_class)
-    features = network.of_files(files, lambda steps: tqdm(steps, desc="reference", unit="batch"))
+    said = _tell_of_transparent(path, files)
+    features = network.of_files(files, lambda steps: progress(steps, desc="reference", unit="batch"))
     which = f", the first {options.reference_per_class} of each class" if options.reference_per_class else ""
-    return scores.statistics_of(features), f"{path}{which}"
+    return scores.statistics_of(features), f"{path}{which}" + (f" ({said})" if said else "")
+
+
+def _tell_of_transparent(folder: Path, files: Sequence[Path]) -> str:
+    said = said_of_transparent(files)
+    if said:
+        print(f"fid_bench: {folder}: {said}", file=sys.stderr)
+    return said
 
 
 def _hours(seconds: float) -> str:

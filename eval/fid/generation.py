@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from agentsd.files import write_atomically
 from agentsd.images.png import save_image
 from eval.common.fingerprint import code_fingerprint, package_versions, weights_fingerprint
 from eval.common.models import ModelSpec, load_model
+from eval.common.progress import progress
 from eval.common.protocol import PROMPT, BenchError, Plan, Sample, Scenario
 from eval.common.scenarios import use_scenario
 
@@ -93,7 +93,7 @@ def generate_share(pipe: Any, job: Job, rank: int = 0, processes: int = 1, paren
                 todo.append((scenario, batch, missing))
     total = sum(len(missing) for _, _, missing in todo)
     share = f" (process 1 of {processes})" if processes > 1 else ""
-    bar = tqdm(total=total, desc="generating" + share, unit="image", disable=rank > 0 or not total)
+    bar = progress(total=total, desc="generating" + share, unit="image", disable=rank > 0 or not total)
     with bar, _threads(job.plan.threads if pipe.unet.device.type == "cpu" else None):
         for scenario, batch, missing in todo:
             bar.set_postfix_str(scenario.name)

@@ -9,8 +9,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from agentsd.files import write_atomically
+
 from .generation import is_whole
-from .images import save_grid
+from .images import read_image, save_grid
 
 _COLOURS = {
     "sd": "#777777", "sd-naive": "#bbbbbb", "tomesd": "#e08214", "agentsd": "#2166ac", "deepcache": "#4d9221",
@@ -91,8 +93,7 @@ def grid_image(run: dict[str, Any], images: Path, path: Path, footer: str) -> bo
         for row, file in enumerate(files):
             source = images / name / file
             if is_whole(source):
-                with Image.open(source) as image:
-                    small = image.convert("RGB").resize((cell - 4, cell - 4), Image.Resampling.LANCZOS)
+                small = read_image(source).resize((cell - 4, cell - 4), Image.Resampling.LANCZOS)
                 canvas.paste(small, (side + column * cell + 2, head + row * cell + 2))
     for row, file in enumerate(files):
         label = file.split("-", 1)[1].rsplit("-", 1)[0].replace("_", "\n")
@@ -116,6 +117,6 @@ def _save(figure: Any, path: Path, footer: str) -> bool:
     figure.canvas.draw()
     bottom = figure.get_tightbbox().y0 / figure.get_figheight()  # below the axes' labels, whatever the figure's height
     figure.text(0.01, bottom, "\n".join(textwrap.wrap(footer, 130)), fontsize=5, color="#666666", va="top")
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130, bbox_inches="tight"))
     _pyplot().close(figure)
     return True

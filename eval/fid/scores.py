@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import nn
 
+from agentsd.files import write_atomically
 from eval.common.protocol import BenchError
 
 from .features import FeatureNetwork
@@ -129,15 +130,19 @@ def save_statistics(path: Path, statistics: Statistics, network: FeatureNetwork)
     if features is None:
         raise ValueError("statistics without features, as a file of mean and covariance alone gives them")
     step = max(1, -(-len(features) // _KEPT_FEATURES))
-    with open(path, "wb") as file:
+    kept = features[::step].astype(np.float16)
+
+    def write(file: BinaryIO) -> None:
         np.savez_compressed(
             file,
             mu=statistics.mean,
             sigma=statistics.covariance,
             count=statistics.count,
-            features=features[::step].astype(np.float16),
+            features=kept,
             network=np.array(network.name),
         )
+
+    write_atomically(path, write)
 
 
 # --- statistics -> scores ---------------------------------------------------------------------------------------------
@@ -165,7 +170,7 @@ class FrechetDistance:
         gram = product @ product.T if len(x) < x.shape[1] else product.T @ product
         overlap = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
         difference = x.mean(0) - self.mean
-        return float(difference @ difference + centred.square().sum() + self.trace - 2 * overlap)
+        return _not_negative(difference @ difference + centred.square().sum() + self.trace - 2 * overlap)
 
 
 class _Resampled:
@@ -213,7 +218,12 @@ def frechet_distance(statistics: Statistics, reference: Statistics) -> float:
     overlap = np.sqrt(np.linalg.eigvalsh(root @ reference.covariance @ root).clip(min=0)).sum()
     difference = statistics.mean - reference.mean
     traces = np.trace(statistics.covariance) + np.trace(reference.covariance)
-    return float(difference @ difference + traces - 2 * overlap)
+    return _not_negative(difference @ difference + traces - 2 * overlap)
+
+
+def _not_negative(distance: Any) -> float:
+    """A distance is none below 0; that of a set to itself differs from 0 by what rounding leaves."""
+    return max(0.0, float(distance))
 
 
 def kernel_distance(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:

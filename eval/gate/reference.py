@@ -8,6 +8,7 @@ names, and KID, follow.
 from __future__ import annotations
 
 import argparse
+from typing import BinaryIO
 
 import numpy as np
 from demo_training.icons import load_index
@@ -17,6 +18,7 @@ from demo_training.run import UsageError
 from PIL import Image
 from train_demo_model import make_run, parse_arguments
 
+from agentsd.files import write_atomically
 from eval.common.protocol import BenchError
 from eval.fid.features import load_features
 
@@ -27,6 +29,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         BenchError: the run's data stage is not done, or its settings were others.
     """
+    if options.out.exists() and not options.overwrite:
+        raise BenchError(f"--out {options.out}: is there already: give another name, or --overwrite to replace it")
     arguments = ["data", "--preset", options.preset, "--out", str(options.run)]
     if options.grow_from:
         arguments += ["--grow-from", str(options.grow_from)]
@@ -45,10 +49,14 @@ def run(options: argparse.Namespace) -> None:
             image.save(options.images / f"{name.replace(' ', '_')}_{number // len(icons)}.png")
     network = load_features("efficientnet-lite0")
     features = network.of_images(images)
-    np.savez_compressed(
-        options.out,
-        names=np.array(names),
-        features=features.astype(np.float16),
-        network=np.array(network.name),
-    )
+
+    def write(file: BinaryIO) -> None:
+        np.savez_compressed(
+            file,
+            names=np.array(names),
+            features=features.astype(np.float16),
+            network=np.array(network.name),
+        )
+
+    write_atomically(options.out, write)
     print(f"{options.out}: {len(names)} images of {len(set(names))} names, {features.shape[1]} features each")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from agentsd.files import write_atomically
 from eval.common.environment import environment, environment_line
 from eval.common.models import ModelSpec, load_model, native_size, pick_device
 from eval.common.processes import lock_folder
+from eval.common.progress import progress
 from eval.common.protocol import (
     CONTROLS,
     DEMO_REFERENCE,
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace, command: str) -> int:
         check_space(folder, missing_images(job), side**2)
         open_folders(pipe, job)
         config = next(scenario.settings for scenario in scenarios if scenario.method == "agentsd")
-        prompts = tqdm(_spread_over(plan, options.prompts), desc="effective keys", unit="image")
+        prompts = progress(_spread_over(plan, options.prompts), desc="effective keys", unit="image")
         spreads = measure_effective_keys(pipe, plan, prompts, config)
         generate_all(pipe, job, options.processes)
         rows = _score(job, network, reference, trained)
@@ -282,9 +282,11 @@ def _score(
     job: Job, network: FeatureNetwork, reference: scores.NamedFeatures, trained: scores.Statistics
 ) -> list[dict[str, Any]]:
     files = {scenario.name: job.paths(scenario) for scenario in job.scenarios}
-    features = {name: network.of_files(paths) for name, paths in tqdm(files.items(), desc="features", unit="scenario")}
+    features = {
+        name: network.of_files(paths) for name, paths in progress(files.items(), desc="features", unit="scenario")
+    }
     groups = [sample.index for sample in job.plan.samples]
-    found = scores.score_sets(features, files, network, trained, progress=tqdm, groups=groups)
+    found = scores.score_sets(features, files, network, trained, progress=progress, groups=groups)
     return [
         {
             "scenario": scenario.name,
