@@ -231,10 +231,10 @@ def test_step_caching_is_counted_and_shown(studio):
     wanted = settings(**usual, cache_interval=3)
     _, done = run_compare(studio, wanted)
     ours = done["agentsd"]
-    # Whole are the first call and every third after it.
-    assert ours.settings["unet_calls"] == {"whole": 7, "cached": 13} and "unet_calls" not in done["sd"].settings
-    assert "7 of 20 UNet calls whole, 13 cached" in captions.figures_html(figures.Figures.of(ours, done["sd"]))
-    assert "Step caching: 7 of 20 UNet calls whole" in figures.verdict([done["sd"], ours])
+    # Whole are the first call, the last, and six evenly between them.
+    assert ours.settings["unet_calls"] == {"whole": 8, "cached": 12} and "unet_calls" not in done["sd"].settings
+    assert "8 of 20 UNet calls whole, 12 cached" in captions.figures_html(figures.Figures.of(ours, done["sd"]))
+    assert "Step caching: 8 of 20 UNet calls whole" in figures.verdict([done["sd"], ours])
     values, remarks = form_values(ours.settings, ["tiny"], Limits())  # as the history does
     assert values["cache_interval"] == 3 and remarks == []
     assert np.array_equal(np.asarray(ours.image), np.asarray(generate_with(studio, wanted).image))
@@ -252,10 +252,10 @@ def test_step_caching_is_counted_and_shown(studio):
     table = list(csv.DictReader(io.StringIO(sweeps.sweep_csv("cache_interval", rows, ordered))))
     assert [row["cache_interval"] for row in table] == ["", "1", "4"]
     # 20 steps: an interval of 4 would reuse features over more than 14 % of the run, so that it works as 3.
-    assert [row["unet_calls_cached"] for row in table] == ["", "", "13"]
+    assert [row["unet_calls_cached"] for row in table] == ["", "", "12"]
 
     looked = list(studio.look(Run(), wanted, 0))[-1]  # a layer that cached calls skip: whole calls, by their numbers
-    assert [view.call for view in looked.views] == [0, 3, 6, 9, 12, 15, 18]
+    assert [view.call for view in looked.views] == [0, 3, 5, 8, 11, 14, 16, 19]
     with pytest.raises(ValueError, match="call=1: .*step caching skips it"):
         list(studio.look(Run(), wanted, 0, call=1))
     assert is_clean(studio)
@@ -590,12 +590,12 @@ def test_the_usual_limits_have_room_for_the_usual_patch_at_the_largest_size(earl
     from agentsd.visualize import MOST_VIEWS, _check_budget
 
     config = AgentConfig(early=early)
-    state = SimpleNamespace(name="layer", grid=lambda: (128, 128), config=config)
+    place = "layer", (128, 128)
     assert config.stride(Phase.AGENT) == (4, 4)
-    _check_budget(state, MOST_VIEWS, Limits().recording)
-    state.config = AgentConfig(agent_ratio=0)
+    _check_budget(config, *place, MOST_VIEWS, Limits().recording)
+    config = AgentConfig(agent_ratio=0)
     with pytest.raises(ValueError, match="16,384 agents × 16,384 tokens in 24 UNet calls would take 12.88 GB"):
-        _check_budget(state, MOST_VIEWS, Limits().recording)
+        _check_budget(config, *place, MOST_VIEWS, Limits().recording)
 
 
 @pytest.fixture
