@@ -22,9 +22,8 @@ pytest.importorskip("build")
 
 
 def run(*command: object, cwd, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, env={**ENVIRONMENT, **environment}
-    )
+    command = (sys.executable, *map(str, command))
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**ENVIRONMENT, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
