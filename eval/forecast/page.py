@@ -175,7 +175,8 @@ def _before_and_after(costs: dict[Shape, Costs]) -> list[str]:
 def _calls(costs: dict[Shape, Costs]) -> list[str]:
     said = (
         "Operators that a call issues without `torch.compile`, as `eval/common/operations.py` counts them; the host's "
-        "time in the patch's hooks (the least of a run's calls); how often it waits for the device."
+        "time in the patch's hooks (the least of a run's calls, on a machine that others used too); how often it waits "
+        "for the device in a call, beside once at the beginning of a run."
     )
     names = {
         "unpatched": "unpatched", "agents": "agent phase", "merge": "later phase", "cached": "cached, agent / later",
