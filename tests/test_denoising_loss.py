@@ -307,6 +307,8 @@ def test_costs_are_those_of_describe_and_a_phase(judged, inputs, tmp_path, monke
     )
     assert found[name_of(merging)].unet == report.unet_fraction(agentsd.Phase.MERGE) == found["tomesd-r0.4"].unet
     assert found["no-attention-r0.4-early1"] == Cost()
+    single = costs_of([SD, AGENTS], {"sd": [1.0], name_of(AGENTS): [0.5]})
+    assert single[name_of(AGENTS)].time is None and single["sd"].time == 1  # of a single round no speed-up
 
     calls = []
     monkeypatch.setattr(costs, "_seconds", lambda j, batch, one, t: calls.append(one) or (1.0 if one == SD else 0.5))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from agentsd.messages import install_hint
 from eval import fid_bench
-from eval.common import models
+from eval.common import models, protocol
 from eval.common.models import ARCHITECTURES, random_pipeline
 from eval.fid import bench, generation, scores
 from eval.fid_bench import main
@@ -61,9 +61,9 @@ def test_a_whole_run_and_its_report_again(model, images, tmp_path, capsys, monke
     names = [row["scenario"] for row in rows]
     assert names == ["sd", "sd-naive", "agentsd-r0.4", "deepcache-3", "tgate", "mean-value-r0.4", "limit"]
     for row in rows:
-        assert row["seconds_per_image"] > 0 and row["speedup_vs_sd"] > 0
+        assert row["seconds_per_image"] > 0 and row["speedup_vs_sd"] is None  # of one round
         assert (row["fd"] is None) == (row["method"] in ("sd-naive", "limit")) and row["fid"] is None
-        assert row["unet_agent_speedup"] > 0 and row["unet_merge_speedup"] > 0
+        assert row["unet_agent_ms"] > 0 and row["unet_merge_ms"] > 0
         assert row["calls"] == ("2 + 2" if row["method"] == "deepcache" else None)
     assert not (out / "images" / "sd-naive").exists() and not (out / "images" / "limit").exists()
 
@@ -162,10 +162,10 @@ def test_a_name_is_resampled_with_all_its_seeds(names, copies, tmp_path, monkeyp
 
 
 def test_the_help_names_every_ablation(monkeypatch):
-    monkeypatch.setitem(fid_bench.ABLATIONS, "one-more", ({},))
+    monkeypatch.setitem(protocol.ABLATIONS, "one-more", ({},))
     [action] = [action for action in fid_bench._parser()._actions if action.dest == "ablate"]
     listed = action.help.split("several of ")[1].split(", with commas")[0]
-    assert listed.split(", ") == list(fid_bench.ABLATIONS) and "alpha-early" in listed
+    assert listed.split(", ") == list(protocol.ABLATIONS) and "alpha-early" in listed
 
 
 def test_scoring_two_sets_and_saving_a_reference(images, tmp_path, capsys):
@@ -238,14 +238,14 @@ def test_speed_only_needs_nothing_but_an_architecture(tmp_path, capsys, monkeypa
     monkeypatch.setitem(models._SD_VAE, "block_out_channels", (32, 32, 32, 32))
     monkeypatch.setitem(ARCHITECTURES, "sd15", dict(unet=small, text=[text]))
     arguments = (
-        "--speed-only --random-weights sd15 --sizes 64,128 --batch-sizes 1,2 --steps 4 --rounds 1 --device cpu".split()
+        "--speed-only --random-weights sd15 --sizes 64,128 --batch-sizes 1,2 --steps 4 --rounds 2 --device cpu".split()
     )
     assert main([*arguments, "--methods", "sd-naive,tomesd,agentsd", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {(row["size"], row["batch_size"]) for row in rows} == {(64, 1), (128, 1), (64, 2), (128, 2)} and len(
         rows
     ) == 16
-    assert all(row["unet_agent_ms"] > 0 and row["unet_merge_ms"] > 0 and not row["note"] for row in rows)
+    assert all(row["unet_agent_ms"] > 0 and row["unet_merge_ms"] > 0 and row["speedup_vs_sd"] > 0 for row in rows)
     assert (tmp_path / "speedup.png").is_file() and not (tmp_path / "images").exists()
     assert not (tmp_path / "quality.png").exists()
     text = (tmp_path / "results.md").read_text()

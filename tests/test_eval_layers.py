@@ -98,6 +98,8 @@ def test_the_table():
     assert text.startswith("# title\n\nline\n\n| layer | 64×64: ms |")
     assert "| agent | 200.0 | 2.00 | 2.00 | 800.0 | 8.00 | 2.00 | N^1.00 |" in text
     assert "grows" not in as_markdown([64], found[:1], "title", [])
+    alone = as_markdown([64, 128], found, "title", ["line"], rounds=1)  # of a single round no speed-up
+    assert "× sdpa" not in alone and "over the limit" not in alone and "| agent | 200.0 | 800.0 | N^1.00 |" in alone
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,24 @@ def test_unstable_timings_say_so(tmp_path, machine):
     assert by_name[timings[3].scenario]["note"] == ""
 
 
+@pytest.mark.parametrize("alone", ["sd", "agentsd-r0.4", None])
+def test_a_single_round_gives_no_speed_up_in_rows_tables_and_charts(tmp_path, machine, alone):
+    timings = make_timings()
+    for timing in timings:
+        if alone in (None, timing.scenario):
+            timing.seconds = timing.seconds[:1]
+    (tmp_path / "speedup.png").write_bytes(b"of an earlier run")
+    by_name, text = written(tmp_path, make_results(machine, timings, {}), charts=True)
+    row = by_name["agentsd-r0.4"]
+    assert all(row[key] is None for key in ("speedup_vs_sd", "unet_agent_speedup", "unet_merge_speedup"))
+    assert row["seconds_per_image"] == 4 and row["unet_agent_ms"] == pytest.approx(800)
+    others = {name: row["speedup_vs_sd"] for name, row in by_name.items() if name != "agentsd-r0.4" and row["seconds"]}
+    assert all((value is None) == (alone != "agentsd-r0.4") for value in others.values()), others
+    assert by_name[alone or "sd"]["note"] == "one round: no speed-up"
+    assert ("× sd" in text) == ("(speedup.png)" in text) == (alone == "agentsd-r0.4")
+    assert (tmp_path / "speedup.png").exists() == (alone == "agentsd-r0.4")
+
+
 @pytest.mark.parametrize("size, batch", [(128, 2), (64, 1)])
 def test_scores_and_times_of_different_images_are_different_rows(machine, size, batch):
     rows = make_results(machine, size=size, batch=batch)["rows"]  # timed at 64 px, batch 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agentsd.images.rounds import is_stable, rotated
+from agentsd.images.rounds import is_stable, rotated, speed_up
 
 
 def test_every_item_comes_once_a_round_and_each_begins_one_in_turn():
@@ -19,3 +19,11 @@ def test_every_item_comes_once_a_round_and_each_begins_one_in_turn():
 )
 def test_rounds_that_differ_by_more_than_15_percent_are_unstable(seconds, stable):
     assert is_stable(seconds) is stable
+
+
+@pytest.mark.parametrize(
+    ("base", "seconds", "expected"),
+    [([4.0, 6.0], [2.0, 3.0], 2.0), ([4.0], [2.0, 2.0], None), ([4.0, 4.0], [2.0], None), (None, [2.0, 2.0], None)],
+)
+def test_a_single_round_gives_no_speed_up(base, seconds, expected):
+    assert speed_up(base, seconds) == expected

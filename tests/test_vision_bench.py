@@ -59,6 +59,18 @@ def test_pairs_are_timed_in_turn(monkeypatch):
     assert row["speedup"] == 3 and row["baseline_ms"] == 3000 and row["agent_ms"] == 1000 and row["unstable"]
 
 
+def test_a_single_round_gives_no_speed_up(monkeypatch):
+    monkeypatch.setattr(speed, "build", lambda *_: lambda image: None)
+    laps = iter([4.0, 1.0])
+    monkeypatch.setattr(speed, "_seconds", lambda *_: next(laps))
+    names = "deit_tiny_patch16_224", "agent_deit_tiny_patch16_224"
+    row = speed._timed_pair(*names, 32, speed.Timing(1, 1, torch.device("cpu"), torch.float32))
+    assert row["speedup"] is row["speedup_quartiles"] is None and row["baseline_ms"] == 4000
+    rows = [{**row, "tokens": 4, "baseline_gmacs": 1.0, "agent_gmacs": 1.0, "why": "size"}]
+    text = as_markdown("t", [], {"growth": rows, "throughput": rows})
+    assert text.count("| one round |  |") == 2 and "×" not in text
+
+
 @pytest.mark.parametrize("clock", ["wall", "cpu"])
 def test_growth_of_real_models(clock):
     rows = speed.growth([32, 64], speed.Timing(1, 1, torch.device("cpu"), torch.float32, clock))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-from agentsd.images.rounds import rotated
+from agentsd.images.rounds import rotated, speed_up
 from eval.common.protocol import BenchError
 from eval.launch import REPOSITORY
 
@@ -96,11 +96,13 @@ def _measure(options: argparse.Namespace) -> None:
     print("| ---: | --- | ---: | ---: | ---: | --- |", flush=True)
     for size in map(int, options.sizes.split(",")):
         times = _rounds(variants, size, options, dtype)
-        own = statistics.median(cpu for _, cpu in times[OWN])
+        own = [cpu for _, cpu in times[OWN]]
         for variant, pairs in times.items():
             wall, cpu = (statistics.median(one) for one in zip(*pairs))
             each = ", ".join(f"{one:.3g}" for _, one in pairs)
-            print(f"| {size} | {variant} | {wall:.3g} | {cpu:.3g} | {own / cpu:.2f} | {each} |", flush=True)
+            faster = speed_up(own, [one for _, one in pairs])
+            shown = "" if faster is None else f"{faster:.2f}"
+            print(f"| {size} | {variant} | {wall:.3g} | {cpu:.3g} | {shown} | {each} |", flush=True)
 
 
 def _model(kind, dtype, device):

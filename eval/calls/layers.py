@@ -25,7 +25,7 @@ import agentsd
 from agentsd import AgentConfig, Phase
 from agentsd.files import write_atomically
 from agentsd.images.pipelines import choose_device, choose_dtype
-from agentsd.images.rounds import rotated
+from agentsd.images.rounds import FEWEST, rotated
 from agentsd.unet.processor import LAYER_ATTRIBUTE
 from eval.common.environment import environment, environment_line
 from eval.common.protocol import BenchError, parse_numbers
@@ -72,6 +72,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             f"{shape.channels} channels, {shape.heads} heads, batch {shape.batch}, ratio {options.ratio:g}, medians of "
             f"{options.rounds} interleaved rounds after a warm-up.",
         ],
+        options.rounds,
     )  # fmt: skip
     text = "\n".join([text, *profiles])
     if target:
@@ -160,7 +161,7 @@ class Layer:
 
             def call() -> Tensor:
                 if state is not None:
-                    state.block_input = self.tokens  # as the block's hook does before each call
+                    state.now.block_input = self.tokens  # as the block's hook does before each call
                 return attn(normed)
 
             found.append(work(call))
@@ -236,11 +237,17 @@ def growth(sides: Sequence[int], seconds: list[float]) -> float:
     return math.log(seconds[-1] / seconds[0]) / math.log((sides[-1] / sides[0]) ** 2)
 
 
-def as_markdown(sides: Sequence[int], found: list[dict[str, Measurement]], title: str, lines: list[str]) -> str:
-    """The table: on each grid milliseconds, speed-up over SDPA, time over the limit; then the growth."""
-    head, align = ["layer"], "l" + "rrr" * len(sides) + "l"
+def as_markdown(
+    sides: Sequence[int], found: list[dict[str, Measurement]], title: str, lines: list[str], rounds: int = FEWEST
+) -> str:
+    """The table: on each grid milliseconds, speed-up over SDPA, time over the limit; then the growth.
+
+    One round gives milliseconds alone.
+    """
+    compared = rounds >= FEWEST
+    head, align = ["layer"], "l" + ("rrr" if compared else "r") * len(sides) + "l"
     for side in sides:
-        head += [f"{side}×{side}: ms", "× sdpa", "over the limit"]
+        head += [f"{side}×{side}: ms", "× sdpa", "over the limit"] if compared else [f"{side}×{side}: ms"]
     if len(sides) > 1:
         head.append("grows with tokens as")
     rows = []
@@ -248,7 +255,9 @@ def as_markdown(sides: Sequence[int], found: list[dict[str, Measurement]], title
         cells = [name]
         for times in found:
             own = times[name].median
-            cells += [f"{own * 1000:.1f}", f"{times['sdpa'].median / own:.2f}", f"{own / times['limit'].median:.2f}"]
+            cells.append(f"{own * 1000:.1f}")
+            if compared:
+                cells += [f"{times['sdpa'].median / own:.2f}", f"{own / times['limit'].median:.2f}"]
         if len(sides) > 1:
             cells.append(f"N^{growth(sides, [times[name].median for times in found]):.2f}")
         rows.append(cells)

@@ -23,7 +23,7 @@ import torch
 from diffusers import ControlNetModel, PNDMScheduler, StableDiffusionControlNetPipeline
 
 import agentsd
-from agentsd.images.rounds import rotated
+from agentsd.images.rounds import FEWEST, rotated
 from agentsd.patch import get_patch
 from eval.common.environment import commit, device_name
 from eval.common.models import random_pipeline
@@ -194,13 +194,14 @@ def _tiny_unet() -> Any:
 
 
 def table(seconds: dict[str, list[float]], methods: dict[str, dict[str, Any]], intervals: list[int]) -> list[str]:
-    """Markdown tables: the calls, the UNet calls of 50 steps, and whole runs of 50 steps."""
+    """Markdown tables: the calls, the UNet calls of 50 steps, and whole runs of 50 steps; of one round no speed-ups."""
+    compared = len(seconds["sdpa"]) >= FEWEST
     median = {key: statistics.median(values) for key, values in seconds.items()}
     base, outside = median["sdpa"], median["outside"]
     of_kinds = [["SDPA", f"{base:.2f} s", f"{base:.2f} s", "", ""]]
     for method in methods:
         cells = [median[f"{method}, {kind}, {phase}"] for kind in ("whole", "cached") for phase in STARTS]
-        of_kinds.append([method, *(f"{s:.2f} s ({base / s:.2f}×)" for s in cells)])
+        of_kinds.append([method, *(f"{s:.2f} s" + (f" ({base / s:.2f}×)" if compared else "") for s in cells)])
     call_rows, run_rows = [], []
     for method, settings in methods.items():
         of_calls, of_runs = [], []
@@ -214,6 +215,8 @@ def table(seconds: dict[str, list[float]], methods: dict[str, dict[str, Any]], i
         call_rows.append([method, *of_calls])
         run_rows.append([method, *of_runs])
     columns = [f"interval {interval}" for interval in intervals]
+    if not compared:
+        return [markdown(["method", *_KINDS], of_kinds), "", "One round: no speed-up is given."]
     return [
         markdown(["method", *_KINDS], of_kinds), "", markdown(["UNet calls of 50 PLMS steps", *columns], call_rows), "",
         f"Outside the UNet a run takes {outside:.2f} s.", "",

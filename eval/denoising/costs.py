@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 import agentsd
 from agentsd import AgentConfig, Phase
 from agentsd.files import write_atomically
-from agentsd.images.rounds import rotated
+from agentsd.images.rounds import FEWEST, rotated
 from agentsd.report import Report
 from eval.common.files import read_json
 from eval.common.models import ARCHITECTURES
@@ -36,7 +36,8 @@ class Cost:
     """What one UNet call costs in the phase that a scenario is measured in.
 
     Attributes:
-        time: of a call over that of the unpatched call, 1 for as long; None where it was not timed.
+        time: of a call over that of the unpatched call, 1 for as long; None where it was not timed, or
+            in one round.
         spread: half the distance of the quartiles of that ratio over the rounds.
         multiply_adds: of the patched self-attention layers of Stable Diffusion 1.5 at 512 px, one image.
         unet: multiply-adds of that whole UNet over those of the unpatched one. Both None for what is no real method.
@@ -64,7 +65,7 @@ def costs_of(scenarios: Sequence[Scenario], times: dict[str, list[float]]) -> di
 
 def _cost(scenario: Scenario, ratios: list[float] | None) -> Cost:
     time = spread = None
-    if ratios:
+    if ratios and (len(ratios) >= FEWEST or scenario == SD):  # sd is what the others are compared with
         low, time, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
         spread = (high - low) / 2
     if scenario.method not in ("sd", "tomesd", "agentsd"):

@@ -40,7 +40,7 @@ def speed_chart(rows: Sequence[dict[str, Any]], path: Path, footer: str) -> bool
         for row in own:
             place += 1
             axes.barh(place, row["speedup_vs_sd"], color=_COLOURS[row["method"]])
-            text = f"{row['speedup_vs_sd']:.2f}×"
+            text = f"{row['speedup_vs_sd']:.2f}×" + (", unstable" if (row["note"] or "").startswith("unstable") else "")
             axes.text(row["speedup_vs_sd"] + 0.02, place, text, va="center", fontsize=8, bbox=_BOX)
             ticks.append((place, row["scenario"], "normal"))
         place += 1

@@ -15,7 +15,7 @@ from typing import Any
 
 from agentsd import Phase
 from agentsd.files import write_atomically
-from agentsd.images.rounds import STABLE
+from agentsd.images.rounds import FEWEST, STABLE, speed_up
 from eval.common.environment import environment_line
 from eval.common.protocol import CONTROLS, BenchError, Scenario
 from eval.common.tables import Column, as_csv, figure, table, write_json
@@ -90,8 +90,12 @@ def write_report(folder: Path, results: dict[str, Any] | None = None, charts: bo
         write_atomically(folder / "results.csv", as_csv(rows, run["environment"]))
         if charts:
             footer = environment_line(run["environment"])
-            speed_chart(rows, folder / "speedup.png", footer)
-            quality_chart(rows, scored.get("label", ""), folder / "quality.png", footer)
+            made = {
+                "speedup.png": speed_chart(rows, folder / "speedup.png", footer),
+                "quality.png": quality_chart(rows, scored.get("label", ""), folder / "quality.png", footer),
+            }
+            for name in (name for name, there in made.items() if not there):
+                (folder / name).unlink(missing_ok=True)  # it shows the figures of an earlier run
             grid_image(run, folder / "images", folder / "grid.webp", f"{run['command']}: {footer}")
         write_atomically(folder / "results.md", as_markdown(results, [n for n in _CHARTS if (folder / n).is_file()]))
     except OSError as error:
@@ -241,10 +245,10 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
         "compiled": "compiled" if workload.compile else None,
         "seconds": timing.seconds,
         "seconds_per_image": timing.seconds_per_image,
-        "speedup_vs_sd": _ratio(sd.seconds_per_image if sd else None, timing.seconds_per_image),
+        "speedup_vs_sd": speed_up(sd.seconds if sd else None, timing.seconds),
         "peak_gb": timing.peak_gb,
         "peak_gb_per_image": timing.peak_gb_per_image,
-        "note": timing.failed or _unstable(timing.seconds),
+        "note": timing.failed or _note(timing.seconds),
     }
     if timing.whole_seconds:
         rounds = len(timing.seconds)
@@ -255,7 +259,8 @@ def _times(timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
     for phase in Phase:
         seconds = timing.unet_median(phase)
         out[f"unet_{phase.value}_ms"] = seconds and seconds * 1000
-        out[f"unet_{phase.value}_speedup"] = _ratio(sd.unet_median(phase) if sd else None, seconds)
+        fair = out["speedup_vs_sd"] is not None  # a round has many calls, all of the same few seconds
+        out[f"unet_{phase.value}_speedup"] = _ratio(sd.unet_median(phase) if sd and fair else None, seconds)
     return out
 
 
@@ -269,7 +274,9 @@ def _compared(row: dict[str, Any], key: str, label: str, other: str) -> str:
     return f"{row['scenario']}: {label} {figure(row[key], (low, high), '{:+.2f}')} against {other}: {said}."
 
 
-def _unstable(seconds: Sequence[float]) -> str:
+def _note(seconds: Sequence[float]) -> str:
+    if 0 < len(seconds) < FEWEST:
+        return "one round: no speed-up"
     spread = max(seconds, default=1.0) / min(seconds, default=1.0)
     return f"unstable: rounds differ by {spread - 1:.0%}" if spread > STABLE else ""
 

@@ -64,8 +64,7 @@ def _throughput(rows: Sequence[dict[str, Any]]) -> str:
                 str(row["size"]),
                 f"{row['baseline_ms']:.1f}",
                 f"{row['agent_ms']:.1f}",
-                f"{row['speedup']:.2f}×" + (" (unstable)" if row["unstable"] else ""),
-                "{:.2f}–{:.2f}".format(*row["speedup_quartiles"]),
+                *_speedup(row),
                 f"{BASELINE_TOP1[row['baseline']]:g} → {AGENT[row['agent']].top1:g}",
             ]
             for row in sorted(rows, key=lambda row: row["why"], reverse=True)
@@ -89,8 +88,7 @@ def _growth(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['tokens']:,}",
                 f"{row['baseline_ms']:.1f}",
                 f"{row['agent_ms']:.1f}",
-                f"{row['speedup']:.2f}×" + (" (unstable)" if row["unstable"] else ""),
-                "{:.2f}–{:.2f}".format(*row["speedup_quartiles"]),
+                *_speedup(row),
                 f"{row['baseline_gmacs']:.2f}",
                 f"{row['agent_gmacs']:.2f}",
             ]
@@ -107,6 +105,14 @@ def _growth(rows: Sequence[dict[str, Any]]) -> str:
             f"as N^{powers['baseline_gmacs']:.2f} and N^{powers['agent_gmacs']:.2f}."
         )
     return text
+
+
+def _speedup(row: dict[str, Any]) -> tuple[str, str]:
+    """The cells of the speed-up and its quartiles."""
+    if row["speedup"] is None:
+        return "one round", ""
+    unstable = " (unstable)" if row["unstable"] else ""
+    return f"{row['speedup']:.2f}×{unstable}", "{:.2f}–{:.2f}".format(*row["speedup_quartiles"])
 
 
 def _imagenet(row: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from agentsd.images.rounds import STABLE
+from agentsd.images.rounds import FEWEST, STABLE
 
 from .counts import count
 from .models import build
@@ -66,7 +66,7 @@ def exponent(rows: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def _timed_pair(baseline: str, agent: str, size: int, timing: Timing) -> dict[str, Any]:
-    """Time two models in turn; the speed-up is the median over the rounds of each round's own ratio."""
+    """Time two models in turn; the speed-up is the median of the rounds' own ratios, None of one round."""
     torch.manual_seed(0)
     image = torch.randn(timing.batch, 3, size, size).to(timing.device, timing.dtype)
     # Built outside inference mode, as a user's model is.
@@ -77,6 +77,7 @@ def _timed_pair(baseline: str, agent: str, size: int, timing: Timing) -> dict[st
         laps = [[_seconds(call, timing) for call in calls] for _ in range(timing.rounds)]
     by_model = list(zip(*laps))
     ratios = [first / second for first, second in laps]
+    several = len(ratios) >= FEWEST
     low, high = _quartiles(ratios)
     return {
         "baseline": baseline,
@@ -84,8 +85,8 @@ def _timed_pair(baseline: str, agent: str, size: int, timing: Timing) -> dict[st
         "size": size,
         "baseline_ms": 1000 * statistics.median(by_model[0]) / timing.batch,
         "agent_ms": 1000 * statistics.median(by_model[1]) / timing.batch,
-        "speedup": statistics.median(ratios),
-        "speedup_quartiles": [low, high],
+        "speedup": statistics.median(ratios) if several else None,
+        "speedup_quartiles": [low, high] if several else None,
         "unstable": high / low > STABLE,  # of the rounds' ratios, upper over lower quartile
     }
 
