@@ -1,0 +1,44 @@
+"""set_fair_schedule: a scheduler whose first noise level is that of the full run, however many steps it has.
+
+With diffusers' "leading" spacing, which Stable Diffusion's own configuration has, another number of steps begins at
+another noise level: 25 DDIM steps at t = 961, 9 at 889. The same noise is then another image, and *fewer steps* look
+worse than they are. Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+
+from agentsd.images.names import SCHEDULERS
+from agentsd.images.pipelines import set_scheduler
+
+from .protocol import BenchError
+
+_KARRAS = {"use_karras_sigmas": True}
+
+FAIR_SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("ddim", {"timestep_spacing": "trailing"}),
+    "plms": ("plms", {"timestep_spacing": "trailing"}),
+    "euler": ("euler", {"timestep_spacing": "trailing"}),
+    "euler-karras": ("euler", {"timestep_spacing": "linspace", **_KARRAS}),
+    "dpm++2m": ("dpm++2m", {"timestep_spacing": "linspace"}),
+    "dpm++2m-karras": ("dpm++2m", {"timestep_spacing": "linspace", **_KARRAS}),
+    "unipc": ("unipc", {"timestep_spacing": "linspace"}),
+}
+"""Name: the scheduler's name in agentsd, and what to change in its settings. All begin at t = 999 of 1,000."""
+
+
+def set_fair_schedule(pipe: Any, name: str) -> None:
+    """Give a pipeline a scheduler that begins at one noise level for all numbers of steps.
+
+    Raises:
+        BenchError: an unknown name, or one of which no fair schedule is known.
+    """
+    if name not in FAIR_SCHEDULES:
+        has = "has no schedule here that begins alike for all steps" if name in SCHEDULERS else "is unknown"
+        raise BenchError(f"scheduler {name!r} {has}: use {', '.join(FAIR_SCHEDULES)}")
+    scheduler, changes = FAIR_SCHEDULES[name]
+    set_scheduler(pipe, scheduler)
+    pipe.scheduler = getattr(diffusers, type(pipe.scheduler).__name__).from_config(pipe.scheduler.config, **changes)

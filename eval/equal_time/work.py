@@ -1,0 +1,88 @@
+"""run: what eval/pareto.py does with its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.common.environment import commit, device_name
+from eval.common.models import ModelSpec, load_model, native_size
+from eval.common.protocol import PROMPT, BenchError, choose_classes, demo_classes
+
+from . import call_times
+from .generation import RESULTS, generate_all, images_of, read
+from .line import MEASURED, compare
+from .page import table, write_page
+from .rows import parse_runs, rows_of
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    """Generate what is missing and write the page. Raises BenchError for wrong input."""
+    if options.call_times:
+        call_times.store()
+        return
+    rows = {run: rows_of(run, options.fewer, options.intervals, options.leave_out) for run in parse_runs(options.runs)}
+    times = call_times.load()
+    images = images_of(_prompts(options))
+    if options.only != "all":
+        images = [image for image in images if image.chooses == (options.only == "choice")]
+    if not options.report_only:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        pipe = load_model(ModelSpec(options.model, None, None, options.device, options.dtype))
+        size = options.size or native_size(pipe)
+        options.out.mkdir(parents=True, exist_ok=True)
+        first, of = options.share
+        generate_all(pipe, rows, images[first - 1 :: of], options.guidance, size, options.out)
+    results = read(options.out)
+    measured = options.measured or torch.cuda.is_available()
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for name in ("check", "choice"):
+        own = [one for one in results if one["chooses"] == (name == "choice")]
+        sets[name] = [entry for run in rows for entry in compare(run, rows[run], own, times, measured)]
+    if not any(sets.values()):
+        raise BenchError(f"{options.out}: no image has all rows yet: give the same command without --report-only")
+    machines = [MEASURED] * measured + [call_times.CPU, "A100"]
+    write_page(options.page or options.out, _about(options, command), sets, machines)
+    if options.page and options.page.resolve() != options.out.resolve():
+        shutil.copyfile(options.out / RESULTS, options.page / RESULTS)
+    for name, entries in sets.items():
+        for run in dict.fromkeys(entry["run"] for entry in entries):
+            own = [entry for entry in entries if entry["run"] == run]
+            print(f"{run}, {own[0]['images']} images ({name})\n{table(own, machines)}\n")
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompts is None:
+        return [PROMPT.format(name) for _, name in choose_classes(demo_classes(), options.images)]
+    try:
+        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchError(f"--prompts {options.prompts}: cannot be read ({error})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if len(prompts) < options.images:
+        raise BenchError(f"--prompts {options.prompts}: has {len(prompts)} prompts, --images asks for {options.images}")
+    return prompts[: options.images]
+
+
+def _about(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "DeepCache", "tomesd"))
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    said = [
+        f"{date.today()}, {device}, {versions}, commit {commit()}.",
+        f"Model {options.model}, guidance {options.guidance:g}, one image a prompt.",
+        "PSNR and SSIM are to the unpatched image of the full run, of the same prompt and seed. All schedules begin at "
+        "one noise level for all numbers of steps (DDIM and PLMS: trailing spacing; the others: linspace). Time is "
+        "that of the UNet's calls, in steps of the unpatched model. CPU: from call times of SD 1.5's UNet at 512 px on "
+        "2 cores of a shared AMD EPYC machine (step-caching/sd15-512.json); A100: a forecast, nothing is measured on a "
+        "GPU. *Fewer steps then*: median PSNR of the unpatched model with as many steps as that time buys, "
+        "interpolated for each image; *nearer by*: median over images of the difference. Empty where the time buys "
+        "more steps than the line has.",
+    ]  # fmt: skip
+    return {"command": command, "model": options.model, "guidance": options.guidance, "said": said}

@@ -1,0 +1,169 @@
+"""pareto.py: a dry run with a tiny model, fair schedules, the line to beat by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import make_pipeline
+
+from agentsd.config import PRESETS
+from eval import pareto
+from eval.common.fair_schedules import FAIR_SCHEDULES, set_fair_schedule
+from eval.common.protocol import BenchError
+from eval.equal_time import call_times, generation, line, work
+from eval.equal_time.rows import FEWER_STEPS, Row, Run, rows_of
+
+RUN = Run("ddim", 12)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The built-in model's place is taken by a tiny one."""
+    loaded = []
+
+    def load(spec):
+        loaded.append(spec)
+        return make_pipeline(layers_per_block=2)
+
+    monkeypatch.setattr(work, "load_model", load)
+    return loaded
+
+
+def command_of(folder):
+    command = f"--out {folder} --images 4 --size 64 --runs ddim:12 --fewer 6 8 11 --intervals 2 3 --device cpu"
+    return command.split()
+
+
+def test_a_dry_run_with_a_tiny_model_and_resuming(tiny, tmp_path, capsys, monkeypatch):
+    assert pareto.main(command_of(tmp_path)) == 0
+    data = json.loads((tmp_path / "results.json").read_text())
+    check = {entry["row"]: entry for entry in data["check"]}
+    assert [entry["images"] for entry in data["check"] + data["choice"]] == [3] * len(check) + [1] * len(check)
+    assert check["6 steps"]["whole"] == check["6 steps"]["A100"] == 6 and check["6 steps"]["cached"] == 0
+    assert check['preset "paper"']["whole"] == check["ToMeSD"]["whole"] == 12
+    assert (check["DeepCache 3"]["whole"], check["DeepCache 3"]["cached"]) == (4, 8)
+    cache = check["cache 2"]
+    share = call_times.load()["A100"]["cache alone"]
+    assert cache["whole"] + cache["cached"] == 12 and cache["cached"] > 3
+    expected = cache["whole"] * share["whole, merge"] + cache["cached"] * share["cached, merge"]
+    assert cache["A100"] == pytest.approx(expected)
+    assert data["presets"] == PRESETS and (tmp_path / "results.md").read_text().count("| cache 2 |") == 2
+
+    monkeypatch.setattr(generation, "generate", lambda *_: pytest.fail("an image that is there is generated again"))
+    with (tmp_path / generation.RESULTS).open("a") as file:
+        file.write('{"run": "ddim, 12')  # a run was stopped here
+    assert pareto.main(command_of(tmp_path)) == 0 and "cache 2" in capsys.readouterr().out
+    assert pareto.main([*command_of(tmp_path), "--report-only", "--page", str(tmp_path / "page")]) == 0
+    assert (tmp_path / "page" / "results.json").exists() and len(tiny) == 2
+
+
+def test_prompts_from_a_file(tiny, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a zebra\n\n a castle \n")
+    small = ["--prompts", str(prompts), "--fewer", "6", "--intervals", "3"]
+    assert pareto.main([*command_of(tmp_path / "out"), *small]) == 2
+    assert "has 2 prompts, --images asks for 4" in capsys.readouterr().err
+    assert pareto.main([*command_of(tmp_path / "out"), *small, "--images", "2", "--leave-out", "ToMeSD"]) == 0
+    rows = [json.loads(text) for text in (tmp_path / "out" / generation.RESULTS).read_text().splitlines()]
+    assert {one["image"] for one in rows} == {0, 1} and "ToMeSD" not in {one["row"] for one in rows}
+
+
+@pytest.mark.parametrize("name", FAIR_SCHEDULES)
+def test_a_fair_schedule_begins_at_one_noise_level(name):
+    pipe = make_pipeline()
+    set_fair_schedule(pipe, name)
+    first = set()
+    for steps in (6, 9, 25):
+        pipe.scheduler.set_timesteps(steps)
+        sigmas = getattr(pipe.scheduler, "sigmas", None)
+        first.add((int(pipe.scheduler.timesteps[0]), None if sigmas is None else round(float(sigmas[0]), 4)))
+    assert len(first) == 1 and first.pop()[0] == 999
+
+
+def test_a_schedule_that_is_not_fair_is_refused():
+    with pytest.raises(BenchError, match="'heun' has no schedule here that begins alike"):
+        set_fair_schedule(make_pipeline(), "heun")
+    with pytest.raises(BenchError, match="'henu' is unknown: use ddim"):
+        set_fair_schedule(make_pipeline(), "henu")
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ("--runs heun:20", "--runs 'heun:20': must be NAME:STEPS with 4 … 200 steps, NAME of ddim"),
+        ("--runs ddim", "--runs 'ddim': must be NAME:STEPS"),
+        ("--images 0", "'0': must be an integer, at least 1"),
+        ("--report-only", "no image has all rows yet"),
+    ],
+)
+def test_wrong_input_is_refused(wrong, said, tmp_path, capsys):
+    try:
+        code = pareto.main(["--out", str(tmp_path / "out"), *wrong.split()])
+    except SystemExit as ended:  # argparse
+        code = ended.code
+    assert code == 2 and said in capsys.readouterr().err
+
+
+def test_the_line_at_a_time():
+    points = [(6, 30.0), (12, 40.0), (24, 60.0)]
+    assert line.at_time(points, 12) == 40 and line.at_time(points, 6 * math.sqrt(2)) == pytest.approx(35)
+    assert line.at_time(points, 5) is None and line.at_time(points, 25) is None
+
+
+def test_rows_are_compared_with_fewer_steps_image_by_image():
+    fewer = [Row(f"{steps} steps", steps, FEWER_STEPS) for steps in (4, 8)]
+    ours = Row("cache 3", 12, "agentsd", {"ratio": 0, "early": 0, "cache_interval": 3})
+
+    def result(row, image, psnr, calls):
+        one = {
+            "run": RUN.name,
+            "key": row.key,
+            "image": image,
+            "psnr": psnr,
+            "ssim": 0.5,
+            "seconds": sum(calls.values()),
+        }
+        return {**one, "calls": calls}
+
+    results = [result(row, image, row.steps + image, {"whole, merge": row.steps}) for row in fewer for image in (0, 1)]
+    results += [result(ours, image, 10 + 3 * image, {"whole, merge": 3, "cached, merge": 9}) for image in (0, 1, 2)]
+    times = {"GPU": {"cache alone": {"whole, merge": 1.0, "cached, merge": 5 / 9}}}
+    found = {entry["row"]: entry for entry in line.compare(RUN, [*fewer, ours], results, times, measured=True)}
+    assert found["cache 3"]["GPU"] == 8 and found["cache 3"]["images"] == 2  # the third lacks the line
+    assert found["cache 3"]["GPU, fewer steps"] == 8.5 and found["cache 3"]["GPU, nearer"] == 3
+    assert found["cache 3"]["GPU, nearer, worst"] == 2 and found["cache 3"]["psnr_worst"] == 10
+    assert found["cache 3"]["measured"] == 12 and found["cache 3"]["measured, nearer"] is None
+
+
+def test_rows_have_each_preset_once_and_nothing_twice():
+    rows = rows_of(RUN, (6, 12), (2, 3), leave_out=("ToMeSD",))
+    assert len({row.key for row in rows}) == len({row.name for row in rows}) == len(rows)
+    for name, fields in PRESETS.items():
+        assert [
+            row for row in rows if row.fields == fields and row.kind == "agentsd" and row.name == f'preset "{name}"'
+        ]
+    assert [row.name for row in rows if row.kind == FEWER_STEPS] == ["6 steps"]
+
+
+def test_call_times_are_known_for_every_row():
+    for machine in call_times.load().values():
+        for row in rows_of(RUN, (6,), (2, 3)):
+            calls = {"whole, merge": 2} if row.kind == "tomesd" else {"whole, merge": 1, "cached, merge": 1}
+            assert 0 < call_times.time_of(row, calls, machine) < 2.1
+    assert call_times.family_of(Row("", 12, "agentsd", PRESETS["fastest"])) == "large"
+    assert call_times.family_of(Row("", 12, "agentsd", {"cache_interval": 2})) == "agents"
+
+
+def test_distance_by_hand():
+    full = np.full((16, 16, 3), 0.5, dtype=np.float32)
+    assert generation.distance(full, full) == (100.0, 1.0)
+    psnr, ssim = generation.distance(full + 0.1, full)
+    assert psnr == pytest.approx(20, abs=1e-3) and ssim < 1
+
+
+def test_every_fourth_image_is_there_to_choose():
+    images = generation.images_of(["a"] * 8)
+    assert [image.index for image in images if image.chooses] == [3, 7] and len({image.seed for image in images}) == 8
