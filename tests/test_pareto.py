@@ -11,7 +11,8 @@ from conftest import make_pipeline
 
 from agentsd.config import PRESETS
 from eval import pareto
-from eval.common.fair_schedules import FAIR_SCHEDULES, set_fair_schedule
+from eval.common.fair_schedules import FAIR_SCHEDULES, set_fair_schedule, steps_of_equal_time
+from eval.common.models import ModelSpec, load_model
 from eval.common.protocol import BenchError
 from eval.equal_time import call_times, generation, line, work
 from eval.equal_time.rows import FEWER_STEPS, Row, Run, rows_of
@@ -81,6 +82,19 @@ def test_a_fair_schedule_begins_at_one_noise_level(name):
         sigmas = getattr(pipe.scheduler, "sigmas", None)
         first.add((int(pipe.scheduler.timesteps[0]), None if sigmas is None else round(float(sigmas[0]), 4)))
     assert len(first) == 1 and first.pop()[0] == 999
+
+
+def test_fewer_steps_take_the_time_of_whole_and_cached_calls():
+    assert steps_of_equal_time(25, 9) == 11 and steps_of_equal_time(20, 8) == 9 and steps_of_equal_time(10, 10) == 10
+
+
+def test_fewer_steps_of_the_benchmark_do_not_begin_at_another_noise_level():
+    pipe = load_model(ModelSpec(scheduler="ddim", device="cpu", fair=True))
+    first = []
+    for steps in (25, 11):
+        pipe.scheduler.set_timesteps(steps)
+        first.append(int(pipe.scheduler.timesteps[0]))
+    assert first == [999, 999]
 
 
 def test_a_schedule_that_is_not_fair_is_refused():

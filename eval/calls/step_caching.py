@@ -1,7 +1,8 @@
 """run: step caching's settings against the unpatched images: distance at equal whole calls.
 
 Each row is one way to spend fewer whole UNet calls, each image has the seed and prompt of its unpatched twin. Controls:
-DeepCache at the same interval, and *fewer steps* without a cache, at the number of whole calls that the cache makes.
+DeepCache at the same interval, and *fewer steps* without a cache, at as many as take the time of
+the cache. All rows have schedules that begin at one noise level for all numbers of steps.
 A folder that holds rows of the same model is gone on with: what it has is not generated again, and each row keeps the
 date, machine and versions that it was made with.
 """
@@ -29,10 +30,10 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 import agentsd
 from agentsd.files import write_atomically
-from agentsd.images.pipelines import SCHEDULERS
 from agentsd.step_cache import plan_whole_calls
 from agentsd.unet import caching
 from eval.common.environment import commit, device_name
+from eval.common.fair_schedules import FAIR_SCHEDULES, set_fair_schedule, steps_of_equal_time
 from eval.common.files import read_json
 from eval.common.fingerprint import weights_fingerprint
 from eval.common.progress import progress
@@ -51,7 +52,8 @@ NO_AGENTS: dict[str, Any] = {"ratio": 0.0, "early": 0.0}  # the cache alone
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The settings of every row of one table."""
     for scheduler, steps in product(options.schedulers, options.steps):
-        base = {"scheduler": scheduler, "steps": steps}
+        spacing = FAIR_SCHEDULES[scheduler][1]["timestep_spacing"]
+        base = {"scheduler": scheduler, "steps": steps, "spacing": spacing}
         yield {**base, "method": "agents"}
         for interval in options.intervals:
             yield {**base, "method": "deepcache", "interval": interval}
@@ -116,7 +118,7 @@ def run_row(pipe: Any, row: dict[str, Any], images: int) -> tuple[np.ndarray, in
     if method == "fewer steps":
         with agentsd.patched(pipe, **NO_AGENTS, cache_interval=row["interval"]), whole_calls(pipe) as whole:
             generate(pipe, steps, 1)
-        steps = len(whole) - (row["scheduler"] == "plms")  # PLMS makes one call more than it has steps
+        steps = steps_of_equal_time(steps, len(whole) - (row["scheduler"] == "plms"))  # PLMS calls once more
     with method_of(pipe, row), whole_calls(pipe) as whole:
         return generate(pipe, steps, images), len(whole)
 
@@ -168,7 +170,7 @@ def distances(images: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, a row a result."""
-    names = ("scheduler", "steps", "method", "interval", "order", "depth", "whole")
+    names = ("scheduler", "steps", "spacing", "method", "interval", "order", "depth", "whole")
     rows = []
     for row in results:
         cells = [str(row.get(name, "")) for name in names]
@@ -185,10 +187,10 @@ def run(options: argparse.Namespace, command: str) -> None:
         BenchError: a scheduler is not known, or the folder has rows of another model.
     """
     for name in options.schedulers:
-        if name not in SCHEDULERS:
-            raise BenchError(f"--schedulers {name}: must be of {', '.join(SCHEDULERS)}")
-    load = lambda scheduler: agentsd.load_pipeline(options.model, scheduler=scheduler)  # noqa: E731
-    weights = weights_fingerprint(load(options.schedulers[0]))
+        if name not in FAIR_SCHEDULES:
+            raise BenchError(f"--schedulers {name}: must be of {', '.join(FAIR_SCHEDULES)}")
+    load = lambda: agentsd.load_pipeline(options.model)  # noqa: E731
+    weights = weights_fingerprint(load())
     known = kept_rows(options.out, options.model, weights)
     options.out.mkdir(parents=True, exist_ok=True)
     originals: dict[tuple, np.ndarray] = {}
@@ -196,7 +198,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     for row in progress(list(rows(options)), unit="row"):
         key = json.dumps({**row, "images": options.images})
         if key not in known:
-            pipe = load(row["scheduler"])
+            pipe = load()
+            set_fair_schedule(pipe, row["scheduler"])
             pipe.set_progress_bar_config(disable=True)
             place = row["scheduler"], row["steps"]
             if place not in originals:

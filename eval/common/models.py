@@ -21,6 +21,7 @@ from agentsd import load_pipeline
 from agentsd.images.pipelines import DEMO_MODEL, ModelError, choose_device, choose_dtype, set_scheduler
 from agentsd.unet.layers import own_latent_size
 
+from .fair_schedules import set_fair_schedule
 from .protocol import BenchError
 
 
@@ -34,6 +35,7 @@ class ModelSpec:
         scheduler: a name from agentsd.images.pipelines.SCHEDULERS; None keeps the model's own.
         device, dtype: None takes the best there is.
         revision: of a Hugging Face id.
+        fair: begin at one noise level for all numbers of steps (`set_fair_schedule`).
     """
 
     model: str = "demo"
@@ -42,6 +44,7 @@ class ModelSpec:
     device: str | None = None
     dtype: str | None = None
     revision: str | None = None
+    fair: bool = False
 
     @property
     def name(self) -> str:
@@ -121,6 +124,8 @@ def load_model(spec: ModelSpec, **options: Any) -> Any:
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
+    if spec.fair and spec.scheduler is not None:
+        set_fair_schedule(pipe, spec.scheduler)
     return pipe
 
 

@@ -20,7 +20,8 @@ METHODS = (
     "sd", "sd-naive", "tomesd", "agentsd", "deepcache", "tgate", "fewer-steps", "mean-value", "no-attention", "limit",
 )  # fmt: skip
 """sd is unpatched diffusers (SDPA); sd-naive computes softmax explicitly. deepcache and tgate are those packages.
-fewer-steps is sd with about as many steps as a cache at that interval has whole calls. mean-value and no-attention are
+fewer-steps is sd with as many steps as take the time of a cache at that interval; with it a run has a schedule that
+begins at one noise level for all numbers of steps. mean-value and no-attention are
 controls of quality: like agentsd, but in the agent phase the patched layers return their mean value token, or zero.
 limit is the control of speed: in every call the patched layers compute their four projections and mix no tokens."""
 

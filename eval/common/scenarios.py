@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import agentsd
 from agentsd.images.methods import refuse_patched, use_method
 
+from .fair_schedules import steps_of_equal_time
 from .protocol import CONTROLS, BenchError, Scenario
 
 
@@ -213,9 +214,11 @@ def _tgate(pipe: Any) -> Iterator[Callable[..., Any]]:
 
 
 def _fewer_steps(pipe: Any, factor: int) -> Callable[..., Any]:
-    return lambda *args, num_inference_steps, **options: pipe(
-        *args, num_inference_steps=-(-num_inference_steps // factor), **options
-    )
+    def call(*args: Any, num_inference_steps: int, **options: Any) -> Any:
+        whole = -(-num_inference_steps // factor)
+        return pipe(*args, num_inference_steps=steps_of_equal_time(num_inference_steps, whole), **options)
+
+    return call
 
 
 @contextlib.contextmanager

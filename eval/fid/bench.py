@@ -18,6 +18,7 @@ import numpy as np
 from agentsd.images.model_files import ModelError, check_model
 from agentsd.images.names import SCHEDULERS
 from eval.common.environment import environment
+from eval.common.fair_schedules import check_fair
 from eval.common.models import ModelSpec, load_model, native_size, pick_device
 from eval.common.processes import Processes, lock_folder
 from eval.common.progress import progress
@@ -82,11 +83,15 @@ class _Bench:
         self.processes = Processes(options.device)
         random = options.random_weights
         device = self.processes.device or options.device
-        self.spec = ModelSpec(options.model, random, options.scheduler, device, options.dtype, options.revision)
+        methods = parse_methods(options.methods)
+        self.spec = ModelSpec(
+            options.model, random, options.scheduler, device, options.dtype, options.revision,
+            fair="fewer-steps" in methods,
+        )  # fmt: skip
         ablate = [name for name in options.ablate.split(",") if name]
         intervals = parse_numbers("cache-intervals", options.cache_intervals, 2, 20) if options.cache_intervals else ()
         ratios = parse_numbers("ratios", options.ratios, 0.0, 0.75)
-        self.timed = make_scenarios(parse_methods(options.methods), ratios, options.early, ablate, intervals)
+        self.timed = make_scenarios(methods, ratios, options.early, ablate, intervals)
         scored = tuple(scenario for scenario in self.timed if scenario.method not in UNSCORED)
         names = demo_classes() if options.model == "demo" and not random else imagenet_classes()
         plan = Plan(
@@ -200,6 +205,8 @@ class _Bench:
                 raise BenchError(f"--model {self.options.model}: {error}") from None
         if self.spec.scheduler not in SCHEDULERS:
             raise BenchError(f"scheduler={self.spec.scheduler!r}: must be one of {', '.join(SCHEDULERS)}")
+        if self.spec.fair:
+            check_fair(self.spec.scheduler)
         pick_device(self.spec.device, self.spec.dtype)
 
     def _describe(self, pipe: Any, side: int) -> dict[str, Any]:
