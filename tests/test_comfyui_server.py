@@ -30,7 +30,7 @@ class Server:
         nodes = folder / "custom_nodes"
         nodes.mkdir()
         (nodes / "agentsd").symlink_to(NODE)
-        shutil.copy(REPOSITORY / "tests" / "comfyui_checkpoint.py", nodes)
+        shutil.copy(REPOSITORY / "tests" / "support" / "comfyui_checkpoint.py", nodes)
         page = folder / "page"  # the browser's part is a package of its own, which no test needs
         page.mkdir()
         (page / "index.html").write_text("")
@@ -99,12 +99,12 @@ def server(tmp_path_factory):
     server.process.wait()
 
 
-def workflow(**settings):
-    """The workflow file on the tiny checkpoint, 128 px, 3 steps; None for no node in the graph."""
+def workflow(steps=3, **settings):
+    """The workflow file on the tiny checkpoint, 128 px, few steps."""
     graph = json.loads((NODE / "workflow.json").read_text())
     graph["1"]["inputs"]["ckpt_name"] = "tiny.safetensors"
     graph["5"]["inputs"].update(width=128, height=128)
-    graph[SAMPLER]["inputs"].update(steps=3, cfg=3.0)
+    graph[SAMPLER]["inputs"].update(steps=steps, cfg=3.0)
     graph[AGENTS]["inputs"].update(settings)
     return graph
 
@@ -120,7 +120,26 @@ def without_the_node():
 def test_the_node_is_listed_with_every_widget_of_the_workflow(server):
     nodes = json.loads(server.get("/object_info"))
     assert nodes["AgentSD"]["category"] == nodes["AgentSDReport"]["category"] == "model_patches/unet"
-    assert set(workflow()[AGENTS]["inputs"]) == set(nodes["AgentSD"]["input"]["required"])
+    widgets = nodes["AgentSD"]["input"]
+    assert set(workflow()[AGENTS]["inputs"]) == {*widgets["required"], *widgets["optional"]}
+
+
+def test_workflows_of_the_first_version_still_run(server):
+    old = workflow()
+    for name in server_widgets(server):
+        old[AGENTS]["inputs"].pop(name)
+    assert server.image(old).shape == (128, 128, 3)
+
+
+def server_widgets(server):
+    """The widgets that came after the first version."""
+    return json.loads(server.get("/object_info"))["AgentSD"]["input"]["optional"]
+
+
+def test_cached_steps_over_http(server):
+    history = server.run(workflow(steps=12, preset="cache"))
+    (text,) = history["outputs"][REPORT]["text"]
+    assert "12 model calls" in text and "7 whole and 5 cached" in text
 
 
 def test_an_image_over_http(server):

@@ -7,7 +7,8 @@ import dataclasses
 from agentsd.config import AgentConfig, Phase
 from agentsd.layer_plan import LayerPlan
 
-from .wrapper import AgentWrapper, Run
+from .run import Run
+from .wrapper import AgentWrapper
 
 
 def as_text(wrapper: AgentWrapper) -> str:
@@ -17,8 +18,12 @@ def as_text(wrapper: AgentWrapper) -> str:
     if run is None:
         return "\n".join([*lines, "no run yet: connect the sampler's output to `samples` of this node"])
     sizes = ", ".join(f"{width * 8}×{height * 8} px ({count})" for (height, width), count in sorted(run.sizes.items()))
-    agent, later = run.calls[Phase.AGENT], run.calls[Phase.MERGE]
-    lines.append(f"last run: {agent + later} model calls, {agent} in the agent phase and {later} later; sizes: {sizes}")
+    counts = run.counts()
+    lines.append(f"last run: {counts}; sizes: {sizes}" if sizes else f"last run: {counts}")
+    if run.passed_by:
+        lines.append(f"{run.passed_by} steps never called the model's apply_model, so that AgentSD had no part in them")
+    if not run.whole:
+        return "\n".join([*lines, *(f"warning: {text}" for text in run.told)])
     lines += _active(run)
     lines += _unpatched(run)
     return "\n".join([*lines, *(f"warning: {text}" for text in run.told)])

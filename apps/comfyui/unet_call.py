@@ -8,6 +8,7 @@ patches. The layer's own projections stay between them, so LoRA and low-memory m
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +150,7 @@ class UNetCall:
         """attn1 replacement: agent attention. [B, M + agents, C], [B, M, C] twice -> [B, M, C]."""
         heads, num_tokens = extra["n_heads"], key.shape[1]
         query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-        upcast = extra.get("attn_precision") is torch.float32
+        upcast = _precision(extra.get("attn_precision"), query.dtype) is torch.float32
         if self.config.upcast is not None:
             upcast = self.config.upcast
         queries, agents = query[:, :, :num_tokens], query[:, :, num_tokens:]
@@ -200,6 +201,13 @@ class UNetCall:
             count = sum(other.downsample == layer.downsample for other in self.layers)
             self._calls[key] = layer_calls(plan, self.config, self.timestep, count, tokens.shape[0], tokens.device)
         return self._calls[key][layer.number]
+
+
+def _precision(of_layer: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
+    """The precision of attention: the layer's own, or what ComfyUI's --force-upcast-attention and macOS ask for."""
+    attention = sys.modules.get("comfy.ldm.modules.attention")  # loaded by ComfyUI, never by us
+    rule = getattr(attention, "get_attn_precision", None)
+    return of_layer if rule is None else rule(of_layer, dtype)
 
 
 def _block_key(extra: dict) -> Any:

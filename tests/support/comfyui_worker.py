@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -28,6 +29,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+import comfy.cldm.cldm  # noqa: E402
+import comfy.controlnet  # noqa: E402
 import comfy.ldm.modules.diffusionmodules.mmdit  # noqa: E402
 import comfy.ldm.modules.diffusionmodules.openaimodel  # noqa: E402
 import comfy.model_base  # noqa: E402
@@ -40,8 +43,13 @@ import comfy.sd  # noqa: E402
 import comfy.supported_models_base  # noqa: E402
 import comfy.utils  # noqa: E402
 from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode  # noqa: E402
+from comfy_extras.nodes_freelunch import FreeU_V2  # noqa: E402
 from comfy_extras.nodes_hypertile import HyperTile  # noqa: E402
+from comfy_extras.nodes_model_advanced import RescaleCFG  # noqa: E402
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale  # noqa: E402
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance  # noqa: E402
+from comfy_extras.nodes_sag import SelfAttentionGuidance  # noqa: E402
 from comfy_extras.nodes_tomesd import TomePatchModel  # noqa: E402
 
 TINY = dict(
@@ -79,6 +87,34 @@ SHAPES = {
         adm_in_channels=80,
     ),
 }
+DEMO = dict(
+    image_size=64,
+    use_spatial_transformer=True,
+    legacy=False,
+    in_channels=4,
+    out_channels=4,
+    model_channels=48,
+    num_res_blocks=[1] * 4,
+    channel_mult=[1, 1, 2, 4],
+    transformer_depth=[1] * 4,
+    transformer_depth_output=[1] * 8,
+    transformer_depth_middle=-1,
+    adm_in_channels=None,
+    num_heads=-1,
+    num_head_channels=48,
+    use_linear_in_transformer=False,
+    context_dim=128,
+    disable_self_attentions=[False, True, True, True],
+)
+"""The demo network of agentsd, which has half as many groups in its normalisations as ComfyUI's UNets."""
+
+
+class FewGroups(comfy.ops.disable_weight_init):
+    class GroupNorm(comfy.ops.disable_weight_init.GroupNorm):
+        def __init__(self, num_groups, num_channels, **more):
+            super().__init__(16, num_channels, **more)
+
+
 MODELS: dict[str, comfy.model_patcher.ModelPatcher] = {}
 
 
@@ -97,7 +133,8 @@ NODES = _load_nodes()
 
 def widgets():
     """The widgets of the node."""
-    return NODES["AgentSD"].INPUT_TYPES()["required"]
+    inputs = NODES["AgentSD"].INPUT_TYPES()
+    return {**inputs["required"], **inputs["optional"]}
 
 
 def samplers():
@@ -112,15 +149,15 @@ def loaded_packages():
 
 def make(name, kind, weights, prediction="eps"):
     """Make a tiny model of ComfyUI's classes with a diffusers UNet's weights, and name it."""
-    shape = {**TINY, **SHAPES[kind]}
-    config = type("TinyConfig", (comfy.supported_models_base.BASE,), {"unet_extra_config": {}})(
-        {**shape, **SHAPES[kind]}
-    )
+    shape = DEMO if kind == "demo" else {**TINY, **SHAPES[kind]}
+    config = type("TinyConfig", (comfy.supported_models_base.BASE,), {"unet_extra_config": {}})(dict(shape))
+    if kind == "demo":
+        config.custom_operations = FewGroups
     config.set_inference_dtype(torch.float32, None)
     model_type = {"eps": comfy.model_base.ModelType.EPS, "v": comfy.model_base.ModelType.V_PREDICTION}[prediction]
     model = comfy.model_base.BaseModel(config, model_type=model_type)
     names = comfy.utils.unet_to_diffusers(shape)
-    model.diffusion_model.load_state_dict({names[name]: tensor for name, tensor in weights.items()})
+    model.diffusion_model.load_state_dict({names[name]: tensor.float() for name, tensor in weights.items()})
     cpu = torch.device("cpu")
     MODELS[name] = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
@@ -141,6 +178,29 @@ def _patched(model, nodes):
         elif name == "compile":
             model = model.clone()
             set_torch_compile_wrapper(model, "eager")
+        elif name == "EasyCache":
+            model = EasyCacheNode.execute(model, settings.get("threshold", 0.2), 0.15, 0.95, False).args[0]
+        elif name == "LazyCache":
+            model = LazyCacheNode.execute(model, settings.get("threshold", 0.2), 0.15, 0.95, False).args[0]
+        elif name == "PAG":
+            model = PerturbedAttentionGuidance.execute(model, 3.0).args[0]
+        elif name == "SAG":
+            model = SelfAttentionGuidance.execute(model, 0.5, 2.0).args[0]
+        elif name == "FreeU":
+            model = FreeU_V2().patch(model, 1.3, 1.4, 0.9, 0.2)[0]
+        elif name == "RescaleCFG":
+            model = RescaleCFG().patch(model, 0.7)[0]
+        elif name == "DeepCache":  # as such nodes: the wrapper runs the UNet itself
+            model = model.clone()
+            model.set_model_unet_function_wrapper(_running_the_unet(model.model))
+        elif name == "compiled block":
+            model = model.clone()
+            block = model.model.diffusion_model.get_submodule(settings["name"])
+            compiled = torch.compile(getattr(block, "_orig_mod", block), backend="eager")
+            model.add_object_patch(f"diffusion_model.{settings['name']}", compiled)
+        elif name == "fails":
+            model = model.clone()
+            model.set_model_patch(_failing(settings), "attn2_patch")
         elif name == "LoRA":
             model, _ = comfy.sd.load_lora_for_models(model, None, settings["weights"], settings["strength"], 0)
         elif name == "EDM":
@@ -165,6 +225,35 @@ def _patched(model, nodes):
     return model
 
 
+def _running_the_unet(model):
+    """A model_function_wrapper that never calls apply_model."""
+
+    def wrapper(apply, arguments):
+        x, sigma, c = arguments["input"], arguments["timestep"], arguments["c"]
+        sampling = model.model_sampling
+        latent = sampling.calculate_input(sigma, x)
+        options = {key: value for key, value in c["transformer_options"].items() if key != "wrappers"}
+        out = model.diffusion_model(
+            latent, sampling.timestep(sigma).float(), context=c["c_crossattn"], transformer_options=options
+        )
+        return sampling.calculate_denoised(sigma, out, x)
+
+    return wrapper
+
+
+def _failing(settings):
+    """An attention patch that raises at its n-th call, once."""
+    calls = []
+
+    def patch(q, k, v, extra):
+        calls.append(1)
+        if len(calls) == settings["at"]:
+            raise settings.get("error", RuntimeError)("interrupted")
+        return q, k, v
+
+    return patch
+
+
 def _noting(seen):
     """An attention patch that changes nothing and notes the number of tokens."""
 
@@ -180,9 +269,34 @@ def _agents(model):
     return wrappers[-1] if wrappers else None
 
 
+CONTROLNETS: dict[str, comfy.controlnet.ControlNet] = {}
+
+
+def make_controlnet(name, seed):
+    """Make a tiny ControlNet with random weights, and name it."""
+    kept = ("image_size", "in_channels", "model_channels", "num_res_blocks", "channel_mult", "transformer_depth")
+    kept += ("transformer_depth_middle", "use_spatial_transformer", "context_dim", "num_heads", "legacy")
+    shape = {key: value for key, value in {**TINY, **SHAPES["sd15"]}.items() if key in kept}
+    model = comfy.cldm.cldm.ControlNet(**shape, hint_channels=3, operations=comfy.ops.disable_weight_init)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    CONTROLNETS[name] = comfy.controlnet.ControlNet(model, load_device=torch.device("cpu"))
+
+
+def _chain(names):
+    control = None
+    for name in names:
+        hint = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(len(name)))
+        control = CONTROLNETS[name].copy().set_cond_hint(hint, 1.0).set_previous_controlnet(control)
+    return control
+
+
 def _hooks(model):
     """Names of modules with any hook, and the keys of wrappers and patches on the model."""
-    named = [name for name, module in model.model.named_modules() if module._forward_pre_hooks or module._forward_hooks]
+    modules = list(model.model.named_modules())
+    named = [name for name, module in modules if module._forward_pre_hooks or module._forward_hooks]
+    named += [name for name, module in modules if "forward" in vars(module)]
     options = model.model_options.get("transformer_options", {})
     return named + sorted(options.get("patches", {})) + sorted(options.get("patches_replace", {}))
 
@@ -220,10 +334,32 @@ def call(model, nodes, latent, timestep, text, y=None, control=None, bypassed=No
     }
 
 
+@torch.inference_mode()  # as ComfyUI runs its graph
 def sample(
-    model, nodes, sampler="euler", steps=5, scheduler="normal", size=(16, 16), batch=1, areas=None, cfg=5.0, noise=None
+    model,
+    nodes,
+    sampler="euler",
+    steps=5,
+    scheduler="normal",
+    size=(16, 16),
+    batch=1,
+    areas=None,
+    cfg=5.0,
+    noise=None,
+    text=None,
+    control=None,
+    timed=None,
+    again=0,
+    **more,
 ):
-    """A run of ComfyUI's sampler; returns the latents, the sigmas of the model calls and the report."""
+    """Runs of ComfyUI's sampler on one patched model; returns latents, sigmas and report of the last one.
+
+    Args:
+        text: (positive, negative) text features.
+        control: ControlNets for the positive prompt, by name, as a chain.
+        timed: the part of the run at which a second positive prompt takes the place of the first.
+        again: runs before the one that is returned; one that raises is left.
+    """
     patcher = _patched(model, nodes)
     sigmas = []
 
@@ -232,41 +368,117 @@ def sample(
         return apply(arguments["input"], arguments["timestep"], **arguments["c"])
 
     patcher = patcher.clone()
-    patcher.set_model_unet_function_wrapper(note)
+    if "model_function_wrapper" not in patcher.model_options:
+        patcher.set_model_unet_function_wrapper(note)
     generator = torch.Generator().manual_seed(0)
-    text = torch.randn(3, 1, 7, 32, generator=generator)
+    features = torch.randn(3, 1, 7, MODELS[model].model.model_config.unet_config["context_dim"], generator=generator)
     if noise is None:
         noise = torch.randn(batch, 4, *size, generator=generator)
-    positive = [[text[0], {}]]
+    positive, negative = [[features[0], {}]], [[features[1], {}]]
+    if text is not None:
+        positive, negative = [[text[0], {}]], [[text[1], {}]]
     if areas:
-        positive = [[one, {"area": area, "strength": 1.0}] for one, area in zip(text[1:], areas)] + positive
-    latents = comfy.sample.sample(
-        patcher,
-        noise,
-        steps,
-        cfg,
-        sampler,
-        scheduler,
-        positive,
-        [[text[1], {}]],
-        torch.zeros_like(noise),
-        seed=0,
-        disable_pbar=True,
-    )
+        positive = [[one, {"area": area, "strength": 1.0}] for one, area in zip(features[1:], areas)] + positive
+    if timed is not None:
+        positive = [
+            [features[0], {"start_percent": 0.0, "end_percent": timed}],
+            [features[2], {"start_percent": timed, "end_percent": 1.0}],
+        ]
+    if control:
+        positive[0][1]["control"] = _chain(control)
+    runs = []
+    for _ in range(again + 1):
+        sigmas.clear()
+        with contextlib.suppress(RuntimeError, comfy.model_management.InterruptProcessingException):
+            latents = comfy.sample.sample(
+                patcher,
+                noise,
+                steps,
+                cfg,
+                sampler,
+                scheduler,
+                positive,
+                negative,
+                torch.zeros_like(noise),
+                seed=0,
+                disable_pbar=True,
+                **more,
+            )
+            runs.append(latents)
     agents = _agents(patcher)
     run = agents.run if agents else None
     early = agents.config.early if agents else 0
+    sampling = patcher.get_model_object("model_sampling")
     return {
         "latents": latents,
-        "calls": sigmas,
-        "boundary": patcher.get_model_object("model_sampling").percent_to_sigma(early),
-        "timesteps": [float(patcher.get_model_object("model_sampling").timestep(torch.tensor(s))) for s, _ in sigmas],
+        "runs": runs,
+        "calls": list(sigmas),
+        "boundary": sampling.percent_to_sigma(early),
+        "timesteps": [float(sampling.timestep(torch.tensor(s))) for s, _ in sigmas],
         "phases": {phase.value: count for phase, count in run.calls.items()} if run else {},
+        "counts": (run.whole, run.cached) if run else None,
+        "kept": run is not None and run.caching is not None,
         "told": list(run.told) if run else [],
         "report": NODES["AgentSDReport"]().describe(patcher, None)["result"][0] if agents else "",
         "hooks": _hooks(MODELS[model]),
         "seen": [settings["seen"] for _, settings in nodes if "seen" in settings],
     }
+
+
+def with_whole_controlnets(**arguments):
+    """`sample` where ControlNets are never stopped."""
+    wrapper = sys.modules["agentsd_nodes.wrapper"]
+    kept = wrapper.stopped_controlnets
+    wrapper.stopped_controlnets = lambda controls, depth: contextlib.nullcontext()
+    try:
+        return sample(**arguments)
+    finally:
+        wrapper.stopped_controlnets = kept
+
+
+def cancelled(model, nodes):
+    """A run that the user stops in its sixth step."""
+    patcher = _patched(model, nodes)
+    text, noise = torch.randn(1, 7, 32), torch.randn(1, 4, 16, 16)
+
+    def stop(step, *others):
+        if step == 5:
+            raise comfy.model_management.InterruptProcessingException()
+
+    raised = None
+    try:
+        comfy.sample.sample(
+            patcher, noise, 12, 1.0, "euler", "normal", [[text, {}]], [[text, {}]], noise * 0, seed=0, callback=stop
+        )
+    except BaseException as error:
+        raised = type(error).__name__
+    return {"raised": raised, "kept": _agents(patcher).run.caching is not None, "hooks": _hooks(MODELS[model])}
+
+
+def upcasts(model, forced):
+    """Whether agent attention was told to upcast, in one call."""
+    attention = sys.modules["comfy.ldm.modules.attention"]
+    calls = sys.modules["agentsd_nodes.unet_call"]
+    kept, own = attention.FORCE_UPCAST_ATTENTION_DTYPE, calls.agent_attention
+    seen = set()
+
+    def note(*args, upcast, **more):
+        seen.add(upcast)
+        return own(*args, upcast=upcast, **more)
+
+    attention.FORCE_UPCAST_ATTENTION_DTYPE = {torch.float32: torch.float32} if forced else None
+    calls.agent_attention = note
+    try:
+        call(model, [("AgentSD", {"early": 1.0})], torch.randn(1, 4, 16, 16), 900, torch.randn(1, 7, 32))
+    finally:
+        attention.FORCE_UPCAST_ATTENTION_DTYPE, calls.agent_attention = kept, own
+    return sorted(seen)
+
+
+def patched_with(model, values):
+    """The settings of a node that got these values and no others."""
+    (patched,) = NODES["AgentSD"]().patch(MODELS[model], **values)
+    return dataclasses.asdict(_agents(patched).config)
 
 
 def two_runs(model, nodes):
