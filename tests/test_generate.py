@@ -121,7 +121,7 @@ def test_settings_of_a_comparison_by_name_and_by_config(pipe):
     fast = agentsd.compare(pipe, "a zebra", steps=1, rounds=1, methods=["agentsd"], preset="fast", ratio=0.3)
     assert fast["agentsd"].settings["patch"] == dataclasses.asdict(AgentConfig(**PRESETS["fast"], ratio=0.3))
     for arguments, error, message in [
-        ({"rato": 0.3}, TypeError, "unknown setting rato; the settings are ratio"),
+        ({"rato": 0.3}, TypeError, r"unknown setting rato \(did you mean ratio\?\); the settings are ratio"),
         ({"config": 0.3}, TypeError, "config=0.3: must be an AgentConfig"),
         ({"preset": "magic"}, ValueError, "preset='magic': must be one of paper, fast"),
         ({"preset": "fast", "config": AgentConfig()}, TypeError, "config and preset"),

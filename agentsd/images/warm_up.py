@@ -77,11 +77,12 @@ class _FixedTimesteps(DDIMScheduler):
 
     def __init__(self, timesteps: list[int], dtype: torch.dtype, num_train_timesteps: int):
         super().__init__(num_train_timesteps=num_train_timesteps)
-        self._fixed = torch.tensor(timesteps, dtype=dtype)
+        # Apart, so that step caching does not know the run, of too few steps to cache: it goes by the interval alone.
+        self._fixed = [torch.tensor(timestep, dtype=dtype) for timestep in timesteps]
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None, **kwargs: Any) -> None:
         self.num_inference_steps = num_inference_steps
-        self.timesteps = self._fixed.to(device)
+        self.timesteps = [timestep.to(device) for timestep in self._fixed]
 
     def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         return sample, sample

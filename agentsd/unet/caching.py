@@ -127,7 +127,9 @@ class Caching:
         # Without a loop positions are parts of the run, as the spans of the cache are.
         position = run.position if run.loop is not None else 1 - call.timestep / self._schedule.num_train_timesteps
         sample = sample_and_timestep(args, kwargs)[0]
-        if run.whole or torch.is_grad_enabled() or not self._continues(run, call, sample[:, : _channels(unet)]):
+        if not run.whole and not self._continues(run, call, sample[:, : _channels(unet)]):
+            cache.drop(stream)  # by hand: what comes may continue this one
+        if run.whole or torch.is_grad_enabled():
             cache.keep_none(position, stream)
             return None
         same = (sample.shape, sample.dtype, sample.device, _freeu(unet), Conditioning(unet, args, kwargs))
