@@ -27,6 +27,7 @@ class Server:
 
     def __init__(self, folder):
         comfyui = comfyui_folder()
+        self.folder = folder
         nodes = folder / "custom_nodes"
         nodes.mkdir()
         (nodes / "agentsd").symlink_to(NODE)
@@ -166,3 +167,61 @@ def test_bad_input_is_shown_at_the_node(server):
     (error,) = (content for kind, content in history["status"]["messages"] if kind == "execution_error")
     assert error["node_id"] == AGENTS
     assert "ratio=0.9: at most 0.75 of the tokens" in error["exception_message"]
+
+
+# -- what the page shows ---------------------------------------------------------------------------------------------
+
+EXAMPLES = sorted((NODE / "example_workflows").glob("*.json"))
+
+
+def as_prompt(graph, nodes):
+    """A workflow of the page as what `POST /prompt` takes, as ComfyUI's page converts it."""
+    links = {link[0]: link for link in graph["links"]}
+    prompt = {}
+    for node in graph["nodes"]:
+        values, inputs = list(node["widgets_values"]), {}
+        given = nodes[node["type"]]["input"]
+        linked = {slot["name"]: slot["link"] for slot in node["inputs"]}
+        for name, spec in {**given.get("required", {}), **given.get("optional", {})}.items():
+            if name in linked:
+                if linked[name] is not None:
+                    _, source, slot, target, _, kind = links[linked[name]]
+                    assert target == node["id"] and (spec[0] in (kind, "*"))
+                    inputs[name] = [str(source), slot]
+                continue
+            inputs[name] = values.pop(0)
+            if len(spec) > 1 and spec[1].get("control_after_generate"):
+                assert values.pop(0) in ("fixed", "randomize")
+        if node["type"] == "LoadImage":
+            assert values.pop(0) == "image"  # the button that uploads one
+        assert not values, (node["type"], values)
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_example_workflows(server, file):
+    nodes = json.loads(server.get("/object_info"))
+    prompt = as_prompt(json.loads(file.read_text("utf-8")), nodes)
+    if file.stem in ("controlnet", "sdxl"):  # whose models no test has: that every value stands in its place
+        return
+    for node in prompt.values():
+        inputs = node["inputs"]
+        if node["class_type"] == "CheckpointLoaderSimple":
+            inputs["ckpt_name"] = "tiny.safetensors"
+        elif node["class_type"] == "EmptyLatentImage":
+            inputs.update(width=128, height=128)
+        elif node["class_type"] == "KSampler":
+            inputs["steps"] = 12
+        elif node["class_type"] == "LoadImage":
+            Image.new("RGB", (128, 128), "teal").save(server.folder / "input" / inputs["image"])
+    history = server.run(prompt)
+    assert history["status"]["status_str"] == "success", history["status"]
+    text = " ".join(one for output in history["outputs"].values() for one in output.get("text", ()))
+    assert "12 model calls" in text and "cached" in text
+
+
+def test_help_and_texts_are_served(server):
+    assert server.get("/extensions/agentsd/docs/AgentSD.md").startswith(b"# AgentSD")
+    texts = json.loads(server.get("/i18n"))["en"]["nodeDefs"]
+    assert "cache_interval" in texts["AgentSD"]["inputs"]

@@ -126,19 +126,26 @@ def _model(kind, dtype, device):
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 
 
-def _variants(model):
-    """What is timed, by name: (model, timestep), with no node, with ComfyUI's ToMe node and with ours."""
-    from comfy_extras.nodes_tomesd import TomePatchModel
-
-    place = REPOSITORY / "apps" / "comfyui" / "__init__.py"  # as ComfyUI itself loads a folder of custom_nodes
+def load_node():
+    """The class of the node, loaded as ComfyUI itself loads a folder of custom_nodes."""
+    place = REPOSITORY / "apps" / "comfyui" / "__init__.py"
     spec = importlib.util.spec_from_file_location("agentsd_nodes", place)
     if spec is None or spec.loader is None:
         raise FileNotFoundError(place)
     nodes = importlib.util.module_from_spec(spec)
     sys.modules["agentsd_nodes"] = nodes
     spec.loader.exec_module(nodes)
-    node = nodes.NODE_CLASS_MAPPINGS["AgentSD"]
-    widgets = {name: widget[1].get("default") for name, widget in node.INPUT_TYPES()["required"].items()}
+    return nodes.NODE_CLASS_MAPPINGS["AgentSD"]
+
+
+def _variants(model):
+    """What is timed, by name: (model, timestep), with no node, with ComfyUI's ToMe node and with ours."""
+    from comfy_extras.nodes_tomesd import TomePatchModel
+
+    node = load_node()
+    inputs = node.INPUT_TYPES()
+    given = {**inputs["required"], **inputs["optional"]}
+    widgets = {name: widget[1].get("default") for name, widget in given.items()}
     del widgets["model"]
     ours, capped = (node().patch(model, **{**widgets, **settings})[0] for settings in ({}, CAPS))
     return {
