@@ -92,13 +92,17 @@ def make_app(pipe: Any, most_waiting: int = 32) -> FastAPI:
     return app
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Serve one Stable Diffusion model over HTTP.")
     parser.add_argument("--model", default="demo", help="demo, a folder or a Hugging Face id (default: demo)")
     parser.add_argument("--port", type=int, default=8000, help="port on 127.0.0.1; 0 takes a free one (default: 8000)")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO)
     logging.captureWarnings(True)  # agentsd says as warnings what it could not do
-    pipeline = agentsd.load_pipeline(arguments.model, scheduler="ddim")
-    pipeline.set_progress_bar_config(disable=True)
-    uvicorn.run(make_app(pipeline), host="127.0.0.1", port=arguments.port)
+    pipe = agentsd.load_pipeline(options.model, scheduler="ddim")
+    pipe.set_progress_bar_config(disable=True)
+    uvicorn.run(make_app(pipe), host="127.0.0.1", port=options.port)
+
+
+if __name__ == "__main__":
+    main()
