@@ -48,9 +48,7 @@ def test_rows_and_resuming(small, tmp_path, capsys, monkeypatch):
     whole = {key: row["whole"] for key, row in rows.items()}
     assert whole["agents", None, None] == 20 and whole["deepcache", None, None] == 7
     assert whole["cache", 0, None] == 8  # the last call is whole
-    assert (
-        whole["fewer steps", None, None] == 9
-    )  # 8 whole and 12 cached calls take as long
+    assert whole["fewer steps", None, None] == 9  # 8 whole and 12 cached calls take as long
     with (tmp_path / "rows.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows) == 9
     assert "FLIP" in capsys.readouterr().out

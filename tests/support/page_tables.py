@@ -5,7 +5,7 @@ stands for those of its name (sdxl-1024.md and .json), a link to results.md or R
 are whole numbers, aims (cells with ≥ or ≤), what stands as code, and what a comment before the table excludes:
 
     <!-- not checked: earlier models, whose results are not kept -->      the whole table
-    <!-- arithmetic: 50 PLMS steps -->                                    one column, by its heading
+    <!-- arithmetic: 50 PLMS steps -->                                    columns, by their headings, with "; " between them
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def rows(page: Path) -> Iterator[Row]:
             page, "\n".join(one for one in (before, block, after) if not one.startswith(("#", "|")) or one == block)
         )
         header = _cells(table[0])
-        computed = _ARITHMETIC.findall(before + block)
+        computed = [name for found in _ARITHMETIC.findall(before + block) for name in found.split("; ")]
         assert set(computed) <= set(header), f"{page.name}: no columns {computed}"
         for line in table[2:]:
             looked_up = [cell for name, cell in zip(header, _cells(line)) if name not in computed]
