@@ -58,8 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         "run resumes when the same command is given again.",
         epilog="Without arguments: --preset quick, a few minutes on 2 CPU cores with the built-in demo model. "
         + " ".join(f"{name}: {_told(preset)}." for name, preset in PRESETS.items())
-        + " mean-value and no-attention are controls of quality: agentsd's layers return their mean value, or zero. "
-        "limit is one of speed: the same layers mix no tokens. sd-naive and limit are timed only.",
+        + " Methods: "
+        + "; ".join(f"{name}: {method.what}" for name, method in METHODS.items())
+        + ". Timed only: "
+        + ", ".join(name for name, method in METHODS.items() if not method.scored)
+        + ".",
     )
     what = parser.add_argument_group("what to do")
     what.add_argument(
@@ -82,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
 
     grid = parser.add_argument_group("scenarios")
     grid.add_argument("--methods", help=f"several of {', '.join(METHODS)}, with commas")
+    grid.add_argument(
+        "--method-module", metavar="FILE.py", action="append", default=[],
+        help="a file that registers methods of your own, as eval/examples/strided_keys.py does; all are compared "
+        "unless --methods names some of them",
+    )  # fmt: skip
     grid.add_argument("--ratios", help="fractions of the tokens merged away, as in 0.2,0.4")
     grid.add_argument("--early", type=float, default=0.4, help="fraction of agent steps (default: %(default)s)")
     grid.add_argument(

@@ -10,7 +10,8 @@ from conftest import call_unet, draw, make_pipeline
 import agentsd
 from agentsd import AgentConfig
 from agentsd.patch import get_patch
-from eval.common import scenarios
+from eval.common import methods
+from eval.common.methods import check_packages
 from eval.common.protocol import (
     ABLATIONS,
     METHODS,
@@ -27,7 +28,7 @@ from eval.common.protocol import (
     parse_numbers,
     rivals_of,
 )
-from eval.common.scenarios import check_packages, use_scenario
+from eval.common.scenarios import use_scenario
 
 CLASSES = ((3, "zebra"), (7, "hot dog"), (9, "lemon"))
 
@@ -273,8 +274,8 @@ def test_methods_that_change_whole_runs_leave_nothing(pipe, method, whole):
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(scenarios, "find_spec", lambda name: None)
-    check_packages([Scenario("sd")])
+    monkeypatch.setattr(methods, "find_spec", lambda name: None)
+    check_packages(["sd"])
     for method, package in (("deepcache", "DeepCache"), ("tgate", "tgate")):
         with pytest.raises(BenchError, match=f"{package} is not installed: pip install {package}, or leave {method}"):
-            check_packages([scenario_of(method)])
+            check_packages([method])

@@ -13,6 +13,7 @@ import torch
 
 import agentsd
 
+from .methods import METHODS
 from .protocol import CONTROLS
 
 _PACKAGE = Path(agentsd.__file__).parent
@@ -25,8 +26,8 @@ def code_fingerprint(method: str) -> str | None:
     """A hash over the source code that decides what a method's images look like; None for unpatched diffusers.
 
     agentsd and its controls: every file of agentsd that images/methods.py imports, directly or not. tomesd, whose own
-    version is noted apart: methods.py and what that imports directly. Comments, docstrings, annotations and the texts
-    of errors and warnings do not count.
+    version is noted apart: methods.py and what that imports directly. A method of a --method-module: that file.
+    Comments, docstrings, annotations and the texts of errors and warnings do not count.
     """
     if method == "sd":
         return None
@@ -35,6 +36,8 @@ def code_fingerprint(method: str) -> str | None:
         files |= imported_files(_METHODS)
     elif method == "tomesd":
         files |= imported_files(_METHODS, depth=1)
+    elif source := METHODS[method].source:
+        files.add(source)  # what it imports in turn is not followed
     digest = hashlib.sha256()
     for text in sorted(effective_code(path.read_text(encoding="utf-8")) for path in files):
         digest.update(text.encode() + b"\0")  # not its name: a file that was moved makes the same images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,23 +14,17 @@ import numpy as np
 from agentsd import AgentConfig
 from agentsd.config import PRESETS
 
+from .errors import BenchError as BenchError
+from .methods import METHODS as METHODS
+
 PROMPT = "A high quality photograph of a {}."
 """ToMe's wording (https://github.com/dbolya/tomesd/issues/46), which the Agent Attention paper took over."""
 
-METHODS = (
-    "sd", "sd-naive", "tomesd", "agentsd", "deepcache", "tgate", "fewer-steps", "mean-value", "no-attention", "limit",
-)  # fmt: skip
-"""sd is unpatched diffusers (SDPA); sd-naive computes softmax explicitly. deepcache and tgate are those packages.
-fewer-steps is sd with as many steps as take the time of a cache at that interval; with it a run has a schedule that
-begins at one noise level for all numbers of steps. mean-value and no-attention are
-controls of quality: like agentsd, but in the agent phase the patched layers return their mean value token, or zero.
-limit is the control of speed: in every call the patched layers compute their four projections and mix no tokens."""
-
-CONTROLS = ("mean-value", "no-attention")
-METHODS_WITH_CONFIG = ("tomesd", "agentsd", *CONTROLS)
-WITH_INTERVAL = ("deepcache", "fewer-steps")
-UNSCORED = ("sd-naive", "limit")
-"""Methods that are timed only: the images of sd-naive are those of sd, the limit's are of no use."""
+CONTROLS = tuple(name for name, method in METHODS.items() if method.control)
+METHODS_WITH_CONFIG = tuple(name for name, method in METHODS.items() if method.takes == "config")
+WITH_INTERVAL = tuple(name for name, method in METHODS.items() if method.takes == "interval")
+UNSCORED = tuple(name for name, method in METHODS.items() if not method.scored)
+"""Methods of this repository that are timed only: the images of sd-naive are those of sd, the limit's are of no use."""
 
 DEMO_REFERENCE = Path(__file__).parents[1] / "demo_reference.npz"
 """Names and features of the demo model's training images; eval/gate_reference.py made it."""
@@ -86,24 +81,22 @@ _LABELS = {
 """How a setting of agentsd appears in a scenario's name where it is not the default."""
 
 
-class BenchError(ValueError):
-    """An error the user can correct; its text is the one sentence that the command line prints."""
-
-
 @dataclass(frozen=True)
 class Scenario:
     """One way to generate all the images: a row of the table.
 
     Attributes:
-        method: one of METHODS.
+        method: a key of METHODS.
         config: settings of the patch; None for the methods that have none.
         interval: of deepcache: the deep blocks are computed in one UNet call out of so many; of fewer-steps: so many
             times fewer steps; 1 for all other methods.
+        own: (name, value) of the settings of a method that has its own (`Method.settings`).
     """
 
     method: str
     config: AgentConfig | None = None
     interval: int = 1
+    own: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -112,6 +105,13 @@ class Scenario:
             raise ValueError(f"method {self.method!r} takes {'no' if self.config else 'a'} config")
         if self.method not in WITH_INTERVAL and self.interval != 1:
             raise ValueError(f"method {self.method!r} takes no interval")
+        if self.own and self.options not in METHODS[self.method].settings:
+            raise ValueError(f"method {self.method!r} has no settings {self.options}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings of a method that has its own, by name."""
+        return dict(self.own)
 
     @property
     def settings(self) -> AgentConfig:
@@ -135,6 +135,9 @@ class Scenario:
                         parts.append(label.format(value))
         if self.method in WITH_INTERVAL:
             parts.append(str(self.interval))
+        for key, value in self.own:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            parts.append(re.sub(r"[^\w.-]", "_", f"{key}{text}"))
         return "-".join(parts)
 
     @property
@@ -142,7 +145,7 @@ class Scenario:
         """At most one UNet call in so many is computed as a whole; 1 where nothing is cached."""
         if self.config is not None:
             return self.config.cache_interval
-        return self.interval if self.method == "deepcache" else 1
+        return self.interval if self.method == "deepcache" else self.options.get("cache_interval", 1)
 
 
 SD = Scenario("sd")
@@ -302,7 +305,7 @@ def make_scenarios(
         if method in WITH_INTERVAL:
             scenarios += [Scenario(method, interval=interval) for interval in intervals or (3,)]
         elif method not in METHODS_WITH_CONFIG:
-            scenarios.append(Scenario(method))
+            scenarios += [Scenario(method, own=tuple(own.items())) for own in METHODS[method].settings]
         else:
             for ratio in ratios if method in ("tomesd", "agentsd") else ratios[-1:]:
                 # ToMeSD has no early phase; one value for it keeps its scenarios equal whatever --early says.
@@ -315,7 +318,11 @@ def make_scenarios(
             raise BenchError(f"--ablate {name!r}: is unknown, use {', '.join(ABLATIONS)}")
         base = _config(ratios[-1], early)
         scenarios += [Scenario("agentsd", replace(base, **settings)) for settings in ABLATIONS[name]]
-    return list(dict.fromkeys(scenarios))
+    scenarios = list(dict.fromkeys(scenarios))
+    names = [scenario.name for scenario in scenarios]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise BenchError(f"two scenarios are called {twice.pop()}: rename the method or its settings")
+    return scenarios
 
 
 def rivals_of(scenarios: Iterable[Scenario]) -> dict[tuple[str, str], str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ import agentsd
 from agentsd.images.methods import refuse_patched, use_method
 
 from .fair_schedules import steps_of_equal_time
-from .protocol import CONTROLS, BenchError, Scenario
+from .methods import METHODS, check_packages
+from .protocol import BenchError, Scenario
 
 
 @contextlib.contextmanager
@@ -36,30 +36,49 @@ def use_scenario(pipe: Any, scenario: Scenario) -> Iterator[Callable[..., Any]]:
         refuse_patched(pipe)
     except ValueError as error:
         raise BenchError(str(error)) from error
-    with contextlib.ExitStack() as stack:
-        call = pipe
-        if scenario.method == "sd-naive":
-            stack.enter_context(_naive_attention(pipe))
-        elif scenario.method == "deepcache":
-            stack.enter_context(_deepcache(pipe, scenario.interval))
-        elif scenario.method == "fewer-steps":
-            call = _fewer_steps(pipe, scenario.interval)
-        elif scenario.method == "tgate":
-            call = stack.enter_context(_tgate(pipe))
-        elif scenario.method in CONTROLS:
-            stack.enter_context(_control(pipe, scenario))
-        elif scenario.method == "limit":
-            stack.enter_context(_limit(pipe))
-        elif scenario.method != "sd":
-            stack.enter_context(use_method(pipe, scenario.method, scenario.settings))
-        yield call
+    method = METHODS[scenario.method]
+    check_packages([method.name])
+    before = _left_by(pipe.unet) if method.source else None  # ours have tests
+    with method.resolved()(pipe, scenario) as call:
+        yield pipe if call is None else call
+    if before is not None and (changed := _first_change(before, _left_by(pipe.unet))):
+        raise BenchError(
+            f"method {method.name} of {method.source} was not taken off: {changed}; restore that in put_on"
+        )
 
 
-def check_packages(scenarios: Iterable[Scenario]) -> None:
-    """Raise BenchError if a package of another library's method is missing."""
-    for method, package in (("deepcache", "DeepCache"), ("tgate", "tgate")):
-        if any(scenario.method == method for scenario in scenarios) and find_spec(package) is None:
-            raise BenchError(f"{package} is not installed: pip install {package}, or leave {method} out of --methods")
+def _left_by(unet: nn.Module) -> dict[str, dict[str, Any]]:
+    """What methods change in a UNet, by module: classes, processors, forwards, hooks."""
+    return {
+        name: {
+            "class": type(module),
+            "processor": getattr(module, "processor", None),
+            "forward": vars(module).get("forward", type(module).forward),
+            "hooks": (*module._forward_pre_hooks.values(), *module._forward_hooks.values()),
+        }
+        for name, module in unet.named_modules()
+    }
+
+
+def _first_change(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> str:
+    for name in dict.fromkeys([*before, *after]):
+        for key in ("class", "processor", "forward", "hooks"):
+            if before.get(name, {}).get(key) != after.get(name, {}).get(key):
+                return f"the UNet's {name or 'top'} has another {key}"
+    return ""
+
+
+@contextlib.contextmanager
+def unpatched(pipe: Any, scenario: Scenario) -> Iterator[None]:
+    """Change nothing."""
+    yield
+
+
+@contextlib.contextmanager
+def by_package(pipe: Any, scenario: Scenario) -> Iterator[None]:
+    """ToMeSD or AgentSD, as agentsd's own commands put them on."""
+    with use_method(pipe, scenario.method, scenario.settings):
+        yield
 
 
 class MeanValueProcessor:
@@ -92,7 +111,8 @@ _STAND_INS = {"mean-value": MeanValueProcessor, "no-attention": ZeroProcessor}
 
 
 @contextlib.contextmanager
-def _naive_attention(pipe: Any) -> Iterator[None]:
+def naive_attention(pipe: Any, scenario: Scenario) -> Iterator[None]:
+    """Every layer with an explicit softmax."""
     before = pipe.unet.attn_processors
     pipe.unet.set_attn_processor(AttnProcessor())  # explicit softmax, as Stable Diffusion's first code had it
     try:
@@ -102,7 +122,7 @@ def _naive_attention(pipe: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _control(pipe: Any, scenario: Scenario) -> Iterator[None]:
+def control(pipe: Any, scenario: Scenario) -> Iterator[None]:
     """agentsd's patch, with another processor on its layers for the length of each UNet call in the agent phase."""
     stand_in = _STAND_INS[scenario.method]()
     with agentsd.patched(pipe, scenario.config):
@@ -144,7 +164,8 @@ def in_agent_phase(pipe: Any, config: agentsd.AgentConfig, stand_ins: Mapping[At
 
 
 @contextlib.contextmanager
-def _limit(pipe: Any) -> Iterator[None]:
+def limit(pipe: Any, scenario: Scenario) -> Iterator[None]:
+    """The layers that agentsd patches, mixing no tokens."""
     layers = full_resolution_layers(pipe).values()
     before = [layer.processor for layer in layers]
     for layer in layers:
@@ -173,12 +194,12 @@ def _patched_layers(unet: nn.Module) -> dict[str, Attention]:
 
 
 @contextlib.contextmanager
-def _deepcache(pipe: Any, interval: int) -> Iterator[None]:
-    check_packages([Scenario("deepcache", interval=interval)])
+def deepcache(pipe: Any, scenario: Scenario) -> Iterator[None]:
+    """DeepCache with its own defaults at the scenario's interval."""
     from DeepCache import DeepCacheSDHelper
 
     helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(cache_interval=interval, cache_branch_id=0)
+    helper.set_params(cache_interval=scenario.interval, **METHODS["deepcache"].fixed)
     with _forwards_restored(pipe.unet):
         helper.enable()
         try:
@@ -188,19 +209,20 @@ def _deepcache(pipe: Any, interval: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tgate(pipe: Any) -> Iterator[Callable[..., Any]]:
+def tgate(pipe: Any, scenario: Scenario) -> Iterator[Callable[..., Any]]:
     """T-GATE as its README recommends for Stable Diffusion: 10 gated steps of 25, self-attention every 5th step."""
-    check_packages([Scenario("tgate")])
-    import tgate
+    from tgate import TgateSDLoader, TgateSDXLLoader
 
-    loaders = {"StableDiffusionPipeline": tgate.TgateSDLoader, "StableDiffusionXLPipeline": tgate.TgateSDXLLoader}
+    loaders = {"StableDiffusionPipeline": TgateSDLoader, "StableDiffusionXLPipeline": TgateSDXLLoader}
+    fixed = METHODS["tgate"].fixed
     if type(pipe).__name__ not in loaders:
         raise BenchError(f"tgate has no support for {type(pipe).__name__}: leave tgate out of --methods")
     loaders[type(pipe).__name__](pipe)
 
     def call(*args: Any, num_inference_steps: int, **options: Any) -> Any:
-        gate = max(1, round(0.4 * num_inference_steps))
-        settings = {"gate_step": gate, "sp_interval": 5, "fi_interval": 1, "warm_up": min(2, gate - 1)}
+        gate = max(1, round(fixed["gate"] * num_inference_steps))
+        settings = {key: fixed[key] for key in ("sp_interval", "fi_interval")}
+        settings |= {"gate_step": gate, "warm_up": min(fixed["warm_up"], gate - 1)}
         return pipe.tgate(*args, num_inference_steps=num_inference_steps, **settings, **options)
 
     try:
@@ -213,12 +235,15 @@ def _tgate(pipe: Any) -> Iterator[Callable[..., Any]]:
                 vars(module).pop("cache", None)
 
 
-def _fewer_steps(pipe: Any, factor: int) -> Callable[..., Any]:
+@contextlib.contextmanager
+def fewer_steps(pipe: Any, scenario: Scenario) -> Iterator[Callable[..., Any]]:
+    """The unpatched pipeline with as many steps as take the time of a cache at the scenario's interval."""
+
     def call(*args: Any, num_inference_steps: int, **options: Any) -> Any:
-        whole = -(-num_inference_steps // factor)
+        whole = -(-num_inference_steps // scenario.interval)
         return pipe(*args, num_inference_steps=steps_of_equal_time(num_inference_steps, whole), **options)
 
-    return call
+    yield call
 
 
 @contextlib.contextmanager

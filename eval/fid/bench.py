@@ -19,6 +19,7 @@ from agentsd.images.model_files import ModelError, check_model
 from agentsd.images.names import SCHEDULERS
 from eval.common.environment import environment
 from eval.common.fair_schedules import check_fair
+from eval.common.methods import METHODS, check_packages, load_module
 from eval.common.models import ModelSpec, load_model, native_size, pick_device
 from eval.common.processes import Processes, lock_folder
 from eval.common.progress import progress
@@ -26,7 +27,6 @@ from eval.common.protocol import (
     DEMO_REFERENCE,
     PROMPT,
     SD,
-    UNSCORED,
     BenchError,
     Plan,
     choose_classes,
@@ -37,7 +37,6 @@ from eval.common.protocol import (
     parse_numbers,
     rivals_of,
 )
-from eval.common.scenarios import check_packages
 
 from . import report, scores
 from .features import FeatureNetwork, check_features, load_features
@@ -70,14 +69,18 @@ def run(options: argparse.Namespace, command: str) -> int:
         return 0
     if options.save_reference:
         return _save_reference(options)
-    bench = _Bench(options, command)
+    modules = tuple(Path(path) for path in options.method_module)
+    names = [name for path in modules for name in load_module(path)]
+    if not set(names) & {name.strip() for name in options.methods.split(",")}:
+        options.methods = ",".join([options.methods, *names])
+    bench = _Bench(options, command, modules)
     return bench.dry_run() if options.dry_run else bench.run()
 
 
 class _Bench:
     """The steps of a run; wrong input is found before anything is downloaded or generated."""
 
-    def __init__(self, options: argparse.Namespace, command: str):
+    def __init__(self, options: argparse.Namespace, command: str, modules: tuple[Path, ...]):
         self.options = options
         self.command = command
         self.processes = Processes(options.device)
@@ -92,8 +95,9 @@ class _Bench:
         intervals = parse_numbers("cache-intervals", options.cache_intervals, 2, 20) if options.cache_intervals else ()
         ratios = parse_numbers("ratios", options.ratios, 0.0, 0.75)
         self.timed = make_scenarios(methods, ratios, options.early, ablate, intervals)
-        scored = tuple(scenario for scenario in self.timed if scenario.method not in UNSCORED)
+        scored = tuple(scenario for scenario in self.timed if METHODS[scenario.method].scored)
         names = demo_classes() if options.model == "demo" and not random else imagenet_classes()
+        report.check_settings(self.timed)
         plan = Plan(
             choose_classes(names, min(options.classes, len(names)) if random else options.classes),
             options.images_per_class, options.steps, options.guidance, options.scheduler, options.size,
@@ -105,12 +109,16 @@ class _Bench:
                 "raise --classes or --images-per-class"
             )
         self.folder = Path(options.out or f"out/fid_bench-{options.preset}" + ("-speed" if options.speed_only else ""))
-        self.job = Job(self.spec, plan, scored, self.folder / "images")
+        self.job = Job(self.spec, plan, scored, self.folder / "images", modules)
         self.workloads = _workloads(options)
 
     def checks(self) -> list[Callable[[], Any]]:
         """Functions that raise BenchError if an input is missing, without downloading anything, cheapest first."""
-        checks = [lambda: _check_flags(self.options), lambda: check_packages(self.timed), self._check_model]
+        checks = [
+            lambda: _check_flags(self.options),
+            lambda: check_packages(scenario.method for scenario in self.timed),
+            self._check_model,
+        ]
         if not self.options.speed_only:
             checks += [lambda: _check_clip(self.options), lambda: _check_reference(self.options)]
         return checks
@@ -219,6 +227,12 @@ class _Bench:
             sizes = dict.fromkeys(str(workload.size or side) for workload in self.workloads)
             batches = dict.fromkeys(str(workload.batch_size) for workload in self.workloads)
             protocol += f" Timed at {', '.join(sizes)} px, batch {', '.join(batches)}."
+        dtype, device = str(pipe.unet.dtype).removeprefix("torch."), pipe.unet.device.type
+        settings = (
+            self.spec.name, plan.scheduler, plan.steps, plan.guidance, plan.seed,
+            plan.threads if device == "cpu" else None, None if options.quality_only else options.rounds, dtype, device,
+            self.spec.fair,
+        )  # fmt: skip
         return {
             "title": f"fid_bench: {self.spec.name}" + (", speed only" if options.speed_only else ""),
             "command": self.command,
@@ -226,6 +240,8 @@ class _Bench:
             "model": self.spec.name,
             "size": side,
             "batch_size": plan.batch_size,
+            "settings": dict(zip(report.RUN_SETTINGS, settings)),
+            "colours": {scenario.method: METHODS[scenario.method].colour for scenario in self.timed},
             "scenarios": [scenario.name for scenario in self.timed],
             "files": [sample.file for sample in plan.samples][: len(plan.classes)],
             "environment": environment(pipe.unet.device, pipe.unet.dtype),

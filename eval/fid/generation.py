@@ -21,6 +21,7 @@ from PIL import Image
 from agentsd.files import write_atomically
 from agentsd.images.png import save_image
 from eval.common.fingerprint import code_fingerprint, package_versions, weights_fingerprint
+from eval.common.methods import load_module
 from eval.common.models import ModelSpec, load_model
 from eval.common.progress import progress
 from eval.common.protocol import PROMPT, BenchError, Plan, Sample, Scenario
@@ -41,12 +42,14 @@ class Job:
         plan: the images.
         scenarios: each with its own folder.
         root: of those folders; all processes must see the same one.
+        modules: files that register some of the scenarios' methods, which another process has to load.
     """
 
     spec: ModelSpec
     plan: Plan
     scenarios: tuple[Scenario, ...]
     root: Path
+    modules: tuple[Path, ...] = ()
 
     def folder(self, scenario: Scenario) -> Path:
         """The folder of a scenario's images."""
@@ -167,6 +170,8 @@ def _work(job: Job, rank: int, processes: int, parent: int) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(job.plan.threads)
     try:
+        for path in job.modules:
+            load_module(path)
         generate_share(load_model(job.spec), job, rank, processes, parent)
     except BenchError as error:
         print(f"generating: {error}", file=sys.stderr)
@@ -196,6 +201,7 @@ def manifest_of(pipe: Any, scenario: Scenario, plan: Plan, model: str) -> dict[s
         "method": scenario.method,
         "patch": scenario.config and asdict(scenario.config),
         "interval": scenario.interval,
+        **({"settings": scenario.options} if scenario.own else {}),
         "model": model,
         "weights": weights_fingerprint(pipe),
         "scheduler_config": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},

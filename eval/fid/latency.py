@@ -16,8 +16,9 @@ from agentsd import AgentConfig, Phase
 from agentsd.images.measure import PeakMemory
 from agentsd.images.rounds import rotated
 from agentsd.images.warm_up import one_step_per_phase
+from eval.common.methods import METHODS
 from eval.common.models import native_size
-from eval.common.protocol import CONTROLS, PROMPT, BenchError, Scenario
+from eval.common.protocol import PROMPT, BenchError, Scenario
 from eval.common.scenarios import use_scenario
 
 from .images import first_line
@@ -138,10 +139,8 @@ class _Run:
     def prepare(self) -> None:
         if not self.workload.compile:
             return
-        if self.scenario.method in (*CONTROLS, "deepcache", "tgate"):
-            raise RuntimeError("not compiled: it changes the UNet between its calls")
-        if self.scenario.method == "limit":
-            raise RuntimeError("not compiled: a compiler leaves out the projections that it computes and does not use")
+        if why := METHODS[self.scenario.method].not_compiled:
+            raise RuntimeError(f"not compiled: {why}")
         # One UNet each: patches that come and go would have it compiled again in every round.
         components = {**self.pipe.components, "unet": copy.deepcopy(self.pipe.unet)}
         self.pipe = type(self.pipe)(**components, **_constructor_options(self.pipe))
@@ -152,7 +151,7 @@ class _Run:
     def warm_up(self) -> None:
         """Run one UNet call of each phase, two with caching: the first calls are slower than the rest."""
         config = self.scenario.config
-        if self.scenario.method in ("deepcache", "tgate"):
+        if METHODS[self.scenario.method].cached_calls:
             config = AgentConfig(cache_interval=2)
         with one_step_per_phase(self.pipe, config) as steps:
             self.call(steps)

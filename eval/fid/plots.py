@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,12 @@ from agentsd.files import write_atomically
 from .generation import is_whole
 from .images import read_image, save_grid
 
-_COLOURS = {
-    "sd": "#777777", "sd-naive": "#bbbbbb", "tomesd": "#e08214", "agentsd": "#2166ac", "deepcache": "#4d9221",
-    "tgate": "#c51b7d", "fewer-steps": "#8c510a", "mean-value": "#b2182b", "no-attention": "#67001f",
-    "limit": "#dddddd",
-}  # fmt: skip
 _BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 _GRID_PROMPTS, _GRID_CELL = 6, 160
 
 
-def speed_chart(rows: Sequence[dict[str, Any]], path: Path, footer: str) -> bool:
-    """Speed-up over sd by size and scenario, as bars. Returns whether there is anything to show."""
+def speed_chart(rows: Sequence[dict[str, Any]], path: Path, footer: str, colours: Mapping[str, str]) -> bool:
+    """Speed-up over sd by size and scenario, as bars of each method's colour. Returns whether there is any to show."""
     rows = [row for row in rows if row["speedup_vs_sd"] is not None and row["scenario"] != "sd"]
     pyplot = _pyplot()
     if not rows or pyplot is None:
@@ -39,7 +34,7 @@ def speed_chart(rows: Sequence[dict[str, Any]], path: Path, footer: str) -> bool
         ticks.append((place + 0.1, group, "bold"))
         for row in own:
             place += 1
-            axes.barh(place, row["speedup_vs_sd"], color=_COLOURS[row["method"]])
+            axes.barh(place, row["speedup_vs_sd"], color=colours[row["method"]])
             text = f"{row['speedup_vs_sd']:.2f}×" + (", unstable" if (row["note"] or "").startswith("unstable") else "")
             axes.text(row["speedup_vs_sd"] + 0.02, place, text, va="center", fontsize=8, bbox=_BOX)
             ticks.append((place, row["scenario"], "normal"))
@@ -53,7 +48,9 @@ def speed_chart(rows: Sequence[dict[str, Any]], path: Path, footer: str) -> bool
     return _save(figure, path, footer)
 
 
-def quality_chart(rows: Sequence[dict[str, Any]], label: str, path: Path, footer: str) -> bool:
+def quality_chart(
+    rows: Sequence[dict[str, Any]], label: str, path: Path, footer: str, colours: Mapping[str, str]
+) -> bool:
     """Each scenario's difference to the unpatched images, with its 95 % interval. Returns whether there is any."""
     key = "fid_difference" if any(row["fid_difference"] is not None for row in rows) else "fd_difference"
     rows = [row for row in rows if row[key] is not None]
@@ -63,8 +60,8 @@ def quality_chart(rows: Sequence[dict[str, Any]], label: str, path: Path, footer
     figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.28 * len(rows)))
     for place, row in enumerate(rows):
         low, high = row[f"{key}_ci"]
-        axes.plot([low, high], [place, place], color=_COLOURS[row["method"]])
-        axes.plot(row[key], place, "o", color=_COLOURS[row["method"]])
+        axes.plot([low, high], [place, place], color=colours[row["method"]])
+        axes.plot(row[key], place, "o", color=colours[row["method"]])
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), [row["scenario"] for row in rows], fontsize=8)
     axes.invert_yaxis()

@@ -17,7 +17,8 @@ from agentsd import Phase
 from agentsd.files import write_atomically
 from agentsd.images.rounds import FEWEST, STABLE, speed_up
 from eval.common.environment import environment_line
-from eval.common.protocol import CONTROLS, BenchError, Scenario
+from eval.common.methods import METHODS
+from eval.common.protocol import CONTROLS, WITH_INTERVAL, BenchError, Scenario
 from eval.common.tables import Column, as_csv, figure, table, write_json
 
 from .latency import Timing
@@ -90,9 +91,10 @@ def write_report(folder: Path, results: dict[str, Any] | None = None, charts: bo
         write_atomically(folder / "results.csv", as_csv(rows, run["environment"]))
         if charts:
             footer = environment_line(run["environment"])
+            colours = colours_of(rows, run)
             made = {
-                "speedup.png": speed_chart(rows, folder / "speedup.png", footer),
-                "quality.png": quality_chart(rows, scored.get("label", ""), folder / "quality.png", footer),
+                "speedup.png": speed_chart(rows, folder / "speedup.png", footer, colours),
+                "quality.png": quality_chart(rows, scored.get("label", ""), folder / "quality.png", footer, colours),
             }
             for name in (name for name, there in made.items() if not there):
                 (folder / name).unlink(missing_ok=True)  # it shows the figures of an earlier run
@@ -104,26 +106,48 @@ def write_report(folder: Path, results: dict[str, Any] | None = None, charts: bo
 
 
 def scenario_row(scenario: Scenario) -> dict[str, Any]:
-    """A scenario as the first columns of its row: every setting of the patch that its method uses."""
-    row = {"scenario": scenario.name, "method": scenario.method, "cache_interval": scenario.cache_interval}
-    if scenario.method == "agentsd":
-        row = {**asdict(scenario.settings), **row}
+    """A scenario as the first columns of its row: every setting that its method uses, under its own name."""
+    row: dict[str, Any] = {}
+    if scenario.method == "tomesd":
+        row = {key: getattr(scenario.settings, key) for key in ("ratio", "use_rand", "seed")}
     elif scenario.config is not None:
-        row |= {"ratio": scenario.config.ratio}
-        row |= {"early": scenario.config.early} if scenario.method in CONTROLS else {}
-    return row
+        row = asdict(scenario.config)
+    if scenario.method in WITH_INTERVAL:
+        row["interval"] = scenario.interval
+    row |= {**METHODS[scenario.method].fixed, **scenario.options}
+    return {**row, "scenario": scenario.name, "method": scenario.method, "cache_interval": scenario.cache_interval}
+
+
+def check_settings(scenarios: Sequence[Scenario]) -> None:
+    """Raise BenchError where a method's own setting has the name of a column: one of the two would be lost."""
+    for scenario in scenarios:
+        if taken := scenario.options.keys() & {*_KEYS, *RUN_SETTINGS, "scenario", "method", "compiled", "environment"}:
+            name = min(taken)
+            if name != "cache_interval":
+                raise BenchError(f"method {scenario.method}: results have a column {name!r}; rename its setting")
+
+
+RUN_SETTINGS = ("model", "scheduler", "steps", "guidance", "run_seed", "threads", "rounds", "dtype", "device", "fair")
+"""What all rows of a run share; each row has them beside its own. fair: see ModelSpec."""
+
+
+def colours_of(rows: Sequence[dict[str, Any]], run: dict[str, Any]) -> dict[str, str]:
+    """The colour of each row's method: what the run says, as a method may come from a file that is not loaded now."""
+    kept = run.get("colours", {})
+    known = {name: method.colour for name, method in METHODS.items()}
+    return {row["method"]: kept.get(row["method"]) or known.get(row["method"], "#000000") for row in rows}
 
 
 def make_rows(
     run: dict[str, Any], scenarios: Sequence[Scenario], timings: Sequence[Timing], scores: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """One row per scenario and workload: settings, scores, times.
+    """One row per scenario and workload: settings of the scenario and of the run, scores, times.
 
     Scores are in the row with the times of the same size and batch, not compiled, or in one of their own.
     """
     rows = []
     for scenario in scenarios:
-        base = scenario_row(scenario)
+        base = {**scenario_row(scenario), **run.get("settings", {})}
         score = scores.get(scenario.name, {})
         own = [timing for timing in timings if timing.scenario == scenario.name]
         for timing in own:

@@ -1,0 +1,1 @@
+"""Examples of what a user of the benchmarks can add."""
