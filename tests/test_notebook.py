@@ -8,6 +8,7 @@ import warnings
 from child import ROOT
 
 import agentsd
+from agentsd.config import PRESETS
 
 NOTEBOOK = json.loads((ROOT / "examples" / "agentsd.ipynb").read_text("utf-8"))
 SMALL = {"SIZE": 64, "STEPS": 10, "ROUNDS": 1}
@@ -32,8 +33,8 @@ def test_every_cell_runs_in_order(tmp_path, monkeypatch, capsys):
             assert set(SMALL) < set(names)
             names.update(SMALL)
     pipe, out = names["pipe"], capsys.readouterr().out
-    assert all(f"\n{preset} " in out for preset in ("fast", "fastest", "large", "cache")) and " dB " in out
-    assert names["comparison"]["agentsd"].image.size == (64, 64) and names["strip"].width == 6 * 64
+    assert all(f"\n{preset} " in out for preset in list(PRESETS)[1:]) and " dB " in out
+    assert names["comparison"]["agentsd"].image.size == (64, 64) and names["strip"].width == (1 + len(PRESETS)) * 64
     assert names["report"].active and names["view"].agent_attention is not None
     assert agentsd.remove_patch(pipe) is pipe
     assert list(tmp_path.iterdir()) == []

@@ -29,7 +29,7 @@ PAGE = (ROOT / "agentsd" / "SERVING.md").read_text("utf-8")
 
 pytest.importorskip("fastapi")
 
-SETTINGS = (None, {}, {"preset": "fast"}, {"preset": "cache", "ratio": 0.3})
+SETTINGS = (None, {}, {"preset": "fast"}, {"cache_interval": 3, "ratio": 0.3})
 SMALL = {"height": 64, "width": 64, "steps": 12}
 
 
@@ -114,7 +114,7 @@ def test_parallel_requests_each_get_the_image_made_alone(server, folder):
         ({"prompt": "a", "seed": -1}, "seed"),
         ({"prompt": "a", "patch": {"ratio": 2}}, "ratio=2"),
         ({"prompt": "a", "patch": {"ratio": "0.4"}}, "ratio='0.4'"),
-        ({"prompt": "a", "patch": {"preset": "fats"}}, "one of paper, fast"),
+        ({"prompt": "a", "patch": {"preset": "fats"}}, "must be one of"),
         ({"prompt": "a", "patch": {"rato": 0.4}}, "rato"),
         ({"prompt": "a", "patch": {"cache_interval": 3, "cache_depth": 9}}, "cache_depth"),
         ({"prompt": "a", "patch": {"config": 1}}, "config=1"),
@@ -142,7 +142,7 @@ def test_snippets_of_the_page_run(fresh_dynamo, monkeypatch):
 
 def test_kept_memory_is_what_the_page_says_and_freed_when_it_says():
     pipe = make_pipeline(scheduler=DDIMScheduler(**SD_BETAS, clip_sample=False))
-    agentsd.apply_patch(pipe, preset="cache")
+    agentsd.apply_patch(pipe, cache_interval=3, ratio=0, early=0)
     kept = []
 
     def look(pipe, step, timestep, values):
