@@ -136,6 +136,26 @@ def test_other_samplers_are_cached_by_rules_without_a_plan(comfyui, unet, sample
     assert torch.isfinite(run["latents"]).all() and not run["told"]
 
 
+def test_every_sampler_that_comfyui_lists(comfyui, unet):  # noqa: F811
+    for sampler in comfyui("samplers"):
+        arguments = dict(model="sd15", sampler=sampler, steps=12, size=(8, 8), cfg=1.0)
+        run = comfyui("sample", nodes=node(cache_interval=3), **arguments)
+        whole, cached = run["counts"]
+        assert torch.isfinite(run["latents"]).all() and not run["hooks"] and not run["kept"], sampler
+        assert whole + cached == len(run["calls"]), sampler
+        if sampler != "dpm_adaptive":
+            assert cached >= len(run["calls"]) // 4 and not run["told"], (sampler, whole, cached)
+
+
+def test_sdxl(comfyui, unet):  # noqa: F811
+    comfyui("make", name="sdxl", kind="sdxl", weights=make_unet("sdxl", norm_num_groups=32).state_dict())
+    for depth in ("auto", "2"):
+        run = comfyui("sample", model="sdxl", nodes=node(cache_interval=3, cache_depth=depth), steps=20)
+        plain = comfyui("sample", model="sdxl", nodes=[], steps=20)
+        assert run["counts"] == (8, 12) and not run["told"]
+        assert 0 < distance(run["latents"], plain["latents"]) < 1
+
+
 def test_few_steps_are_whole(comfyui, unet):  # noqa: F811
     for sampler in ("lcm", "euler"):
         run = comfyui("sample", model="sd15", nodes=node(cache_interval=5), sampler=sampler, steps=8, size=(8, 8))

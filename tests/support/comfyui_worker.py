@@ -365,13 +365,17 @@ def sample(
 
     def note(apply, arguments):
         sigmas.append((float(arguments["timestep"][0]), tuple(arguments["input"].shape)))
-        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+        more = {}
+        if "num_classes" in shape:  # pooled text and sizes, which BaseModel itself has not
+            more["y"] = torch.linspace(-1, 1, shape["adm_in_channels"]).expand(len(arguments["input"]), -1)
+        return apply(arguments["input"], arguments["timestep"], **arguments["c"], **more)
 
+    shape = MODELS[model].model.model_config.unet_config
     patcher = patcher.clone()
     if "model_function_wrapper" not in patcher.model_options:
         patcher.set_model_unet_function_wrapper(note)
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(3, 1, 7, MODELS[model].model.model_config.unet_config["context_dim"], generator=generator)
+    features = torch.randn(3, 1, 7, shape["context_dim"], generator=generator)
     if noise is None:
         noise = torch.randn(batch, 4, *size, generator=generator)
     positive, negative = [[features[0], {}]], [[features[1], {}]]
