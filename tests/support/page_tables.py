@@ -5,7 +5,7 @@ stands for those of its name (sdxl-1024.md and .json), a link to results.md or R
 are whole numbers, aims (cells with ≥ or ≤), what stands as code, and what a comment before the table excludes:
 
     <!-- not checked: earlier models, whose results are not kept -->      the whole table
-    <!-- arithmetic: 50 PLMS steps -->                                    columns, by their headings, with "; " between them
+    <!-- arithmetic: 50 PLMS steps; whole run -->                         columns, by their headings
 """
 
 from __future__ import annotations
