@@ -33,7 +33,8 @@ FEWEST_STEPS = 10
 _WIDEST_STEP = 0.1
 
 # The longest part of the run over which a feature is reused: 12 and 20 steps with a large interval
-# would fall to 30 dB of the unpatched image. 50 steps at interval 5 span 0.08 of the run, 30 steps 0.13.
+# would fall to 30 dB of the unpatched image. 50 steps at interval 5 span 0.08 of the run, 30 steps 0.13. In a
+# planned run too: 25 DDIM steps at interval 5 have 37.3 dB with 7 whole calls, and unbounded 32.8 with 6 (one image).
 _LONGEST_REUSE = 0.14
 
 # How much of the line through two features an extrapolation follows.
@@ -238,7 +239,8 @@ def _forecast(features: list[tuple[float, Tensor]], position: float) -> Tensor:
 
     It goes half of the line's way from the newest. On the demo model (25 DDIM steps, 10 images) the whole way is 1.2 dB
     nearer to the unpatched image than the newest feature alone, but further away for 4 images; half of it is 1.8 dB
-    nearer, and further away for 1.
+    nearer, and further away for 1. In planned runs (one image, interval 3, nothing merged) half of it is 0.4 dB nearer
+    than the whole way with DDIM, and 1.5 dB with Euler.
     """
     newest_position, newest = features[0]
     if len(features) == 1:

@@ -181,3 +181,12 @@ def test_distance_by_hand():
 def test_every_fourth_image_is_there_to_choose():
     images = generation.images_of(["a"] * 8)
     assert [image.index for image in images if image.chooses] == [3, 7] and len({image.seed for image in images}) == 8
+
+
+def test_presets_are_those_that_the_page_was_measured_with():
+    data = json.loads((call_times.STORED.parent / "results.json").read_text(encoding="utf-8"))
+    assert data["presets"] == PRESETS
+    measured = {entry["row"]: entry["fields"] for entry in data["check"] if entry["row"].startswith("preset")}
+    for name, fields in measured.items():
+        assert fields == PRESETS[name.split('"')[1]], name
+    assert {'preset "cache"', 'preset "fast"'} <= set(measured)
