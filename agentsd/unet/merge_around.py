@@ -18,11 +18,13 @@ class MergeAround:
     Args:
         block: the transformer block.
         layer: its self-attention's state, which keeps the matching of the call.
+        last: nothing after this module needs the matching, which is let go then. Compiled graphs cannot return it.
     """
 
-    def __init__(self, block: BasicTransformerBlock, layer: LayerState):
+    def __init__(self, block: BasicTransformerBlock, layer: LayerState, last: bool):
         self.block = block
         self.layer = layer
+        self.last = last
 
     def install(self, module: nn.Module) -> list[Any]:
         """Add the hooks to the block's `attn2` or `ff`; returns their handles."""
@@ -43,6 +45,8 @@ class MergeAround:
     def unmerge(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """The hook after it."""
         found = self._matching(module)
+        if self.last and self.layer.now is not None:
+            self.layer.now.matching = None
         return None if found is None else unmerge_tokens(output, *found)
 
     def _matching(self, module: nn.Module) -> tuple[TokenMatching, int] | None:

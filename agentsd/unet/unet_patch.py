@@ -143,9 +143,9 @@ class UNetPatch:
             attn.set_processor(processor)
             self._handles.append(block.register_forward_pre_hook(BlockHook(state), with_kwargs=True))
             if self.config.merge_crossattn and block.attn2 is not None:
-                self._handles += MergeAround(block, state).install(block.attn2)
+                self._handles += MergeAround(block, state, last=not self.config.merge_mlp).install(block.attn2)
             if self.config.merge_mlp:
-                self._handles += MergeAround(block, state).install(block.ff)
+                self._handles += MergeAround(block, state, last=True).install(block.ff)
 
         self._handles.append(unet.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._handles.append(unet.register_forward_hook(self._leave, always_call=True))
