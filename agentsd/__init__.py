@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .attention import agent_attention as agent_attention
     from .config import AgentConfig as AgentConfig
     from .config import Phase as Phase
-    from .describe import describe as describe
+    from .describing import describe as describe
     from .images.compare import compare as compare
     from .images.pipelines import load_pipeline as load_pipeline
     from .images.tune import tune as tune
@@ -26,7 +26,7 @@ _HOME = {
     "agent_attention": "attention",
     "apply_patch": "patch",
     "compare": "images.compare",
-    "describe": "describe",
+    "describe": "describing",
     "load_pipeline": "images.pipelines",
     "new_run": "patch",
     "patched": "patch",

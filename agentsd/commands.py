@@ -66,7 +66,7 @@ def info(options: argparse.Namespace, config: AgentConfig) -> int:
     for name in ("height", "width"):
         check_size(name, getattr(options, name))
     _check_loading(options)
-    from .describe import describe
+    from .describing import describe
     from .patch import apply_patch
     from .report import USUAL_WIDTH, as_text, every_layer
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("layer_plan",),
     ("unet",),
     ("patch",),
-    ("report", "describe", "multiply_adds", "visualize", "maps", "images", "vision"),
+    ("report", "describing", "multiply_adds", "visualize", "maps", "images", "vision"),
     ("cli", "commands", "__main__"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -315,3 +317,12 @@ def test_describing_disturbs_nothing():
 def test_bad_sizes(size, error):
     with pytest.raises(error, match="height="):
         agentsd.describe(make_unet(), *size)
+
+
+def test_describe_stays_a_function_whatever_was_imported_before():
+    """A module of the same name would take its place once something imports it, as the command does."""
+    code = (
+        "import agentsd.commands, agentsd.describing, agentsd.images.tune, agentsd; print(callable(agentsd.describe))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "True"

@@ -1,5 +1,7 @@
 """describe: which layers are patched, how many tokens and agents they work with, and what that saves."""
 
+# Not in a file of its own name: importing that would put the module in the place of agentsd.describe.
+
 from __future__ import annotations
 
 import dataclasses
