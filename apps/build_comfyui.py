@@ -7,7 +7,6 @@ instead what ComfyUI shows of the nodes (locales/en/nodeDefs.json) from the node
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import shutil
 import sys
@@ -39,23 +38,17 @@ def build(folder: Path) -> None:
 
 def texts() -> dict[str, Any]:
     """What ComfyUI shows of the nodes, in the form of its nodeDefs.json."""
-    nodes = importlib.import_module("comfyui.nodes")
-    found = {}
-    for name, node in nodes.NODE_CLASS_MAPPINGS.items():
-        given = node.INPUT_TYPES()
-        inputs = {**given["required"], **given.get("optional", {})}
-        outputs = getattr(node, "RETURN_NAMES", node.RETURN_TYPES)
-        tips = getattr(node, "OUTPUT_TOOLTIPS", ("",) * len(outputs))
-        found[name] = {
-            "display_name": nodes.NODE_DISPLAY_NAME_MAPPINGS[name],
-            "description": node.DESCRIPTION,
-            "inputs": {one: {"name": one, "tooltip": spec[1]["tooltip"]} for one, spec in inputs.items()},
-            "outputs": {
-                str(i): {"name": output, **({"tooltip": tip} if tip else {})}
-                for i, (output, tip) in enumerate(zip(outputs, tips))
-            },
+    from comfyui.schema import PATCH, REPORT
+
+    return {
+        node.name: {
+            "display_name": node.title,
+            "description": node.description,
+            "inputs": {one.name: {"name": one.name, "tooltip": one.tooltip} for one in node.inputs},
+            "outputs": {"0": {"name": node.output or node.kind, **({"tooltip": node.tip} if node.tip else {})}},
         }
-    return found
+        for node in (PATCH, REPORT)
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

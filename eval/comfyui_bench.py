@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from eval.calls.comfyui_runs import VARIANTS
+
     parser = argparse.ArgumentParser(
         prog="comfyui_bench.py", description="Times model calls in ComfyUI with and without the node."
     )
@@ -39,10 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s")
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    runs = parser.add_argument_group("whole runs, with step caching, EasyCache, LazyCache and fewer steps")
+    runs = parser.add_argument_group("whole runs: step caching, ToMe, EasyCache, LazyCache, fewer steps, interleaved")
     add = runs.add_argument
     add("--runs", action="store_true", help="whole runs in place of calls")
     add("--size", type=int, default=512, help="in pixels (default: %(default)s)")
+    add("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=f"some of {', '.join(VARIANTS)}; default: all")
     add("--steps", type=int, default=25, help="default: %(default)s")
     add("--fewer", type=int, nargs="*", default=(), metavar="N", help="unpatched runs of so many steps beside")
     add("--sampler", default="euler", help="default: %(default)s")

@@ -8,7 +8,7 @@ from comfyui_support import comfyui  # noqa: F401
 from conftest import make_unet
 
 import agentsd
-from agentsd.config import FIELD_NAMES, AgentConfig
+from agentsd.config import FIELD_NAMES, PRESETS, AgentConfig
 
 KINDS = ("sd15", "sd2", "sdxl")
 # AgentSD's settings, as apply_patch and as the node take them.
@@ -122,7 +122,7 @@ def test_widgets_have_the_defaults_and_ranges_of_the_settings(comfyui):  # noqa:
     for name, (kind, options) in widgets.items():
         if name in own:
             continue
-        default = getattr(AgentConfig(), name)
+        default = PRESETS["fast"][name] if name == "cache_interval" else getattr(AgentConfig(), name)
         if name == "early_ratio":
             assert default is None and options["default"] == options["min"] == -1  # takes ratio
             continue
@@ -144,6 +144,28 @@ def test_widgets_have_the_defaults_and_ranges_of_the_settings(comfyui):  # noqa:
         for value in allowed:
             AgentConfig(**{"late": "full", name: value})
     assert widgets["seed"][1]["control_after_generate"] is False
+
+
+OLD = dict(ratio=0.3, early=0.2, late="merge", max_downsample="auto", seed=4, max_agents=0, max_keys=0, match_tile=0)
+"""What workflows of the first version say of a node."""
+
+
+def test_both_forms_of_nodes_through_comfyuis_own_loader_are_the_same(comfyui, unets):  # noqa: F811
+    v3 = comfyui("loaded_by_comfyui", model="sd15", v3=True, values=OLD)
+    v1 = comfyui("loaded_by_comfyui", model="sd15", v3=False, values=OLD)
+    assert v3.pop("v3") == [True, True] and v1.pop("v3") == [False, False]
+    assert v3 == v1
+    assert v3["shows"] == [False, True] and v3["outputs"] == {"AgentSD": ["MODEL"], "AgentSDReport": ["STRING"]}
+    assert v3["inputs"]["AgentSD"]["agents"][2]["advanced"] and v3["titles"] == ["AgentSD", "AgentSD report"]
+    ((text,),), shown = v3["report"]
+    assert shown == {"text": [text]} and "no run yet" in text
+    assert v3["settings"]["cache_interval"] == 1 and v3["settings"]["seed"] == 4  # as they were
+
+
+def test_a_new_node_is_what_the_preset_fast_is(comfyui, unets):  # noqa: F811
+    values = {name: options["default"] for name, (_, options) in comfyui("widgets").items() if name != "model"}
+    assert values["preset"] == "custom"  # so that every widget counts
+    assert AgentConfig(**comfyui("patched_with", model="sd15", values=values)) == AgentConfig(**PRESETS["fast"])
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

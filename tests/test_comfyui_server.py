@@ -122,14 +122,19 @@ def test_the_node_is_listed_with_every_widget_of_the_workflow(server):
     nodes = json.loads(server.get("/object_info"))
     assert nodes["AgentSD"]["category"] == nodes["AgentSDReport"]["category"] == "model_patches/unet"
     widgets = nodes["AgentSD"]["input"]
+    assert widgets["optional"]["preset"][0] == "COMBO"  # ComfyUI's current form of nodes
+    assert widgets["optional"]["cache_interval"][1]["default"] == 3  # of a new node
     assert set(workflow()[AGENTS]["inputs"]) == {*widgets["required"], *widgets["optional"]}
 
 
-def test_workflows_of_the_first_version_still_run(server):
-    old = workflow()
+def test_workflows_of_the_first_version_run_uncached(server):
+    old = workflow(steps=12)
     for name in server_widgets(server):
         old[AGENTS]["inputs"].pop(name)
-    assert server.image(old).shape == (128, 128, 3)
+    history = server.run(old)
+    assert history["status"]["status_str"] == "success", history["status"]
+    (text,) = history["outputs"][REPORT]["text"]
+    assert "12 model calls" in text and "cached" not in text
 
 
 def server_widgets(server):
@@ -223,5 +228,8 @@ def test_example_workflows(server, file):
 
 def test_help_and_texts_are_served(server):
     assert server.get("/extensions/agentsd/docs/AgentSD.md").startswith(b"# AgentSD")
+    assert "/extensions/agentsd/old_workflows.js" in json.loads(server.get("/extensions"))
+    for file in EXAMPLES:
+        assert server.get(f"/api/workflow_templates/agentsd/{file.stem}.jpg").startswith(b"\xff\xd8")
     texts = json.loads(server.get("/i18n"))["en"]["nodeDefs"]
     assert "cache_interval" in texts["AgentSD"]["inputs"]

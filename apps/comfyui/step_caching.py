@@ -6,6 +6,7 @@ conditionings of a step, as guidance amplifies what differs between them.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Hashable
@@ -25,8 +26,9 @@ _ONCE_A_STEP = frozenset(
     "sample_" + name
     for name in (
         "euler euler_cfg_pp euler_ancestral euler_ancestral_cfg_pp lms ddpm lcm ipndm ipndm_v deis dpmpp_2m "
-        "dpmpp_2m_cfg_pp dpmpp_2m_sde dpmpp_2m_sde_gpu dpmpp_3m_sde dpmpp_3m_sde_gpu res_multistep "
-        "res_multistep_cfg_pp res_multistep_ancestral res_multistep_ancestral_cfg_pp er_sde sa_solver"
+        "dpmpp_2m_cfg_pp dpmpp_2m_sde dpmpp_2m_sde_gpu dpmpp_2m_sde_heun dpmpp_2m_sde_heun_gpu dpmpp_3m_sde "
+        "dpmpp_3m_sde_gpu res_multistep res_multistep_cfg_pp res_multistep_ancestral res_multistep_ancestral_cfg_pp "
+        "gradient_estimation gradient_estimation_cfg_pp unipc unipc_bh2 er_sde sa_solver"
     ).split()
 )
 # With it, also as "ddim", extrapolated features measured nearer to the unpatched latents than reused ones.
@@ -157,7 +159,7 @@ class StepCaching:
         signature = (
             tuple(cond.get("uuid") for cond in active),
             tuple(id(one) for cond in active for one in active_controls(cond, self._sigma)),
-            tuple(frame for cond in active for frame in _keyframes(cond.get("hooks"), self._sigma)),
+            tuple(frame for cond in active for frame in _keyframes(cond.get("hooks"), self._sigma, options)),
             (x.shape, x.dtype, x.device),
             None if window is None else tuple(window),
         )
@@ -253,14 +255,17 @@ def active_controls(cond: dict[str, Any], sigma: float) -> list[Any]:
     return found
 
 
-def _keyframes(hooks: Any, sigma: float) -> list[tuple]:
-    """Which keyframe of each hook (a LoRA's strength over the run) holds at a noise level."""
+def _keyframes(hooks: Any, sigma: float, options: dict[str, Any]) -> list[tuple]:
+    """Which keyframe of each hook (a LoRA's strength over the run) holds at a noise level.
+
+    ComfyUI moves on to it after this; a copy of the hook's keyframes says already which one it will be.
+    """
     found = []
     for hook in getattr(hooks, "hooks", ()):
-        group = getattr(hook, "hook_keyframe", None)
-        starts = [getattr(frame, "start_t", None) for frame in getattr(group, "keyframes", ())]
-        current = sum(start is not None and start >= sigma for start in starts)
-        found.append((id(hook), current, getattr(group, "_current_index", None)))
+        group: Any = copy.copy(getattr(hook, "hook_keyframe", None))
+        if hasattr(group, "prepare_current_keyframe") and "sample_sigmas" in options:
+            group.prepare_current_keyframe(sigma, options)
+        found.append((id(hook), getattr(group, "_current_index", None)))
     return found
 
 

@@ -69,15 +69,17 @@ class AgentWrapper:
             run.caching = StepCaching(self.config, sampler, levels, sampling, self.percents)
             if run.caching.whole_because is not None:
                 run.warn(f"step caching is off: {run.caching.whole_because}")
-        outer = self._active
+        outer = self._active, self._batch  # of a run that samples within a step
         self.run = self._active = run
+        self._batch = None
         completed = False
         try:
             out = executor(noise, latent, sampler, sigmas, *args, **kwargs)
             completed = True
             return out
         finally:
-            self._active, self._batch = outer, None
+            self._active, self._batch = outer
+            self.run = run
             run.end(completed)
 
     def predict_noise(self, executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Any:

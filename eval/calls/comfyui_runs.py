@@ -11,41 +11,34 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from agentsd.images.rounds import rotated
-from eval.calls import comfyui
-from eval.common.protocol import BenchError
-from eval.launch import REPOSITORY
+from agentsd.images.rounds import rotated, speed_up
+from eval.calls import comfyui_models as models
+from eval.calls.comfyui import OWN
 
-OWN = comfyui.OWN
-PROMPTS = ("a photo of a castle", "a photo of a red flower", "a photo of a dog", "a photo of a boat on a lake")
+PROMPTS = tuple(f"a high quality photograph of a {name}." for name in ("castle", "zebra", "dog", "lobster"))
+"""In the words that the demo network was trained on."""
 
-DEMO = dict(
-    image_size=64,
-    use_spatial_transformer=True,
-    legacy=False,
-    in_channels=4,
-    out_channels=4,
-    model_channels=48,
-    num_res_blocks=[1] * 4,
-    channel_mult=[1, 1, 2, 4],
-    transformer_depth=[1] * 4,
-    transformer_depth_output=[1] * 8,
-    transformer_depth_middle=-1,
-    adm_in_channels=None,
-    num_heads=-1,
-    num_head_channels=48,
-    use_linear_in_transformer=False,
-    context_dim=128,
-    disable_self_attentions=[False, True, True, True],
-)
-"""The demo network in ComfyUI's words."""
+STEP_CACHING = dict(ratio=0.0, early=0.0)
+"""With a cache_interval: step caching alone, nothing merged, no agents."""
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tome": ("ToMe node, 0.4", "ToMe", dict(ratio=0.4)),
+    "interval-1": ("AgentSD, paper, cache_interval 1", "AgentSD", {}),
+    "interval-3": ("AgentSD, caching alone, cache_interval 3", "AgentSD", dict(cache_interval=3, **STEP_CACHING)),
+    "interval-5": ("AgentSD, caching alone, cache_interval 5", "AgentSD", dict(cache_interval=5, **STEP_CACHING)),
+    "fast": ("AgentSD, preset fast", "AgentSD", dict(preset="fast")),
+    "fastest": ("AgentSD, preset fastest", "AgentSD", dict(preset="fastest")),
+    "easycache-0.2": ("EasyCache 0.2", "EasyCache", dict(threshold=0.2)),
+    "easycache-0.4": ("EasyCache 0.4", "EasyCache", dict(threshold=0.4)),
+    "lazycache-0.2": ("LazyCache 0.2", "LazyCache", dict(threshold=0.2)),
+    "lazycache-0.4": ("LazyCache 0.4", "LazyCache", dict(threshold=0.4)),
+}
+"""What is compared with ComfyUI's own run: its label, node and settings, by the name that `--variants` takes."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,18 +47,9 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         BenchError: the folder has no ComfyUI.
     """
-    folder = options.folder.resolve()
-    if not (folder / "ComfyUI" / "main.py").is_file():
-        raise BenchError(f"{options.folder} has no ComfyUI; .ci/comfyui FOLDER prepares one")
-    path = os.pathsep.join([str(folder / "ComfyUI"), str(REPOSITORY)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
-    given = {name: value for name, value in vars(options).items() if name != "folder"}
     with tempfile.TemporaryDirectory() as place:
-        if options.model == "demo":
-            given["demo"] = str(_write_demo(Path(place), options.images))
-        python = folder / "venv" / "bin" / "python"
-        command = [python, "-m", "eval.calls.comfyui_runs", json.dumps(given)]
-        return subprocess.run(command, env=environment, cwd=REPOSITORY).returncode
+        demo = str(_write_demo(Path(place), options.images)) if options.model == "demo" else None
+        return models.run_in_comfyui("eval.calls.comfyui_runs", options, demo=demo)
 
 
 def _write_demo(folder: Path, images: int) -> Path:
@@ -84,20 +68,15 @@ def _write_demo(folder: Path, images: int) -> Path:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = options.device == "cpu"
-    comfy.cli_args.args.use_pytorch_cross_attention = True
+    device = models.start(options)
     import torch
 
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
     if options.model == "demo":
         given = torch.load(options.demo)
-        model, texts = _demo_model(given["weights"], device), given["texts"]
+        model, texts = models.demo_model(given["weights"], device), given["texts"]
     else:
-        model = comfyui._model(options.model, getattr(torch, options.dtype), device)
-        channels = 768 if options.model == "sd15" else 2048
+        model = models.random_model(options.model, getattr(torch, options.dtype), device)
+        channels = models.SHAPES[options.model]["context_dim"]
         generator = torch.Generator().manual_seed(0)
         texts = [tuple(torch.randn(2, 1, 77, channels, generator=generator)) for _ in range(options.images)]
     variants = _variants(model, options)
@@ -129,7 +108,7 @@ def _print(results: dict[str, list[dict[str, Any]]]) -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     own_cpu = [one["cpu"] for one in results[OWN]]
     for variant, runs in results.items():
-        factor = statistics.median(own / one["cpu"] for own, one in zip(own_cpu, runs))
+        factor = speed_up(own_cpu, [one["cpu"] for one in runs])
         calls = runs[0]["calls"]
         whole = [cpu for one in runs for cached, cpu in one["calls"] if not cached]
         cached = [cpu for one in runs for cached, cpu in one["calls"] if cached]
@@ -140,7 +119,7 @@ def _print(results: dict[str, list[dict[str, Any]]]) -> None:
             str(sum(not cached for cached, _ in calls)),
             f"{statistics.median(one['wall'] for one in runs):.3g}",
             f"{statistics.median(one['cpu'] for one in runs):.3g}",
-            f"{factor:.2f}",
+            "" if factor is None else f"{factor:.2f}",
             f"{statistics.median(whole):.3g}" if whole else "",
             f"{statistics.median(cached):.3g}" if cached else "",
             "" if variant == OWN else f"{statistics.mean(near):.1f} ({min(near):.1f})",
@@ -155,56 +134,25 @@ def _decibel(one, other) -> float:
     return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
 
 
-def _demo_model(weights, device):
-    import comfy.model_base
-    import comfy.model_patcher
-    import comfy.ops
-    import comfy.supported_models_base
-    import comfy.utils
-    import torch
-
-    class FewGroups(comfy.ops.disable_weight_init):
-        class GroupNorm(comfy.ops.disable_weight_init.GroupNorm):
-            def __init__(self, num_groups, num_channels, **more):
-                super().__init__(16, num_channels, **more)  # ComfyUI's UNets have 32 groups, this one 16
-
-    config = type("Config", (comfy.supported_models_base.BASE,), {"unet_extra_config": {}})(dict(DEMO))
-    config.custom_operations = FewGroups
-    config.set_inference_dtype(torch.float32, None)
-    model = comfy.model_base.BaseModel(config, device=device)
-    names = comfy.utils.unet_to_diffusers(DEMO)
-    model.diffusion_model.load_state_dict({names[name]: tensor for name, tensor in weights.items()})
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
-
-
 def _variants(model, options):
-    """What is compared, by name: (model, steps)."""
+    """What is compared, by label: (model, steps)."""
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+    from comfy_extras.nodes_tomesd import TomePatchModel
 
-    node = comfyui.load_node()
-    widgets = {**node.INPUT_TYPES()["required"], **node.INPUT_TYPES()["optional"]}
-    defaults = {name: widget[1].get("default") for name, widget in widgets.items() if name != "model"}
+    def patched(kind, settings):
+        if kind == "AgentSD":
+            return models.node_functions().patch(model, **settings)
+        if kind == "ToMe":
+            return TomePatchModel.execute(model, settings["ratio"]).args[0]
+        other = EasyCacheNode if kind == "EasyCache" else LazyCacheNode
+        return other.execute(model, settings["threshold"], 0.15, 0.95, False).args[0]
 
-    def ours(**settings):
-        return node().patch(model, **{**defaults, **settings})[0], options.steps
-
-    def easy(kind, threshold):
-        return kind.execute(model, threshold, 0.15, 0.95, False).args[0], options.steps
-
-    cache = dict(ratio=0.0, early=0.0)
-    variants = {OWN: (model, options.steps)}
-    if options.model != "demo":
-        return {**variants, "AgentSD, cache_interval 3": ours(cache_interval=3, **cache)}
     return {
-        **variants,
-        "AgentSD, defaults, no caching": ours(),
-        "AgentSD, cache_interval 3": ours(cache_interval=3, **cache),
-        "AgentSD, cache_interval 5": ours(cache_interval=5, **cache),
-        "AgentSD, preset fast": ours(preset="fast"),
-        "EasyCache 0.2": easy(EasyCacheNode, 0.2),
-        "EasyCache 0.4": easy(EasyCacheNode, 0.4),
-        "LazyCache 0.2": easy(LazyCacheNode, 0.2),
-        "LazyCache 0.4": easy(LazyCacheNode, 0.4),
+        OWN: (model, options.steps),
+        **{
+            label: (patched(kind, settings), options.steps)
+            for label, kind, settings in (VARIANTS[name] for name in options.variants or VARIANTS)
+        },
         **{f"ComfyUI, {steps} steps": (model, steps) for steps in options.fewer},
     }
 
@@ -215,12 +163,18 @@ def _sample(patcher, steps, text, seed, options):
     import torch
 
     calls = []
+    pooled = models.SHAPES[options.model].get("adm_in_channels")
+
+    def more(batch):
+        # SDXL's pooled text and sizes, which a model without a checkpoint's text encoder has not.
+        return {} if pooled is None else {"y": torch.linspace(-1, 1, pooled).expand(batch, -1)}
+
     wrappers = patcher.get_wrappers("apply_model", "agentsd")
 
     def note(apply, arguments):
         run = wrappers[-1].run if wrappers else None
         before, start = run.cached if run else 0, time.process_time()
-        out = apply(arguments["input"], arguments["timestep"], **arguments["c"])
+        out = apply(arguments["input"], arguments["timestep"], **arguments["c"], **more(len(arguments["input"])))
         calls.append((run is not None and run.cached > before, time.process_time() - start))
         return out
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
-import importlib.util
+import importlib
 import logging
 import os
 import pickle
@@ -51,6 +52,9 @@ from comfy_extras.nodes_model_downscale import PatchModelAddDownscale  # noqa: E
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance  # noqa: E402
 from comfy_extras.nodes_sag import SelfAttentionGuidance  # noqa: E402
 from comfy_extras.nodes_tomesd import TomePatchModel  # noqa: E402
+from comfyui_kinds import KINDS, fill  # noqa: E402
+
+from eval.calls.comfyui_models import demo_model, node_functions  # noqa: E402
 
 TINY = dict(
     image_size=32,
@@ -87,53 +91,15 @@ SHAPES = {
         adm_in_channels=80,
     ),
 }
-DEMO = dict(
-    image_size=64,
-    use_spatial_transformer=True,
-    legacy=False,
-    in_channels=4,
-    out_channels=4,
-    model_channels=48,
-    num_res_blocks=[1] * 4,
-    channel_mult=[1, 1, 2, 4],
-    transformer_depth=[1] * 4,
-    transformer_depth_output=[1] * 8,
-    transformer_depth_middle=-1,
-    adm_in_channels=None,
-    num_heads=-1,
-    num_head_channels=48,
-    use_linear_in_transformer=False,
-    context_dim=128,
-    disable_self_attentions=[False, True, True, True],
-)
-"""The demo network of agentsd, which has half as many groups in its normalisations as ComfyUI's UNets."""
-
-
-class FewGroups(comfy.ops.disable_weight_init):
-    class GroupNorm(comfy.ops.disable_weight_init.GroupNorm):
-        def __init__(self, num_groups, num_channels, **more):
-            super().__init__(16, num_channels, **more)
-
-
 MODELS: dict[str, comfy.model_patcher.ModelPatcher] = {}
 
 
-def _load_nodes():
-    """Load the folder as ComfyUI loads a custom node."""
-    folder = REPOSITORY / "apps" / "comfyui"
-    spec = importlib.util.spec_from_file_location("agentsd_nodes", folder / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["agentsd_nodes"] = module
-    spec.loader.exec_module(module)
-    return module.NODE_CLASS_MAPPINGS
-
-
-NODES = _load_nodes()
+nodes_module = node_functions()  # loaded as ComfyUI loads a custom node
 
 
 def widgets():
-    """The widgets of the node."""
-    inputs = NODES["AgentSD"].INPUT_TYPES()
+    """The node's widgets as ComfyUI's first form of nodes has them: type or choices, and options."""
+    inputs = importlib.import_module("agentsd_nodes.v1").AgentSD.INPUT_TYPES()
     return {**inputs["required"], **inputs["optional"]}
 
 
@@ -149,10 +115,11 @@ def loaded_packages():
 
 def make(name, kind, weights, prediction="eps"):
     """Make a tiny model of ComfyUI's classes with a diffusers UNet's weights, and name it."""
-    shape = DEMO if kind == "demo" else {**TINY, **SHAPES[kind]}
-    config = type("TinyConfig", (comfy.supported_models_base.BASE,), {"unet_extra_config": {}})(dict(shape))
     if kind == "demo":
-        config.custom_operations = FewGroups
+        MODELS[name] = demo_model(weights, torch.device("cpu"))
+        return
+    shape = {**TINY, **SHAPES[kind]}
+    config = type("TinyConfig", (comfy.supported_models_base.BASE,), {"unet_extra_config": {}})(dict(shape))
     config.set_inference_dtype(torch.float32, None)
     model_type = {"eps": comfy.model_base.ModelType.EPS, "v": comfy.model_base.ModelType.V_PREDICTION}[prediction]
     model = comfy.model_base.BaseModel(config, model_type=model_type)
@@ -167,8 +134,7 @@ def _patched(model, nodes):
     model = MODELS[model]
     for name, settings in nodes:
         if name == "AgentSD":
-            defaults = {widget: spec[1].get("default") for widget, spec in widgets().items() if widget != "model"}
-            (model,) = NODES[name]().patch(model, **{**defaults, **settings})
+            model = nodes_module.patch(model, **settings)
         elif name == "ToMe":
             model = TomePatchModel.execute(model, settings["ratio"]).args[0]
         elif name == "HyperTile":
@@ -349,7 +315,9 @@ def sample(
     text=None,
     control=None,
     timed=None,
+    kind=None,
     again=0,
+    between=None,
     **more,
 ):
     """Runs of ComfyUI's sampler on one patched model; returns latents, sigmas and report of the last one.
@@ -358,7 +326,9 @@ def sample(
         text: (positive, negative) text features.
         control: ControlNets for the positive prompt, by name, as a chain.
         timed: the part of the run at which a second positive prompt takes the place of the first.
+        kind: of conditioning or model, one of comfyui_kinds.
         again: runs before the one that is returned; one that raises is left.
+        between: (sampler, steps) of a run of the same patched model between two of them.
     """
     patcher = _patched(model, nodes)
     sigmas = []
@@ -390,8 +360,13 @@ def sample(
         ]
     if control:
         positive[0][1]["control"] = _chain(control)
+    if kind is not None:
+        patcher = KINDS[kind](patcher, positive, negative, noise)
     runs = []
-    for _ in range(again + 1):
+    for number in range(again + 1):
+        if number and between is not None:
+            arguments = (patcher, noise[..., :8, :8] * 1, between[1], cfg, between[0], "simple", positive, negative)
+            comfy.sample.sample(*arguments, torch.zeros_like(noise[..., :8, :8]), seed=1, disable_pbar=True)
         sigmas.clear()
         with contextlib.suppress(RuntimeError, comfy.model_management.InterruptProcessingException):
             latents = comfy.sample.sample(
@@ -423,10 +398,153 @@ def sample(
         "counts": (run.whole, run.cached) if run else None,
         "kept": run is not None and run.caching is not None,
         "told": list(run.told) if run else [],
-        "report": NODES["AgentSDReport"]().describe(patcher, None)["result"][0] if agents else "",
+        "report": nodes_module.describe(patcher) if agents else "",
         "hooks": _hooks(MODELS[model]),
         "seen": [settings["seen"] for _, settings in nodes if "seen" in settings],
     }
+
+
+def make_random(name, seed=9, **shape):
+    """Make a tiny model with random weights that needs no counterpart on diffusers, and name it."""
+    config = {**TINY, **SHAPES["sd15"], "num_res_blocks": [2, 2], "transformer_depth": [1, 1, 0, 0]}
+    config.update(transformer_depth_output=[1, 1, 1, 0, 0, 0], **shape)
+    made = type("TinyConfig", (comfy.supported_models_base.BASE,), {"unet_extra_config": {}})(config)
+    made.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.BaseModel(made, model_type=comfy.model_base.ModelType.EPS)
+    fill(model.diffusion_model, seed, 0.1)
+    if config["in_channels"] == 9:
+        model.set_inpaint()
+    cpu = torch.device("cpu")
+    MODELS[name] = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+@torch.inference_mode()
+def recorded(model, nodes, sampler, scheduler, steps, text):
+    """A run without guidance: (input, timestep, output) of each call of the UNet, and which calls were cached."""
+    patcher = _patched(model, nodes)
+    calls, cached = [], []
+
+    def note(unet, args, out):
+        run = _agents(patcher).run
+        calls.append((args[0].clone(), float(args[1][0]), out.clone()))
+        cached.append(run.cached)
+
+    handle = patcher.model.diffusion_model.register_forward_hook(note)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompt = [[text, {}]]
+    try:
+        comfy.sample.sample(
+            patcher, noise, steps, 1.0, sampler, scheduler, prompt, prompt, noise * 0, seed=0, disable_pbar=True
+        )
+    finally:
+        handle.remove()
+    run = _agents(patcher).run
+    counts = [*cached[1:], run.cached]  # a call is counted when it has returned
+    flags = [after > before for before, after in zip(cached, counts)]
+    return {
+        "calls": calls,
+        "cached": flags,
+        "counts": (run.whole, run.cached),
+        "told": list(run.told),
+        "left": _hooks(MODELS[model]) + [run.caching] * (run.caching is not None),
+    }
+
+
+def with_whole_parts(**arguments):
+    """`sample` by a naive reference: cached calls run everything, and the kept feature takes the place of the last."""
+    parts, wrapper = sys.modules["agentsd_nodes.skipping"].SkippedParts, sys.modules["agentsd_nodes.wrapper"]
+    kept = parts.skipped, parts.control, parts.transformer_options, wrapper.stopped_controlnets
+
+    @contextlib.contextmanager
+    def replaced(self, feature):
+        handle = self._last.register_forward_hook(lambda module, args, output: feature)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    parts.skipped = replaced
+    parts.control = parts.transformer_options = lambda self, given: given
+    wrapper.stopped_controlnets = lambda controls, depth: contextlib.nullcontext()
+    try:
+        return sample(**arguments)
+    finally:
+        parts.skipped, parts.control, parts.transformer_options, wrapper.stopped_controlnets = kept
+
+
+def with_little_memory(part, **arguments):
+    """`sample` where a part of the weights fits on the device, as with --lowvram; the others are cast when used."""
+    patcher = comfy.model_patcher.ModelPatcher
+    own, casts = patcher.load, []
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        own(self, device_to, max(1, int(part * self.model_size())), force_patch_weights, full_load=False)
+        modules = self.model.diffusion_model.modules()
+        casts.append(sum(getattr(module, "comfy_cast_weights", False) for module in modules))
+
+    comfy.model_management.unload_all_models()
+    patcher.load = load
+    try:
+        return {**sample(**arguments), "casts": casts}
+    finally:
+        patcher.load = own
+        comfy.model_management.unload_all_models()
+
+
+def base_and_refiner(models, nodes, steps, switch):
+    """KSampler (Advanced) twice, as a base and a refiner; returns the latents, and (whole, cached) of each half."""
+    generator = torch.Generator().manual_seed(0)
+    text, noise = torch.randn(2, 1, 7, 32, generator=generator), torch.randn(1, 4, 16, 16, generator=generator)
+    latents, counts = torch.zeros_like(noise), []
+    for half, model in enumerate(models):
+        patcher = _patched(model, nodes)
+        part = dict(start_step=0, last_step=switch) if half == 0 else dict(start_step=switch, disable_noise=True)
+        latents = comfy.sample.sample(
+            patcher,
+            torch.zeros_like(noise) if half else noise,
+            steps,
+            3.0,
+            "euler",
+            "karras",
+            [[text[0], {}]],
+            [[text[1], {}]],
+            latents,
+            seed=0,
+            disable_pbar=True,
+            force_full_denoise=half == 1,
+            **part,
+        )
+        run = _agents(patcher).run if nodes else None
+        counts.append((run.whole, run.cached) if run else None)
+    return latents, counts
+
+
+def lora_of(model):
+    """Random LoRA weights of all attention of a model, as LoraLoader reads them from a file."""
+    generator, file = torch.Generator().manual_seed(8), {}
+    for name, tensor in MODELS[model].model.diffusion_model.state_dict().items():
+        if ".to_" in name and name.endswith("weight"):
+            key = f"diffusion_model.{name.removesuffix('.weight')}"
+            file[f"{key}.lora_up.weight"] = torch.randn(tensor.shape[0], 4, generator=generator) * 0.1
+            file[f"{key}.lora_down.weight"] = torch.randn(4, tensor.shape[1], generator=generator) * 0.1
+    return file
+
+
+def _run(patcher, sampler, steps, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    text, noise = torch.randn(2, 1, 7, 32, generator=generator), torch.randn(1, 4, *size, generator=generator)
+    prompts = [[text[0], {}]], [[text[1], {}]]
+    return comfy.sample.sample(
+        patcher, noise, steps, 3.0, sampler, "karras", *prompts, noise * 0, seed=seed, disable_pbar=True
+    )
+
+
+def two_samplers(model, nodes, steps):
+    """Runs of two samplers by turns on one patched model, and the second one's on a model of its own."""
+    patcher = _patched(model, nodes)
+    first, second = ("euler", steps, (16, 16), 1), ("dpmpp_2m", steps + 3, (16, 8), 2)
+    runs = [_run(patcher, *one) for one in (first, second, first)]
+    return [*runs, _run(_patched(model, nodes), *second)]
 
 
 def with_whole_controlnets(**arguments):
@@ -481,8 +599,60 @@ def upcasts(model, forced):
 
 def patched_with(model, values):
     """The settings of a node that got these values and no others."""
-    (patched,) = NODES["AgentSD"]().patch(MODELS[model], **values)
-    return dataclasses.asdict(_agents(patched).config)
+    return dataclasses.asdict(_agents(nodes_module.patch(MODELS[model], **values)).config)
+
+
+def loaded_by_comfyui(model, v3, values):
+    """The folder loaded by ComfyUI's own loader, with or without its current form of nodes, and run by its executor.
+
+    Returns:
+        Whether the nodes have the current form; the inputs of each node as {name: (kind or choices, options)}; the
+        titles; the settings of a model that AgentSD got these values for; what the report gives and shows.
+    """
+    import execution
+    import nodes
+
+    folder = str(REPOSITORY / "apps" / "comfyui")
+    own = sys.modules["comfy_api.latest"]
+    for name in [name for name in sys.modules if name.startswith(folder.replace(".", "_x_"))]:
+        del sys.modules[name]
+    if not v3:
+        sys.modules["comfy_api.latest"] = None
+    try:
+        assert asyncio.run(nodes.load_custom_node(folder))
+    finally:
+        sys.modules["comfy_api.latest"] = own
+    found = {name: nodes.NODE_CLASS_MAPPINGS[name] for name in ("AgentSD", "AgentSDReport")}
+
+    def run(name, inputs):
+        given = {key: [value] for key, value in inputs.items()}
+        return asyncio.run(execution.get_output_data("prompt", "1", found[name](), given))[:2]
+
+    ((patched,),), _ = run("AgentSD", {"model": MODELS[model], **values})
+    report = run("AgentSDReport", {"model": patched, "samples": None})
+    return {
+        "v3": [issubclass(one, own.io.ComfyNode) for one in found.values()],
+        "inputs": {name: _plain_inputs(one.INPUT_TYPES()) for name, one in found.items()},
+        "outputs": {name: [str(kind) for kind in one.RETURN_TYPES] for name, one in found.items()},
+        "shows": [getattr(one, "OUTPUT_NODE", False) for one in found.values()],
+        "texts": [(one.CATEGORY, one.DESCRIPTION) for one in found.values()],
+        "titles": [nodes.NODE_DISPLAY_NAME_MAPPINGS[name] for name in found],
+        "settings": dataclasses.asdict(_agents(patched).config),
+        "report": report,
+    }
+
+
+def _plain_inputs(given):
+    """Inputs of either form in one: (kind or list of choices, options)."""
+    inputs = {}
+    for part in ("required", "optional"):
+        for name, (kind, options) in given.get(part, {}).items():
+            options = {key: value for key, value in options.items() if key not in ("options", "multiselect")}
+            choices = given[part][name][1].get("options")
+            inputs[name] = (part, str(kind) if choices is None else choices, options)
+            if isinstance(kind, list):
+                inputs[name] = (part, kind, options)
+    return inputs
 
 
 def two_runs(model, nodes):
