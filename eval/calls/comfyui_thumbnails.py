@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.calls import comfyui_models as models
-from eval.launch import PLACES, REPOSITORY
+from eval.launch import REPOSITORY
 
 WORKFLOWS = REPOSITORY / "apps" / "comfyui" / "example_workflows"
 NAMES = {"text_to_image": "castle", "sdxl": "zebra", "controlnet": "lobster", "image_to_image": "tiger"}
@@ -29,7 +29,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="comfyui_thumbnails", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="what .ci/comfyui prepared")
     options = argparse.Namespace(**vars(parser.parse_args(arguments)), device="cpu", threads=2)
-    sys.path[:0] = PLACES
     import torch
 
     import agentsd
