@@ -182,9 +182,13 @@ def test_few_steps_are_whole(comfyui, unet):  # noqa: F811
         assert run["counts"] == (8, 0)
 
 
-def test_an_adaptive_sampler_is_whole_and_told(comfyui, unet):  # noqa: F811
-    run = comfyui("sample", model="sd15", nodes=node(cache_interval=3), sampler="dpm_adaptive", size=(8, 8))
-    assert run["counts"][1] == 0 and "dpm_adaptive" in run["told"][0]
+@pytest.mark.parametrize("settings", [dict(cache_interval=3), dict(ratio=0.4, early=0.4)], ids=["cached", "agents"])
+def test_an_adaptive_sampler_is_unpatched_and_told(comfyui, unet, settings):  # noqa: F811
+    """With agents dpm_adaptive takes nearly twice as many calls on the demo network."""
+    arguments = dict(model="sd15", sampler="dpm_adaptive", size=(8, 8), cfg=1.0)
+    run, plain = comfyui("sample", nodes=node(**settings), **arguments), comfyui("sample", nodes=[], **arguments)
+    assert torch.equal(run["latents"], plain["latents"]) and run["counts"] == (len(plain["calls"]), 0)
+    assert len(run["told"]) == 1 and "dpm_adaptive" in run["told"][0]
 
 
 def test_between_percents(comfyui, unet):  # noqa: F811
@@ -307,6 +311,18 @@ def test_a_wrapper_that_never_calls_the_model_is_told(comfyui, unet):  # noqa: F
         run = comfyui("sample", model="sd15", nodes=[*node(cache_interval=interval), ("DeepCache", {})], steps=4)
         assert len(run["told"]) == 1 and "DeepCache" in run["told"][0]
         assert "4 steps never called the model's apply_model" in run["report"]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["TorchCompileModel before", "TorchCompileModel after"])
+def test_a_compiled_model_is_whole_and_told(comfyui, unet, first):  # noqa: F811
+    ours = node(preset="fast")
+    nodes = [("compile", {}), *ours] if first else [*ours, ("compile", {})]
+    arguments = dict(model="sd15", steps=12, size=(8, 8))
+    run, plain = comfyui("sample", nodes=nodes, **arguments), comfyui("sample", nodes=[("compile", {})], **arguments)
+    assert torch.equal(run["latents"], plain["latents"]) and not run["kept"]
+    assert len(run["told"]) == 1 and "TorchCompileModel" in run["told"][0] and run["counts"][1] == 0
+    # Without TorchCompileModel it caches again.
+    assert comfyui("sample", nodes=ours, **arguments)["counts"] == (7, 5)
 
 
 def test_a_single_compiled_block_runs_unpatched_and_is_told(comfyui, unet):  # noqa: F811

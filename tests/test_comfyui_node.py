@@ -175,6 +175,8 @@ def test_phases_under_every_sampler_that_comfyui_lists(comfyui, unets):  # noqa:
     samplers = comfyui("samplers")
     assert {"euler", "heun", "dpm_2", "lms", "dpmpp_2m", "dpmpp_sde", "ddim", "uni_pc", "lcm"} <= set(samplers)
     for sampler in samplers:
+        if sampler == "dpm_adaptive":  # it is unpatched: test_comfyui_caching.py
+            continue
         run = comfyui("sample", model="sd15", nodes=node(), sampler=sampler, steps=7, size=(8, 8), cfg=1.0)
         agent = sum(sigma >= run["boundary"] for sigma, _ in run["calls"])
         assert run["phases"] == {"agent": agent, "merge": len(run["calls"]) - agent}, sampler

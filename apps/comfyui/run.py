@@ -56,6 +56,7 @@ class Run:
     Attributes:
         schedule: ComfyUI's sigmas of the run; held, so that another run's tensor cannot have the same identity.
         caching: step caching of the run; None without.
+        unpatched: its model calls run as without AgentSD.
         expected: steps that the sampler has to take, where it calls the model once in each; 0 where that is not known.
         network: the UNet, while the run goes on.
         step: the evaluation in progress.
@@ -73,6 +74,7 @@ class Run:
 
     schedule: Any = None
     caching: StepCaching | None = None
+    unpatched: bool = False
     expected: int = 0
     network: Network | None = None
     step: Step | None = None

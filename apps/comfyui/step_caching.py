@@ -33,8 +33,8 @@ _ONCE_A_STEP = frozenset(
 )
 # With it, also as "ddim", extrapolated features measured nearer to the unpatched latents than reused ones.
 _STEADY = "sample_euler"
-# These choose their steps by how well two estimates agree, which a reused feature falsifies.
-_ADAPTIVE = "dpm_adaptive"
+# It chooses its steps by how well two estimates agree, which a reused feature falsifies and agents disturb.
+ADAPTIVE = "dpm_adaptive"
 
 _BACK = 0.1
 """A run by hand that goes back by more than this part of it begins anew, as restarts do."""
@@ -90,21 +90,13 @@ class StepCaching:
         sigmas: noise levels of the run; the last one is where it ends.
         sampling: the model's `model_sampling`.
         percents: (start, end) of the run between which calls are cached.
-
-    Attributes:
-        whole_because: why nothing is cached, or None.
     """
 
     def __init__(
         self, config: AgentConfig, sampler: Any, sigmas: list[float], sampling: Any, percents: tuple[float, float]
     ):
-        self.whole_because: str | None = None
         self._config = config
         name = sampler_name(sampler)
-        if _ADAPTIVE in name:
-            self.whole_because = (
-                f"{_ADAPTIVE} chooses its steps by what the model answers; use another sampler to cache"
-            )
         start, end = (float(sampling.percent_to_sigma(percent)) for percent in percents)
         self._inside = lambda sigma: end <= sigma <= start
         self._percents = _Percents(sampling)
@@ -163,7 +155,7 @@ class StepCaching:
             (x.shape, x.dtype, x.device),
             None if window is None else tuple(window),
         )
-        whole = whole or self.whole_because is not None or not self._inside(self._sigma)
+        whole = whole or not self._inside(self._sigma)
         batch.begun = phase, signature = self._phase(self._sigma), signature
         flat = self._cache.begin(self._position, stream, phase, signature, whole)
         if flat is not None:

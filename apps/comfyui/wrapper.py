@@ -14,7 +14,7 @@ from agentsd.config import AgentConfig, Phase
 from .layers import find_layers
 from .run import Network, Run, Step
 from .skipping import SkippedParts, stopped_controlnets
-from .step_caching import Batch, StepCaching, active_controls, calls_once_a_step, is_active
+from .step_caching import ADAPTIVE, Batch, StepCaching, active_controls, calls_once_a_step, is_active, sampler_name
 from .unet_call import NOT_REACHED, WARNED, UNetCall
 
 KIND, KEY = "apply_model", "agentsd"
@@ -32,6 +32,10 @@ _MIXED = "this batch has samples of both phases, which run unpatched; sample the
 _PASSED_BY = (
     "another node's model_function_wrapper runs the model itself and never calls apply_model (DeepCache nodes do), "
     "which leaves AgentSD out; remove that node, or AgentSD"
+)
+_ADAPTIVE = (
+    f"{ADAPTIVE} chooses its steps by how well two answers of the model agree, and takes nearly twice as many with "
+    "agents: this run is unpatched. Use another sampler"
 )
 _SAG = "step caching is off: self-attention guidance (SAG) reads the attention of every call. Remove that node to cache"
 
@@ -65,10 +69,11 @@ class AgentWrapper:
         levels = [float(sigma) for sigma in sigmas.tolist()]
         run = Run(expected=len(levels) - 1 if calls_once_a_step(sampler) else 0)
         sampling = guider.model_patcher.get_model_object("model_sampling")
-        if self.config.cache_interval > 1:
+        if ADAPTIVE in sampler_name(sampler):
+            run.unpatched = True
+            run.warn(_ADAPTIVE)
+        elif self.config.cache_interval > 1:
             run.caching = StepCaching(self.config, sampler, levels, sampling, self.percents)
-            if run.caching.whole_because is not None:
-                run.warn(f"step caching is off: {run.caching.whole_because}")
         outer = self._active, self._batch  # of a run that samples within a step
         self.run = self._active = run
         self._batch = None
@@ -160,6 +165,10 @@ class AgentWrapper:
         network = self._network(run, model.diffusion_model)
         if network.compiled or _COMPILING in options.get("wrappers", {}).get(KIND, {}):
             run.warn(_COMPILED)
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        if run.unpatched:
+            run.calls[Phase.MERGE] += 1
+            run.whole += 1
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         boundary = self._first_agent_sigma(model.model_sampling)
         phases = {Phase.AGENT if self.config.early > 0 and s >= boundary else Phase.MERGE for s in sigmas}

@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "interval-3": ("AgentSD, caching alone, cache_interval 3", "AgentSD", dict(cache_interval=3, **STEP_CACHING)),
     "interval-5": ("AgentSD, caching alone, cache_interval 5", "AgentSD", dict(cache_interval=5, **STEP_CACHING)),
     "fast": ("AgentSD, preset fast", "AgentSD", dict(preset="fast")),
+    "fast-5": ("AgentSD, preset fast, cache_interval 5", "AgentSD", dict(cache_interval=5)),
     "fastest": ("AgentSD, preset fastest", "AgentSD", dict(preset="fastest")),
     "easycache-0.2": ("EasyCache 0.2", "EasyCache", dict(threshold=0.2)),
     "easycache-0.4": ("EasyCache 0.4", "EasyCache", dict(threshold=0.4)),

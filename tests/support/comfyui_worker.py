@@ -368,7 +368,9 @@ def sample(
             arguments = (patcher, noise[..., :8, :8] * 1, between[1], cfg, between[0], "simple", positive, negative)
             comfy.sample.sample(*arguments, torch.zeros_like(noise[..., :8, :8]), seed=1, disable_pbar=True)
         sigmas.clear()
-        with contextlib.suppress(RuntimeError, comfy.model_management.InterruptProcessingException):
+        # A compiled model is taken as such without the time that compiling takes.
+        stance = torch.compiler.set_stance("force_eager" if ("compile", {}) in nodes else "default")
+        with stance, contextlib.suppress(RuntimeError, comfy.model_management.InterruptProcessingException):
             latents = comfy.sample.sample(
                 patcher,
                 noise,
