@@ -34,7 +34,7 @@ _PASSED_BY = (
     "which leaves AgentSD out; remove that node, or AgentSD"
 )
 _ADAPTIVE = (
-    f"{ADAPTIVE} chooses its steps by how well two answers of the model agree, and takes nearly twice as many with "
+    f"{ADAPTIVE} chooses its steps by how well two answers of the model agree, and takes about twice as many with "
     "agents: this run is unpatched. Use another sampler"
 )
 _SAG = "step caching is off: self-attention guidance (SAG) reads the attention of every call. Remove that node to cache"
