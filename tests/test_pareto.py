@@ -12,6 +12,7 @@ from conftest import make_pipeline
 from agentsd.config import PRESETS
 from eval import pareto
 from eval.common.fair_schedules import FAIR_SCHEDULES, set_fair_schedule, steps_of_equal_time
+from eval.common.image_distance import HAS_FLIP
 from eval.common.models import ModelSpec, load_model
 from eval.common.protocol import BenchError
 from eval.equal_time import call_times, generation, line, work
@@ -173,9 +174,11 @@ def test_call_times_are_known_for_every_row():
 
 def test_distance_by_hand():
     full = np.full((16, 16, 3), 0.5, dtype=np.float32)
-    assert generation.distance(full, full) == (100.0, 1.0)
-    psnr, ssim = generation.distance(full + 0.1, full)
-    assert psnr == pytest.approx(20, abs=1e-3) and ssim < 1
+    equal = generation.distances(full, full, None)
+    assert (equal["psnr"], equal["ssim"], equal["features"]) == (100, 1, None) and not equal["flip"]
+    other = generation.distances(full + 0.1, full, generation._features())
+    assert other["psnr"] == pytest.approx(20, abs=1e-3) and other["ssim"] < 1 and other["features"] > 0
+    assert not HAS_FLIP or 0 < other["flip"] < 1
 
 
 def test_every_fourth_image_is_there_to_choose():

@@ -26,7 +26,6 @@ from unittest import mock
 import numpy as np
 import torch
 from DeepCache import DeepCacheSDHelper
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 import agentsd
 from agentsd.files import write_atomically
@@ -36,14 +35,10 @@ from eval.common.environment import commit, device_name
 from eval.common.fair_schedules import FAIR_SCHEDULES, set_fair_schedule, steps_of_equal_time
 from eval.common.files import read_json
 from eval.common.fingerprint import weights_fingerprint
+from eval.common.image_distance import HAS_FLIP, flip, psnr, ssim
 from eval.common.progress import progress
 from eval.common.protocol import BenchError
 from eval.common.tables import markdown, write_json
-
-try:
-    import flip_evaluator
-except ModuleNotFoundError:  # it has no wheels for Python 3.14 yet; the column is empty then
-    flip_evaluator = None
 
 SUBJECTS = ("zebra", "castle", "goldfish", "mushroom", "bee", "sailboat", "pretzel", "school bus")
 NO_AGENTS: dict[str, Any] = {"ratio": 0.0, "early": 0.0}  # the cache alone
@@ -147,24 +142,17 @@ def distances(images: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
     """Distances to the unpatched images.
 
     Returns:
-        psnr, psnr_error, psnrs: mean in dB, its standard error, and each image's. ssim: mean. flip: mean of LDR-FLIP, 0
-        where two images look alike in alternation and 1 at most (Andersson et al., 2020), as on a screen with 67
-        pixels per degree; None without flip_evaluator.
+        psnr, psnr_error, psnrs: mean in dB, its standard error, and each image's. ssim: mean. flip: mean, None without
+        flip-evaluator.
     """
-    error = ((images - originals) ** 2).mean(axis=(1, 2, 3)).clip(1e-10)
-    psnr = -10 * np.log10(error)
-    ours, theirs = (torch.from_numpy(one).permute(0, 3, 1, 2) for one in (images, originals))
-    ssim = torch.as_tensor(structural_similarity_index_measure(ours, theirs, data_range=1.0))
-    flip = None
-    if flip_evaluator is not None:
-        pairs = zip(originals, images)
-        flip = float(np.mean([flip_evaluator.evaluate(*pair, "LDR", applyMagma=False)[1] for pair in pairs]))
+    pairs = list(zip(images, originals))
+    psnrs = np.array([psnr(*pair) for pair in pairs])
     return {
-        "psnr": float(psnr.mean()),
-        "psnr_error": float(psnr.std(ddof=1) / len(psnr) ** 0.5) if len(psnr) > 1 else float("nan"),
-        "psnrs": [round(float(value), 2) for value in psnr],
-        "ssim": float(ssim),
-        "flip": flip,
+        "psnr": float(psnrs.mean()),
+        "psnr_error": float(psnrs.std(ddof=1) / len(psnrs) ** 0.5) if len(psnrs) > 1 else float("nan"),
+        "psnrs": [round(float(value), 2) for value in psnrs],
+        "ssim": float(np.mean([ssim(*pair) for pair in pairs])),
+        "flip": float(np.mean([flip(*pair) for pair in pairs])) if HAS_FLIP else None,
     }
 
 
@@ -228,7 +216,7 @@ def kept_rows(folder: Path, model: str, weights: str) -> dict[str, dict[str, Any
 
 def setting() -> dict[str, Any]:
     """Date, machine and versions of the rows that are made now."""
-    names = ["torch", "diffusers", "DeepCache", *(["flip-evaluator"] if flip_evaluator else [])]
+    names = ["torch", "diffusers", "DeepCache", *(["flip-evaluator"] if HAS_FLIP else [])]
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, commit {commit()}"
     return {"date": date.today().isoformat(), "machine": machine, "versions": versions}

@@ -13,18 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchmetrics.functional.image import structural_similarity_index_measure
+from PIL import Image as PillowImage
 from tqdm import tqdm
 
 from agentsd.config import AgentConfig, Phase
 from eval.common.fair_schedules import set_fair_schedule
-from eval.common.protocol import image_seed
+from eval.common.image_distance import flip, psnr, ssim
+from eval.common.protocol import BenchError, image_seed
 from eval.common.scenarios import use_scenario
+from eval.fid.features import FeatureNetwork, load_features
 
 from .rows import FEWER_STEPS, Row, Run
 
 RESULTS = "distances.jsonl"
-_HIGHEST_PSNR = 100.0  # dB; equal images have an infinite one
+FEATURES = "efficientnet-lite0"
 
 
 @dataclass(frozen=True)
@@ -51,36 +53,78 @@ def images_of(prompts: list[str]) -> list[Image]:
     return [Image(index, prompt, index % 4 == 3) for index, prompt in enumerate(prompts)]
 
 
-def generate_all(
-    pipe: Any, rows: dict[Run, list[Row]], images: list[Image], guidance: float, size: int, folder: Path
-) -> None:
+@dataclass(frozen=True)
+class Sampling:
+    """What all images of a folder share.
+
+    Attributes:
+        model: its name.
+        guidance: scale.
+        size: in pixels.
+    """
+
+    model: str
+    guidance: float
+    size: int
+
+    def of(self, image: Image) -> dict[str, Any]:
+        """What a stored result says of its image, so that no other one is taken for it."""
+        return {"model": self.model, "guidance": self.guidance, "size": self.size, "prompt": image.prompt}
+
+
+def generate_all(pipe: Any, rows: dict[Run, list[Row]], images: list[Image], sampling: Sampling, folder: Path) -> None:
     """Generate what is missing; results are appended to RESULTS as they come, so that a stopped run goes on.
 
     Args:
         pipe: an unpatched text-to-image pipeline; its scheduler is left another one.
         rows: of each run.
         images: of each row.
-        guidance, size: of the sampling; the size in pixels.
+        sampling: of all of them.
         folder: of the results, and of the full runs' images.
+
+    Raises:
+        BenchError: the folder has results of another model, guidance, size or prompt.
     """
-    known = {(one["run"], one["key"], one["image"]) for one in read(folder)}
+    known = _known(folder, images, sampling)
     total = [(image, run) for image in images for run in rows]
     (folder / "full").mkdir(parents=True, exist_ok=True)
+    network = _features()
     for image, run in tqdm(total, unit="image and run"):
         missing = [row for row in rows[run] if (run.name, row.key, image.index) not in known]
         if not missing:
             continue
         set_fair_schedule(pipe, run.schedule)
-        full = _full(pipe, run, image, guidance, size, folder)
+        full = _full(pipe, run, image, sampling, folder)
         for row in missing:
-            generated, calls, seconds = generate(pipe, row, image, guidance, size)
-            psnr, ssim = distance(generated, full)
+            generated, calls, seconds = generate(pipe, row, image, sampling)
             line = {
                 "run": run.name, "key": row.key, "row": row.name, "image": image.index, "chooses": image.chooses,
-                "psnr": psnr, "ssim": ssim, "calls": calls, "seconds": seconds,
+                **distances(generated, full, network), "calls": calls, "seconds": seconds, "of": sampling.of(image),
             }  # fmt: skip
             with (folder / RESULTS).open("a", encoding="utf-8") as file:  # a line a write: processes may share it
                 file.write(json.dumps(line) + "\n")
+
+
+def _known(folder: Path, images: list[Image], sampling: Sampling) -> set[tuple[str, str, int]]:
+    wanted = {image.index: sampling.of(image) for image in images}
+    found = set()
+    for one in read(folder):
+        ours = wanted.get(one["image"])
+        if ours is not None and one.get("of") != ours:
+            raise BenchError(
+                f"{folder}: image {one['image']} is of {one.get('of')}, and this command's is of {ours}: give "
+                "another --out"
+            )
+        found.add((one["run"], one["key"], one["image"]))
+    return found
+
+
+def _features() -> FeatureNetwork | None:
+    """The benchmark's feature network that works offline; None where its packages are not installed."""
+    try:
+        return load_features(FEATURES)
+    except BenchError:
+        return None
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -95,7 +139,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def generate(pipe: Any, row: Row, image: Image, guidance: float, size: int) -> tuple[np.ndarray, dict[str, int], float]:
+def generate(pipe: Any, row: Row, image: Image, sampling: Sampling) -> tuple[np.ndarray, dict[str, int], float]:
     """One image of a row.
 
     Returns:
@@ -105,26 +149,38 @@ def generate(pipe: Any, row: Row, image: Image, guidance: float, size: int) -> t
     config = row.scenario.config or AgentConfig(early=0.0, ratio=0.0)
     with use_scenario(pipe, row.scenario) as call, _counted(pipe.unet, config, pipe.scheduler) as (calls, seconds):
         images = call(
-            image.prompt, num_inference_steps=row.steps, guidance_scale=guidance, height=size, width=size,
-            generator=torch.Generator().manual_seed(image.seed), output_type="np",
+            image.prompt, num_inference_steps=row.steps, guidance_scale=sampling.guidance, height=sampling.size,
+            width=sampling.size, generator=torch.Generator().manual_seed(image.seed), output_type="np",
         ).images  # fmt: skip
     return images[0], dict(calls), round(sum(seconds), 4)
 
 
-def distance(image: np.ndarray, full: np.ndarray) -> tuple[float, float]:
-    """PSNR in dB (100 at most) and SSIM of two images, [H, W, 3] in 0 … 1."""
-    error = float(((image.astype(np.float64) - full.astype(np.float64)) ** 2).mean())
-    psnr = min(_HIGHEST_PSNR, -10 * np.log10(max(error, 1e-10)))
-    ours, theirs = (torch.from_numpy(one).permute(2, 0, 1)[None].float() for one in (image, full))
-    ssim = float(torch.as_tensor(structural_similarity_index_measure(ours, theirs, data_range=1.0)))
-    return round(float(psnr), 3), round(ssim, 5)
+def distances(image: np.ndarray, full: np.ndarray, network: FeatureNetwork | None) -> dict[str, float | None]:
+    """Distances of two images, [H, W, 3] in 0 … 1.
+
+    Returns:
+        psnr: in dB, 100 at most. ssim. flip: 0 … 1, None without its package. features: length of the difference of
+        the network's features, in lengths of those of `full`; None without a network.
+    """
+    flipped = flip(image, full)
+    found: dict[str, float | None] = {
+        "psnr": round(psnr(image, full), 3),
+        "ssim": round(ssim(image, full), 5),
+        "flip": None if flipped is None else round(flipped, 5),
+        "features": None,
+    }
+    if network is not None:
+        pair = [PillowImage.fromarray((one * 255).round().astype(np.uint8)) for one in (image, full)]
+        ours, theirs = network.of_images(pair)
+        found["features"] = round(float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)), 5)
+    return found
 
 
-def _full(pipe: Any, run: Run, image: Image, guidance: float, size: int, folder: Path) -> np.ndarray:
+def _full(pipe: Any, run: Run, image: Image, sampling: Sampling, folder: Path) -> np.ndarray:
     """The unpatched image of the full run, from disk where it is there."""
     path = folder / "full" / f"{run.schedule}-{run.steps}-{image.index:04d}.npy"
     if not path.exists():
-        full, _, _ = generate(pipe, Row("full", run.steps, FEWER_STEPS), image, guidance, size)
+        full, _, _ = generate(pipe, Row("full", run.steps, FEWER_STEPS), image, sampling)
         with path.with_suffix(".part").open("wb") as file:
             np.save(file, full)
         path.with_suffix(".part").replace(path)

@@ -16,7 +16,7 @@ from eval.common.models import ModelSpec, load_model, native_size
 from eval.common.protocol import PROMPT, BenchError, choose_classes, demo_classes
 
 from . import call_times
-from .generation import RESULTS, generate_all, images_of, read
+from .generation import RESULTS, Sampling, generate_all, images_of, read
 from .line import MEASURED, compare
 from .page import table, write_page
 from .rows import parse_runs, rows_of
@@ -39,7 +39,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         size = options.size or native_size(pipe)
         options.out.mkdir(parents=True, exist_ok=True)
         first, of = options.share
-        generate_all(pipe, rows, images[first - 1 :: of], options.guidance, size, options.out)
+        sampling = Sampling(options.model, options.guidance, size)
+        generate_all(pipe, rows, images[first - 1 :: of], sampling, options.out)
     results = read(options.out)
     measured = options.measured or torch.cuda.is_available()
     sets: dict[str, list[dict[str, Any]]] = {}
