@@ -35,8 +35,8 @@ def tiny(monkeypatch):
 
 
 def command_of(folder):
-    command = f"--out {folder} --images 4 --size 64 --runs ddim:12 --fewer 6 8 11 --intervals 2 3 --device cpu"
-    return command.split()
+    command = f"--out {folder} --images 4 --size 64 --runs ddim:12 --fewer 6 11 --intervals 2 3 --device cpu"
+    return [*command.split(), "--leave-out", 'preset "fast"', 'preset "fastest"', 'preset "large"', "DeepCache 2"]
 
 
 def test_a_dry_run_with_a_tiny_model_and_resuming(tiny, tmp_path, capsys, monkeypatch):
@@ -44,15 +44,19 @@ def test_a_dry_run_with_a_tiny_model_and_resuming(tiny, tmp_path, capsys, monkey
     data = json.loads((tmp_path / "results.json").read_text())
     check = {entry["row"]: entry for entry in data["check"]}
     assert [entry["images"] for entry in data["check"] + data["choice"]] == [3] * len(check) + [1] * len(check)
-    assert check["6 steps"]["whole"] == check["6 steps"]["A100"] == 6 and check["6 steps"]["cached"] == 0
+    assert (
+        check["6 steps"]["whole"] == check["6 steps"]["machines"]["A100"]["time"] == 6
+        and check["6 steps"]["cached"] == 0
+    )
     assert check['preset "paper"']["whole"] == check["ToMeSD"]["whole"] == 12
     assert (check["DeepCache 3"]["whole"], check["DeepCache 3"]["cached"]) == (4, 8)
     cache = check["cache 2"]
     share = call_times.load()["A100"]["cache alone"]
     assert cache["whole"] + cache["cached"] == 12 and cache["cached"] > 3
     expected = cache["whole"] * share["whole, merge"] + cache["cached"] * share["cached, merge"]
-    assert cache["A100"] == pytest.approx(expected)
-    assert data["presets"] == PRESETS and (tmp_path / "results.md").read_text().count("| cache 2 |") == 2
+    assert cache["machines"]["A100"]["time"] == pytest.approx(expected)
+    assert set(cache["machines"]) == {call_times.CPU, *call_times.GPUS_SHOWN}
+    assert data["presets"] == PRESETS and (tmp_path / "results.md").read_text().count("| cache 2 | 3 |") == 1
 
     monkeypatch.setattr(generation, "generate", lambda *_: pytest.fail("an image that is there is generated again"))
     with (tmp_path / generation.RESULTS).open("a") as file:
@@ -138,19 +142,54 @@ def test_rows_are_compared_with_fewer_steps_image_by_image():
             "key": row.key,
             "image": image,
             "psnr": psnr,
-            "ssim": 0.5,
+            "flip": 1 / psnr,
             "seconds": sum(calls.values()),
         }
         return {**one, "calls": calls}
 
     results = [result(row, image, row.steps + image, {"whole, merge": row.steps}) for row in fewer for image in (0, 1)]
     results += [result(ours, image, 10 + 3 * image, {"whole, merge": 3, "cached, merge": 9}) for image in (0, 1, 2)]
-    times = {"GPU": {"cache alone": {"whole, merge": 1.0, "cached, merge": 5 / 9}}}
-    found = {entry["row"]: entry for entry in line.compare(RUN, [*fewer, ours], results, times, measured=True)}
-    assert found["cache 3"]["GPU"] == 8 and found["cache 3"]["images"] == 2  # the third lacks the line
-    assert found["cache 3"]["GPU, fewer steps"] == 8.5 and found["cache 3"]["GPU, nearer"] == 3
-    assert found["cache 3"]["GPU, nearer, worst"] == 2 and found["cache 3"]["psnr_worst"] == 10
-    assert found["cache 3"]["measured"] == 12 and found["cache 3"]["measured, nearer"] is None
+    theirs = Row("DeepCache 3", 12, "deepcache", {}, 3)
+    results.append(result(theirs, 0, 8, {"whole, merge": 4}))
+    times = {"GPU": {"deepcache": {"whole, merge": 1.0}, "cache alone": {"whole, merge": 1.0, "cached, merge": 5 / 9}}}
+    found = {entry["row"]: entry for entry in line.compare(RUN, [*fewer, ours, theirs], results, times, measured=True)}
+    cache = found["cache 3"]
+    assert cache["images"] == 2 and cache["machines"]["GPU"]["time"] == 8  # the third image lacks the line
+    beside = cache["machines"]["GPU"]["psnr"]
+    assert beside == {"other": 8.5, "nearer": 3, "interval": None, "worst": 2, "images_nearer": 2}
+    assert cache["machines"]["GPU"]["flip"]["images_nearer"] == 2  # the lower one is the nearer one
+    assert (
+        cache["distances"]["psnr"] == {"median": 11.5, "mean": 11.5, "worst": 10} and "ssim" not in cache["distances"]
+    )
+    assert cache["machines"]["measured"] == {"time": 12}  # the line does not reach
+    deepcache = {"row": "DeepCache 3", "images": 1, "other": 8, "nearer": 2, "interval": None, "worst": 2}
+    assert cache["deepcache"] == {**deepcache, "images_nearer": 1}
+
+
+@pytest.mark.parametrize("count", [5, 6, 9, 24])
+def test_the_interval_of_a_median_holds_it_often_enough(count):
+    values = [float(value) for value in np.random.default_rng(count).permutation(count)]
+    found = line.median_interval(values)
+    if count == 5:
+        assert found is None
+        return
+    # The number of values below the median is binomial: the interval misses it where that number is beyond a rank.
+    below = np.array([math.comb(count, k) / 2**count for k in range(count + 1)])
+    low, high = (int(end) for end in found)  # ranks from 0
+    assert high == count - 1 - low and 2 * below[: low + 1].sum() <= 0.05 < 2 * below[: low + 2].sum()
+
+
+def test_a_folder_of_other_images_is_refused(tmp_path):
+    """Another number of images gives an image another name; its figures were once taken for those of the new one."""
+    sampling = generation.Sampling("demo", 5.0, 64)
+    image = generation.images_of(["a zebra"])[0]
+    stored = {"run": RUN.name, "key": "", "image": 0, "of": sampling.of(image)}
+    (tmp_path / generation.RESULTS).write_text(json.dumps(stored))
+    generation.generate_all(None, {}, [image], sampling, tmp_path)
+    for other in (generation.images_of(["a castle"])[0], image):
+        sampling = sampling if other is not image else generation.Sampling("demo", 7.5, 64)
+        with pytest.raises(BenchError, match="image 0 is of .* give another --out"):
+            generation.generate_all(None, {}, [other], sampling, tmp_path)
 
 
 def test_rows_have_each_preset_once_and_nothing_twice():

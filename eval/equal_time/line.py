@@ -13,12 +13,15 @@ from .rows import FEWER_STEPS, Row, Run
 
 MEASURED = "measured"
 
+METRICS = {"psnr": 1, "ssim": 1, "flip": -1, "features": -1}
+"""Distance of two images: 1 where more is nearer, -1 where less is."""
+
 
 def at_time(line: Sequence[tuple[float, float]], time: float) -> float | None:
-    """The line's PSNR at a time: straight in the logarithm of the time between two of its points.
+    """The line's distance at a time: straight in the logarithm of the time between two of its points.
 
     Args:
-        line: (time, PSNR) of each point, times rising.
+        line: (time, distance) of each point, times rising.
         time: in the same unit.
 
     Returns:
@@ -30,12 +33,45 @@ def at_time(line: Sequence[tuple[float, float]], time: float) -> float | None:
     return None
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a median by order statistics: exact for any distribution, as the sign test is.
+
+    Fewer than 6 values have none: even their least and greatest enclose the median too rarely.
+    """
+    ordered, count = sorted(values), len(values)
+    rank, outside = 0, 0.0  # values below the interval; chance that the median lies there
+    while (outside := outside + math.comb(count, rank) / 2**count) <= 0.025:
+        rank += 1
+    return (ordered[rank - 1], ordered[count - rank]) if rank else None
+
+
+def paired(own: Sequence[float], other: Sequence[float], sign: int = 1) -> dict[str, Any]:
+    """How much nearer one row is than another one, image by image.
+
+    Args:
+        own, other: distances of the same images.
+        sign: of METRICS.
+
+    Returns:
+        other: its median; nearer: the median of the differences; interval of it (`median_interval`); worst difference;
+        images_nearer: on how many images `own` is the nearer one.
+    """
+    differences = [sign * (a - b) for a, b in zip(own, other, strict=True)]
+    return {
+        "other": statistics.median(other),
+        "nearer": statistics.median(differences),
+        "interval": median_interval(differences),
+        "worst": min(differences),
+        "images_nearer": sum(difference > 0 for difference in differences),
+    }
+
+
 def compare(
     run: Run, rows: Sequence[Row], results: Iterable[dict[str, Any]], times: CallTimes, measured: bool
 ) -> list[dict[str, Any]]:
     """What the tables and the chart show of a run.
 
-    Only images that all rows have are counted, so that rows are of the same images.
+    Images count that have the whole line of fewer steps; of a row, those of them that it has.
 
     Args:
         run, rows: what was generated.
@@ -44,59 +80,89 @@ def compare(
         measured: take each row's own seconds too, over those of a call of fewer steps.
 
     Returns:
-        Of each row: row, fields, images, whole, cached (calls, mean), psnr_median, psnr_mean, psnr_worst, ssim_mean;
-        and of each machine "MACHINE": time, in unpatched calls; "MACHINE, fewer steps": the median PSNR of fewer steps
-        at that time; "MACHINE, nearer": the median over images of the difference, and "MACHINE, nearer, worst". None
-        where the line does not reach.
+        Of each row: row, fields, images (how many), whole, cached (calls, mean); distances, of each of METRICS that was
+        measured its median, mean and worst; machines, of each its time in unpatched calls and `paired` against fewer
+        steps in that time for each metric, nothing where the line does not reach; deepcache, `paired` in PSNR against
+        DeepCache with the same interval, for step caching.
     """
-    by_row: dict[str, dict[int, dict[str, Any]]] = {row.key: {} for row in rows}
+    found: dict[str, dict[int, dict[str, Any]]] = {row.key: {} for row in rows}
     for one in results:
-        if one["run"] == run.name and one["key"] in by_row:
-            by_row[one["key"]][one["image"]] = one
-    rows = [row for row in rows if by_row[row.key]]
-    images = sorted(set.intersection(*(set(by_row[row.key]) for row in rows))) if rows else []
-    if not images:
-        return []
-    fewer = [row for row in rows if row.kind == FEWER_STEPS]
-    call = _seconds_of_a_call(by_row, fewer, images)
-    found = []
+        if one["run"] == run.name and one["key"] in found:
+            found[one["key"]][one["image"]] = one
+    fewer = [row for row in rows if row.kind == FEWER_STEPS and found[row.key]]
+    counted = set.intersection(*(set(found[row.key]) for row in fewer)) if fewer else set()
+    call = _seconds_of_a_call([found[row.key][i] for row in fewer for i in counted])
+    entries = []
     for row in rows:
-        own = [by_row[row.key][image] for image in images]
-        psnrs = [one["psnr"] for one in own]
+        images = sorted(counted & set(found[row.key]))
+        if not images:
+            continue
+        own = [found[row.key][i] for i in images]
         calls = {kind: statistics.mean(one["calls"].get(kind, 0) for one in own) for kind in _kinds(own)}
-        entry: dict[str, Any] = {
-            "run": run.name, "row": row.name, "kind": row.kind, "fields": row.fields, "images": len(images),
-            "whole": sum(count for kind, count in calls.items() if "whole" in kind),
-            "cached": sum(count for kind, count in calls.items() if "cached" in kind),
-            "psnr_median": statistics.median(psnrs), "psnr_mean": statistics.mean(psnrs), "psnr_worst": min(psnrs),
-            "ssim_mean": statistics.mean(one["ssim"] for one in own),
-        }  # fmt: skip
-        machines = {name: time_of(row, calls, machine) for name, machine in times.items()}
+        machines: dict[str, dict[str, Any]] = {
+            name: {"time": time_of(row, calls, machine)} for name, machine in times.items()
+        }
         if measured and call:
-            machines[MEASURED] = statistics.median(one["seconds"] for one in own) / call
-        for name, time in machines.items():
-            entry[name] = time
-            if row.kind == FEWER_STEPS:
-                continue
-            lines = [
-                [(sum(by_row[one.key][i]["calls"].values()), by_row[one.key][i]["psnr"]) for one in fewer]
-                for i in images
-            ]
-            there = [at_time(line, time) for line in lines]
-            reached = [value for value in there if value is not None]
-            full = len(reached) == len(images)
-            nearer = [psnr - value for psnr, value in zip(psnrs, reached)] if full else []
-            entry[f"{name}, fewer steps"] = statistics.median(reached) if full else None
-            entry[f"{name}, nearer"] = statistics.median(nearer) if full else None
-            entry[f"{name}, nearer, worst"] = min(nearer) if full else None
-        found.append(entry)
+            machines[MEASURED] = {"time": statistics.median(one["seconds"] for one in own) / call}
+        if row.kind != FEWER_STEPS:
+            line = [[found[point.key][i] for i in images] for point in fewer]
+            for machine in machines.values():
+                machine |= _against_fewer_steps(own, line, machine["time"])
+        entries.append(
+            {
+                "run": run.name, "row": row.name, "kind": row.kind, "fields": row.fields, "images": len(images),
+                "whole": sum(count for kind, count in calls.items() if "whole" in kind),
+                "cached": sum(count for kind, count in calls.items() if "cached" in kind),
+                "distances": _summary(own),
+                "machines": machines,
+                "deepcache": _against_deepcache(row, rows, found, images),
+            }
+        )  # fmt: skip
+    return entries
+
+
+def _summary(own: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    found = {}
+    for metric, sign in METRICS.items():
+        values = [one[metric] for one in own if one.get(metric) is not None]
+        if values:
+            worst = min(values) if sign > 0 else max(values)
+            found[metric] = {"median": statistics.median(values), "mean": statistics.mean(values), "worst": worst}
     return found
+
+
+def _against_fewer_steps(
+    own: list[dict[str, Any]], line: list[list[dict[str, Any]]], time: float
+) -> dict[str, dict[str, Any]]:
+    """Of each metric, how near a row is beside the line at a time; the line's points have the row's images."""
+    found = {}
+    for metric, sign in METRICS.items():
+        others = []
+        for points in zip(*line):
+            if any(one.get(metric) is None for one in points):
+                break
+            others.append(at_time([(sum(one["calls"].values()), one[metric]) for one in points], time))
+        reached = [value for value in others if value is not None]
+        if len(reached) == len(own) and all(one.get(metric) is not None for one in own):
+            found[metric] = paired([one[metric] for one in own], reached, sign)
+    return found
+
+
+def _against_deepcache(
+    row: Row, rows: Sequence[Row], found: dict[str, dict[int, dict[str, Any]]], images: list[int]
+) -> dict[str, Any] | None:
+    interval = row.fields.get("cache_interval", 1)
+    theirs = next((other for other in rows if other.kind == "deepcache" and other.interval == interval), None)
+    if row.kind != "agentsd" or theirs is None:
+        return None
+    both = [i for i in images if i in found[theirs.key]]
+    own, other = ([found[key][i]["psnr"] for i in both] for key in (row.key, theirs.key))
+    return {"row": theirs.name, "images": len(both), **paired(own, other)} if both else None
 
 
 def _kinds(own: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(kind for one in own for kind in one["calls"]))
 
 
-def _seconds_of_a_call(by_row: dict[str, dict[int, dict[str, Any]]], fewer: list[Row], images: list[int]) -> float:
-    own = [by_row[row.key][image] for row in fewer for image in images]
+def _seconds_of_a_call(own: list[dict[str, Any]]) -> float:
     return statistics.median(one["seconds"] / sum(one["calls"].values()) for one in own) if own else 0.0

@@ -8,21 +8,26 @@ from typing import Any
 
 from agentsd.config import PRESETS
 from agentsd.files import write_atomically
-from eval.common.tables import markdown, write_json
+from eval.common.tables import markdown, number, write_json
 
 from .rows import FEWER_STEPS
 
+_NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "flip": "FLIP", "features": "features"}
+_FORMS = {"psnr": "{:+.1f}", "ssim": "{:+.4f}", "flip": "{:+.4f}", "features": "{:+.4f}"}
 _COLOURS = {"agentsd": "#2166ac", "deepcache": "#4d9221", "tomesd": "#e08214"}
 
 
-def write_page(folder: Path, about: dict[str, Any], sets: dict[str, list[dict[str, Any]]], machines: list[str]) -> None:
+def write_page(
+    folder: Path, about: dict[str, Any], sets: dict[str, list[dict[str, Any]]], machines: list[str], shown: list[str]
+) -> None:
     """Write results.md, results.json and, where matplotlib is there, chart.png.
 
     Args:
         folder: of the files.
         about: command, machine, versions and model, in words.
         sets: "check" and "choice" to what `line.compare` says of all runs.
-        machines: whose times the tables and the chart have.
+        machines: whose times the tables have.
+        shown: whose times the chart has.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = {"about": about, "presets": {name: dict(fields) for name, fields in PRESETS.items()}, **sets}
@@ -34,32 +39,66 @@ def write_page(folder: Path, about: dict[str, Any], sets: dict[str, list[dict[st
             lines += [f"## {heading}", ""]
         for run in dict.fromkeys(entry["run"] for entry in entries):
             own = [entry for entry in entries if entry["run"] == run]
-            lines += [f"### {run}, {own[0]['images']} images", "", table(own, machines), ""]
-    if sets.get("check") and chart(sets["check"], machines, folder / "chart.png"):
+            lines += [f"### {run}", "", tables(own, machines), ""]
+    if sets.get("check") and chart(sets["check"], shown, folder / "chart.png"):
         lines += ["![PSNR over time](chart.png)", ""]
     write_atomically(folder / "results.md", "\n".join(lines))
 
 
-def table(entries: Sequence[dict[str, Any]], machines: Sequence[str]) -> str:
-    """A Markdown table of a run's rows."""
-    heading = ["", "whole + cached calls", "PSNR, dB: median", "mean", "worst", "SSIM"]
-    for machine in machines:
-        heading += [f"{machine}: time in steps", "fewer steps then, dB", "nearer by, dB (worst)"]
+def tables(entries: Sequence[dict[str, Any]], machines: Sequence[str]) -> str:
+    """Markdown tables of a run's rows: distances; and beside fewer steps in the same time, PSNR and other metrics."""
+    parts = [_distances(entries)]
+    for metric, form in _FORMS.items():
+        if any(metric in entry["machines"][machine] for entry in entries for machine in machines):
+            parts.append(_beside_fewer_steps(entries, machines, metric, form))
+    if any(entry["deepcache"] for entry in entries):
+        parts.append(_beside_deepcache(entries))
+    return "\n\n".join(parts)
+
+
+def _distances(entries: Sequence[dict[str, Any]]) -> str:
+    heading = ["", "images", "whole + cached calls", "PSNR, dB: median", "mean", "worst"]
+    heading += [f"{_NAMES[metric]}: median (worst)" for metric in ("ssim", "flip", "features")]
     rows = []
     for entry in entries:
-        cells = [entry["row"], f"{entry['whole']:g} + {entry['cached']:g}"]
-        cells += [f"{entry[f'psnr_{kind}']:.1f}" for kind in ("median", "mean", "worst")] + [
-            f"{entry['ssim_mean']:.4f}"
-        ]
-        for machine in machines:
-            cells.append(f"{entry[machine]:.1f}")
-            line, nearer = entry.get(f"{machine}, fewer steps"), entry.get(f"{machine}, nearer")
-            if line is None or nearer is None:
-                cells += ["", ""]
-            else:
-                cells += [f"{line:.1f}", f"{nearer:+.1f} ({entry[f'{machine}, nearer, worst']:+.1f})"]
+        distances = entry["distances"]
+        cells = [entry["row"], entry["images"], f"{entry['whole']:g} + {entry['cached']:g}"]
+        cells += [f"{distances['psnr'][kind]:.1f}" for kind in ("median", "mean", "worst")]
+        for metric in ("ssim", "flip", "features"):
+            own = distances.get(metric)
+            cells.append("" if own is None else f"{own['median']:.4f} ({own['worst']:.4f})")
         rows.append(cells)
     return markdown(heading, rows, "lr")
+
+
+def _beside_fewer_steps(entries: Sequence[dict[str, Any]], machines: Sequence[str], metric: str, form: str) -> str:
+    heading = [f"nearer than fewer steps in the same time, {_NAMES[metric]}", *machines]
+    rows = []
+    for entry in entries:
+        if entry["kind"] == FEWER_STEPS:
+            continue
+        cells = [entry["row"]]
+        for machine in machines:
+            own = entry["machines"][machine]
+            cells.append(f"in {own['time']:.1f} steps: " + (_said(own[metric], entry, form) if metric in own else "–"))
+        rows.append(cells)
+    return markdown(heading, rows, "lr")
+
+
+def _beside_deepcache(entries: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [f"{entry['row']}, {entry['deepcache']['row']}", _said(entry["deepcache"], entry["deepcache"], "{:+.1f}")]
+        for entry in entries
+        if entry["deepcache"]
+    ]
+    return markdown(["nearer than DeepCache, PSNR, dB", ""], rows, "lr")
+
+
+def _said(pair: dict[str, Any], entry: dict[str, Any], form: str) -> str:
+    """As in "+5.2 [+3.5, +6.1], worst +1.0, 23 of 24"."""
+    interval = f" [{', '.join(number(end, form) for end in pair['interval'])}]" if pair["interval"] else ""
+    worst = number(pair["worst"], form)
+    return f"{number(pair['nearer'], form)}{interval}, worst {worst}, {pair['images_nearer']} of {entry['images']}"
 
 
 def chart(entries: Sequence[dict[str, Any]], machines: Sequence[str], path: Path) -> bool:
@@ -79,11 +118,11 @@ def chart(entries: Sequence[dict[str, Any]], machines: Sequence[str], path: Path
         for axes, run in zip(axes_of_machine, runs):
             own = [entry for entry in entries if entry["run"] == run]
             line = [entry for entry in own if entry["kind"] == FEWER_STEPS]
-            axes.plot([e[machine] for e in line], [e["psnr_median"] for e in line], "o-", color="#777777", markersize=4)
+            axes.plot(*zip(*(_place(entry, machine) for entry in line)), "o-", color="#777777", markersize=4)
             for entry in own:
                 if entry["kind"] == FEWER_STEPS:
                     continue
-                at = (entry[machine], entry["psnr_median"])
+                at = _place(entry, machine)
                 axes.plot(*at, "o", color=_COLOURS[entry["kind"]])
                 axes.annotate(entry["row"].replace("preset ", ""), at, (4, 3), textcoords="offset points", fontsize=7)
             axes.set_title(f"{run}, {machine}", fontsize=9)
@@ -94,3 +133,7 @@ def chart(entries: Sequence[dict[str, Any]], machines: Sequence[str], path: Path
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
+
+
+def _place(entry: dict[str, Any], machine: str) -> tuple[float, float]:
+    return entry["machines"][machine]["time"], entry["distances"]["psnr"]["median"]

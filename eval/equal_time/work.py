@@ -18,7 +18,7 @@ from eval.common.protocol import PROMPT, BenchError, choose_classes, demo_classe
 from . import call_times
 from .generation import RESULTS, Sampling, generate_all, images_of, read
 from .line import MEASURED, compare
-from .page import table, write_page
+from .page import tables, write_page
 from .rows import parse_runs, rows_of
 
 
@@ -49,14 +49,15 @@ def run(options: argparse.Namespace, command: str) -> None:
         sets[name] = [entry for run in rows for entry in compare(run, rows[run], own, times, measured)]
     if not any(sets.values()):
         raise BenchError(f"{options.out}: no image has all rows yet: give the same command without --report-only")
-    machines = [MEASURED] * measured + [call_times.CPU, "A100"]
-    write_page(options.page or options.out, _about(options, command), sets, machines)
+    machines = [MEASURED] * measured + [call_times.CPU, *call_times.GPUS_SHOWN]
+    shown = [name for name in machines if name in (MEASURED, call_times.CPU, "A100")]
+    write_page(options.page or options.out, _about(options, command), sets, machines, shown)
     if options.page and options.page.resolve() != options.out.resolve():
         shutil.copyfile(options.out / RESULTS, options.page / RESULTS)
     for name, entries in sets.items():
         for run in dict.fromkeys(entry["run"] for entry in entries):
             own = [entry for entry in entries if entry["run"] == run]
-            print(f"{run}, {own[0]['images']} images ({name})\n{table(own, machines)}\n")
+            print(f"{run} ({name})\n{tables(own, machines)}\n")
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -78,12 +79,15 @@ def _about(options: argparse.Namespace, command: str) -> dict[str, Any]:
     said = [
         f"{date.today()}, {device}, {versions}, commit {commit()}.",
         f"Model {options.model}, guidance {options.guidance:g}, one image a prompt.",
-        "PSNR and SSIM are to the unpatched image of the full run, of the same prompt and seed. All schedules begin at "
-        "one noise level for all numbers of steps (DDIM and PLMS: trailing spacing; the others: linspace). Time is "
-        "that of the UNet's calls, in steps of the unpatched model. CPU: from call times of SD 1.5's UNet at 512 px on "
-        "2 cores of a shared AMD EPYC machine (step-caching/sd15-512.json); A100: a forecast, nothing is measured on a "
-        "GPU. *Fewer steps then*: median PSNR of the unpatched model with as many steps as that time buys, "
-        "interpolated for each image; *nearer by*: median over images of the difference. Empty where the time buys "
-        "more steps than the line has.",
+        "Distances are to the unpatched image of the full run, of the same prompt and seed: PSNR, SSIM, FLIP (67 "
+        "pixels per degree) and the length of the difference of EfficientNet-Lite0's features in lengths of those of "
+        "the full run's image. All schedules begin at one noise level for all numbers of steps (DDIM and PLMS: "
+        "trailing spacing; the others: linspace). Time is that of the UNet's calls, in steps of the unpatched model. "
+        "CPU: from call times of SD 1.5's UNet at 512 px on 2 cores of a shared AMD EPYC machine "
+        "(step-caching/sd15-512.json); RTX 3060, RTX 4090 and A100: forecasts, nothing is measured on a GPU.",
+        "*Nearer than fewer steps in the same time*: the unpatched model with as many steps as the row's time buys, "
+        "interpolated for each image; median over images of the difference, positive where the row is nearer, its 95 % "
+        "interval by order statistics (6 images or more), the worst, and on how many images the row is nearer. A dash "
+        "where the line of fewer steps does not reach.",
     ]  # fmt: skip
     return {"command": command, "model": options.model, "guidance": options.guidance, "said": said}
