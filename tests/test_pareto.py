@@ -154,13 +154,12 @@ def test_rows_are_compared_with_fewer_steps_image_by_image():
     times = {"GPU": {"deepcache": {"whole, merge": 1.0}, "cache alone": {"whole, merge": 1.0, "cached, merge": 5 / 9}}}
     found = {entry["row"]: entry for entry in line.compare(RUN, [*fewer, ours, theirs], results, times, measured=True)}
     cache = found["cache 3"]
-    assert cache["images"] == 2 and cache["machines"]["GPU"]["time"] == 8  # the third image lacks the line
+    assert cache["images"] == 3 and cache["machines"]["GPU"]["time"] == 8
     beside = cache["machines"]["GPU"]["psnr"]
-    assert beside == {"other": 8.5, "nearer": 3, "interval": None, "worst": 2, "images_nearer": 2}
+    two = {"images": 2, "interval": None}  # the third image lacks the line
+    assert beside == {**two, "other": 8.5, "nearer": 3, "worst": 2, "images_nearer": 2}
     assert cache["machines"]["GPU"]["flip"]["images_nearer"] == 2  # the lower one is the nearer one
-    assert (
-        cache["distances"]["psnr"] == {"median": 11.5, "mean": 11.5, "worst": 10} and "ssim" not in cache["distances"]
-    )
+    assert cache["distances"]["psnr"] == {"median": 13, "mean": 13, "worst": 10} and "ssim" not in cache["distances"]
     assert cache["machines"]["measured"] == {"time": 12}  # the line does not reach
     deepcache = {"row": "DeepCache 3", "images": 1, "other": 8, "nearer": 2, "interval": None, "worst": 2}
     assert cache["deepcache"] == {**deepcache, "images_nearer": 1}

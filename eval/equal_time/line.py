@@ -17,6 +17,9 @@ METRICS = {"psnr": 1, "ssim": 1, "flip": -1, "features": -1}
 """Distance of two images: 1 where more is nearer, -1 where less is."""
 
 
+_Images = dict[int, dict[str, Any]]  # number of an image -> its line of `generation.read`
+
+
 def at_time(line: Sequence[tuple[float, float]], time: float) -> float | None:
     """The line's distance at a time: straight in the logarithm of the time between two of its points.
 
@@ -53,11 +56,12 @@ def paired(own: Sequence[float], other: Sequence[float], sign: int = 1) -> dict[
         sign: of METRICS.
 
     Returns:
-        other: its median; nearer: the median of the differences; interval of it (`median_interval`); worst difference;
-        images_nearer: on how many images `own` is the nearer one.
+        images: how many; other: its median; nearer: the median of the differences; interval of it
+        (`median_interval`); worst difference; images_nearer: on how many images `own` is the nearer one.
     """
     differences = [sign * (a - b) for a, b in zip(own, other, strict=True)]
     return {
+        "images": len(differences),
         "other": statistics.median(other),
         "nearer": statistics.median(differences),
         "interval": median_interval(differences),
@@ -71,7 +75,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """What the tables and the chart show of a run.
 
-    Images count that have the whole line of fewer steps; of a row, those of them that it has.
+    Images may lack rows. Beside fewer steps those count that have the two points of the line around the row's time.
 
     Args:
         run, rows: what was generated.
@@ -85,37 +89,34 @@ def compare(
         steps in that time for each metric, nothing where the line does not reach; deepcache, `paired` in PSNR against
         DeepCache with the same interval, for step caching.
     """
-    found: dict[str, dict[int, dict[str, Any]]] = {row.key: {} for row in rows}
+    found: dict[str, _Images] = {row.key: {} for row in rows}
     for one in results:
         if one["run"] == run.name and one["key"] in found:
             found[one["key"]][one["image"]] = one
-    fewer = [row for row in rows if row.kind == FEWER_STEPS and found[row.key]]
-    counted = set.intersection(*(set(found[row.key]) for row in fewer)) if fewer else set()
-    call = _seconds_of_a_call([found[row.key][i] for row in fewer for i in counted])
+    fewer = [found[row.key] for row in rows if row.kind == FEWER_STEPS and found[row.key]]
+    call = _seconds_of_a_call([one for point in fewer for one in point.values()])
     entries = []
     for row in rows:
-        images = sorted(counted & set(found[row.key]))
-        if not images:
+        own = found[row.key]
+        if not own:
             continue
-        own = [found[row.key][i] for i in images]
-        calls = {kind: statistics.mean(one["calls"].get(kind, 0) for one in own) for kind in _kinds(own)}
+        calls = {kind: statistics.mean(one["calls"].get(kind, 0) for one in own.values()) for kind in _kinds(own)}
         machines: dict[str, dict[str, Any]] = {
             name: {"time": time_of(row, calls, machine)} for name, machine in times.items()
         }
         if measured and call:
-            machines[MEASURED] = {"time": statistics.median(one["seconds"] for one in own) / call}
+            machines[MEASURED] = {"time": statistics.median(one["seconds"] for one in own.values()) / call}
         if row.kind != FEWER_STEPS:
-            line = [[found[point.key][i] for i in images] for point in fewer]
             for machine in machines.values():
-                machine |= _against_fewer_steps(own, line, machine["time"])
+                machine |= _against_fewer_steps(own, fewer, machine["time"])
         entries.append(
             {
-                "run": run.name, "row": row.name, "kind": row.kind, "fields": row.fields, "images": len(images),
+                "run": run.name, "row": row.name, "kind": row.kind, "fields": row.fields, "images": len(own),
                 "whole": sum(count for kind, count in calls.items() if "whole" in kind),
                 "cached": sum(count for kind, count in calls.items() if "cached" in kind),
-                "distances": _summary(own),
+                "distances": _summary(list(own.values())),
                 "machines": machines,
-                "deepcache": _against_deepcache(row, rows, found, images),
+                "deepcache": _against_deepcache(row, rows, found),
             }
         )  # fmt: skip
     return entries
@@ -131,37 +132,35 @@ def _summary(own: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _against_fewer_steps(
-    own: list[dict[str, Any]], line: list[list[dict[str, Any]]], time: float
-) -> dict[str, dict[str, Any]]:
-    """Of each metric, how near a row is beside the line at a time; the line's points have the row's images."""
+def _against_fewer_steps(own: _Images, line: list[_Images], time: float) -> dict[str, dict[str, Any]]:
+    """Of each metric, how near a row is beside the line at a time; nothing where the line does not reach."""
+    at = [statistics.mean(sum(one["calls"].values()) for one in point.values()) for point in line]
+    around = next(((i, i + 1) for i in range(len(at) - 1) if at[i] <= time <= at[i + 1]), None)
+    if around is None:
+        return {}
+    before, after = (line[i] for i in around)
     found = {}
     for metric, sign in METRICS.items():
-        others = []
-        for points in zip(*line):
-            if any(one.get(metric) is None for one in points):
-                break
-            others.append(at_time([(sum(one["calls"].values()), one[metric]) for one in points], time))
-        reached = [value for value in others if value is not None]
-        if len(reached) == len(own) and all(one.get(metric) is not None for one in own):
-            found[metric] = paired([one[metric] for one in own], reached, sign)
+        images = [i for i in own if all(one.get(i, {}).get(metric) is not None for one in (own, before, after))]
+        if images:
+            points = [[(at[k], line[k][i][metric]) for k in around] for i in images]
+            others = [at_time(two, time) for two in points]
+            found[metric] = paired([own[i][metric] for i in images], [one for one in others if one is not None], sign)
     return found
 
 
-def _against_deepcache(
-    row: Row, rows: Sequence[Row], found: dict[str, dict[int, dict[str, Any]]], images: list[int]
-) -> dict[str, Any] | None:
+def _against_deepcache(row: Row, rows: Sequence[Row], found: dict[str, _Images]) -> dict[str, Any] | None:
     interval = row.fields.get("cache_interval", 1)
     theirs = next((other for other in rows if other.kind == "deepcache" and other.interval == interval), None)
     if row.kind != "agentsd" or theirs is None:
         return None
-    both = [i for i in images if i in found[theirs.key]]
+    both = [i for i in found[row.key] if i in found[theirs.key]]
     own, other = ([found[key][i]["psnr"] for i in both] for key in (row.key, theirs.key))
-    return {"row": theirs.name, "images": len(both), **paired(own, other)} if both else None
+    return {"row": theirs.name, **paired(own, other)} if both else None
 
 
-def _kinds(own: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(kind for one in own for kind in one["calls"]))
+def _kinds(own: _Images) -> list[str]:
+    return list(dict.fromkeys(kind for one in own.values() for kind in one["calls"]))
 
 
 def _seconds_of_a_call(own: list[dict[str, Any]]) -> float:

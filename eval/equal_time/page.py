@@ -80,25 +80,25 @@ def _beside_fewer_steps(entries: Sequence[dict[str, Any]], machines: Sequence[st
         cells = [entry["row"]]
         for machine in machines:
             own = entry["machines"][machine]
-            cells.append(f"in {own['time']:.1f} steps: " + (_said(own[metric], entry, form) if metric in own else "–"))
+            cells.append(f"in {own['time']:.1f} steps: " + (_said(own[metric], form) if metric in own else "–"))
         rows.append(cells)
     return markdown(heading, rows, "lr")
 
 
 def _beside_deepcache(entries: Sequence[dict[str, Any]]) -> str:
     rows = [
-        [f"{entry['row']}, {entry['deepcache']['row']}", _said(entry["deepcache"], entry["deepcache"], "{:+.1f}")]
+        [f"{entry['row']}, {entry['deepcache']['row']}", _said(entry["deepcache"], "{:+.1f}")]
         for entry in entries
         if entry["deepcache"]
     ]
     return markdown(["nearer than DeepCache, PSNR, dB", ""], rows, "lr")
 
 
-def _said(pair: dict[str, Any], entry: dict[str, Any], form: str) -> str:
+def _said(pair: dict[str, Any], form: str) -> str:
     """As in "+5.2 [+3.5, +6.1], worst +1.0, 23 of 24"."""
     interval = f" [{', '.join(number(end, form) for end in pair['interval'])}]" if pair["interval"] else ""
     worst = number(pair["worst"], form)
-    return f"{number(pair['nearer'], form)}{interval}, worst {worst}, {pair['images_nearer']} of {entry['images']}"
+    return f"{number(pair['nearer'], form)}{interval}, worst {worst}, {pair['images_nearer']} of {pair['images']}"
 
 
 def chart(entries: Sequence[dict[str, Any]], machines: Sequence[str], path: Path) -> bool:
