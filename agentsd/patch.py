@@ -79,7 +79,7 @@ def apply_patch(
     """
     unet, outer = unwrap_unet(model)
     config = _choose(unet, config, preset, settings)
-    _refuse_tomesd(unet)
+    refuse_tomesd(unet)
     if config.cache_interval > 1:
         skipped_parts(unet, config.cache_depth)  # raises where the UNet has not so many
         if (other := find_other_cache(unet)) is not None:
@@ -192,6 +192,15 @@ def get_patch(model: Any) -> UNetPatch | None:
     return getattr(find_unet(model), PATCH_ATTRIBUTE, None)
 
 
+def refuse_tomesd(unet: nn.Module) -> None:
+    """Raise ValueError where ToMeSD is on a UNet."""
+    # Not by `_tome_info`, which tomesd.remove_patch leaves behind; the class it swaps in is what merges tokens.
+    if any(type(module).__name__ == "ToMeBlock" for module in unet.modules()):
+        raise ValueError(
+            "this model is already patched by ToMeSD, which would merge its tokens too: call tomesd.remove_patch first"
+        )
+
+
 def _choose(unet: UNet, config: AgentConfig | None, preset: str | None, settings: Any) -> AgentConfig:
     chosen, said = choose_settings(unet, config, preset, **settings)
     if said:
@@ -207,9 +216,3 @@ def _remove(unet: UNet) -> None:
         return
     patch.refuse_change()
     patch.uninstall()
-
-
-def _refuse_tomesd(unet: nn.Module) -> None:
-    # Not by `_tome_info`, which tomesd.remove_patch leaves behind; the class it swaps in is what merges tokens.
-    if any(type(module).__name__ == "ToMeBlock" for module in unet.modules()):
-        raise ValueError("ToMeSD's patch on this model would merge its tokens twice: call tomesd.remove_patch first")

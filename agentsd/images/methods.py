@@ -10,7 +10,7 @@ import tomesd
 import torch
 
 from ..config import AgentConfig
-from ..patch import choose_config, find_unet, get_patch, patched
+from ..patch import choose_config, find_unet, get_patch, patched, refuse_tomesd
 from ..unet.layers import PatchedLayer, find_layers, why_none
 
 METHODS = {"sd": "Stable Diffusion", "tomesd": "ToMeSD", "agentsd": "AgentSD"}
@@ -74,9 +74,4 @@ def refuse_patched(pipe: Any) -> None:
             "this pipeline is already patched by agentsd: call agentsd.remove_patch(pipe) first. generate, compare and "
             "use_method put the patch on and take it off themselves; pass its settings as config"
         )
-    # Not by `_tome_info`, which tomesd.remove_patch leaves behind; the class it swaps in is what merges tokens.
-    if any(type(module).__name__ == "ToMeBlock" for module in find_unet(pipe).modules()):
-        raise ValueError(
-            "this pipeline is already patched by ToMeSD: call tomesd.remove_patch(pipe) first. generate, compare and "
-            "use_method put the patch on and take it off themselves"
-        )
+    refuse_tomesd(find_unet(pipe))
