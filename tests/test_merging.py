@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
-
 import hypothesis.strategies as st
 import pytest
 import reference
@@ -12,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agentsd import AgentConfig, Phase, merging
+from agentsd import merging
 from agentsd.grid_split import grid_cells, split_grid, tile_size
-from agentsd.layer_plan import draw_offsets, draw_splits, layer_calls, plan_layer
+from agentsd.layer_plan import draw_offsets
 from agentsd.merging import lay_out, match_tokens, merge_each, merge_tokens, merged_position, unmerge_tokens
 
 
@@ -217,26 +214,6 @@ def test_gradients_flow_through_features_not_through_the_matching():
     torch.testing.assert_close(x.grad.sum(), torch.tensor(64.0))
 
 
-def test_draws_are_a_pure_function():
-    state = torch.get_rng_state()
-    draws = draw_offsets(3, 981, 5, 256, 16)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(draws, draw_offsets(3, 981.0, 5, 256, 16))
-    assert draws.shape == (5, 256) and draws.min() == 0 and draws.max() == 15
-    for other in (draw_offsets(4, 981, 5, 256, 16), draw_offsets(3, 961, 5, 256, 16), draws.roll(1, 0)):
-        assert (draws == other).float().mean() < 0.15  # 1/16 by chance
-    assert draw_offsets(2**63 - 1, 0.5, 1, 3, 4).max() < 4
-
-
-@pytest.mark.parametrize("cell_size", [4, 6, 16])
-def test_draws_are_uniform(cell_size):
-    draws = draw_offsets(0, 500, 8, 4096, cell_size)
-    counts = torch.bincount(draws.flatten(), minlength=cell_size).double()
-    expected = draws.numel() / cell_size
-    chi_squared = ((counts - expected) ** 2 / expected).sum()
-    assert chi_squared < 45  # 99.99 % quantile at 15 degrees of freedom
-
-
 def matching_of(tokens: int):
     return match_tokens(torch.ones(1, tokens, 2), split_grid(4, 4, (2, 2)))
 
@@ -322,56 +299,6 @@ def test_zero_tokens_rank_as_not_similar_at_all():
     metric[:, [9, 30]] = 0
     tokens = match_tokens(metric, split_grid(8, 8, (2, 2))).tokens
     assert sorted(tokens[0, 46:48].tolist()) == [9, 30]
-
-
-def naive_draw(seed, timestep, layer, cell, cell_size):
-    """The hash as the first release computed it, in Python's integers."""
-
-    def mix(x):
-        for factor in (0x7FEB352D, 0x297A2D39):
-            x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
-        return x ^ (x >> 15)
-
-    digest = hashlib.blake2b(struct.pack("<qd", seed, timestep), digest_size=4).digest()
-    return mix(mix(layer ^ int.from_bytes(digest, "little")) ^ cell) * cell_size >> 32
-
-
-def test_draws_stay_those_of_the_first_release():
-    for seed, timestep, cell_size in ((0, 981.0, 16), (2**63 - 1, 0.5, 6), (7, 999.0, 4)):
-        drawn = draw_offsets(seed, timestep, 12, 70, cell_size).tolist()
-        assert drawn == [[naive_draw(seed, timestep, i, j, cell_size) for j in range(70)] for i in range(12)]
-
-
-@pytest.mark.parametrize("settings", [{}, {"use_rand": False}, {"match_tile": 4}], ids=str)
-@pytest.mark.parametrize("timestep", [900.0, (900.0, 700.0)], ids=["one timestep", "a timestep per sample"])
-def test_a_layer_has_the_same_draws_whichever_other_layers_a_call_reaches(settings, timestep):
-    config = AgentConfig(seed=3, **settings)
-    plan = plan_layer(config, Phase.AGENT, (9, 16))
-    splits = draw_splits(plan, config, timestep, 7)
-    calls = layer_calls(plan, config, timestep, [5, 2], batch=2)
-    assert len(splits) == 7 and len(calls) == 2
-    for call, number in zip(calls, (5, 2)):
-        assert torch.equal(call.split.tokens, splits[number].tokens)
-        assert torch.equal(call.split.dst_by_tile, splits[number].dst_by_tile)
-        metric = torch.randn(2, 144, 4)
-        matching = call.match(metric)
-        rows = merge_each(metric, matching, call.layout_for(matching))
-        agents = call.layout.parts(rows)[1]
-        alone = match_tokens(metric, splits[number])
-        assert torch.equal(agents, merge_tokens(metric, alone, plan.num_merged_for_agents))
-
-
-def test_a_layout_serves_a_batch_of_another_size():
-    """A video's frames come as samples of their own."""
-    config = AgentConfig()
-    plan = plan_layer(config, Phase.AGENT, (8, 8))
-    (call,) = layer_calls(plan, config, 900.0, 1, batch=2)
-    metric = torch.randn(6, 64, 4)
-    matching = call.match(metric)
-    layout = call.layout_for(matching)
-    tokens, agents = layout.parts(merge_each(metric, matching, layout))
-    assert torch.equal(tokens, merge_tokens(metric, call.match(metric), plan.num_merged))
-    assert torch.equal(agents, merge_tokens(metric, call.match(metric), plan.num_merged_for_agents))
 
 
 def test_positions_of_no_merge_are_those_of_the_grid():
