@@ -19,8 +19,8 @@ from .patch import find_unet, get_patch
 from .report import LastCall, LayerReport, PhaseCost, Report
 from .unet.layers import PatchedLayer, class_name, is_ours, own_latent_size
 from .unet.outcomes import ACTIVE
-from .unet.outcomes import LastCall as UNetCall
 from .unet.skipping import skipped_names
+from .unet.unet_call import LastCall as LastUNetCall
 from .unet.unet_patch import UNetPatch
 
 
@@ -89,7 +89,7 @@ def _last_call(patch: UNetPatch, scale: int) -> LastCall | None:
     if call is None:
         return None
     size = (call.height * scale, call.width * scale)
-    counts = (call.whole_calls, call.cached_calls)
+    counts = (call.counts.whole, call.counts.cached) if call.counts else (None, None)
     return LastCall(*size, call.timestep, call.phase, dict(call.notes), call.cached, *counts)
 
 
@@ -100,7 +100,7 @@ def _early_timestep(patch: UNetPatch) -> float | None:
     return patch.config.first_agent_timestep(patch.num_train_timesteps)
 
 
-def _status(layer: PatchedLayer, grid: tuple[int, int], config: AgentConfig, call: UNetCall | None) -> str:
+def _status(layer: PatchedLayer, grid: tuple[int, int], config: AgentConfig, call: LastUNetCall | None) -> str:
     """What stands on a patched layer, for tokens on a grid, and whether it ran in the last call."""
     if not is_ours(layer):
         return f"replaced by {class_name(layer.attn.processor)}: call apply_patch again"

@@ -52,20 +52,17 @@ class MergeAround:
     def _matching(self, module: nn.Module) -> tuple[TokenMatching, int] | None:
         if module is self.block.ff and self.block._chunk_size is not None:
             return None  # forward chunking hands it slices of the batch or of the tokens, which do not match
-        if module is self.block.attn2 and knows_places(module):
+        if module is self.block.attn2 and why_unmerged(module) is not None:
             return None
         return None if self.layer.now is None else self.layer.now.matching
 
 
-def knows_places(attn2: nn.Module) -> bool:
-    """Whether a cross-attention may treat tokens by their place in the image: IP-Adapter's masks, regional prompts.
+def why_unmerged(attn2: nn.Module) -> str | None:
+    """The note on a cross-attention that may treat tokens by their place in the image; None where merging may go on.
 
-    Only diffusers' plain softmax processors are known not to.
+    IP-Adapter's masks and regional prompts do. Only diffusers' plain softmax processors are known not to.
     """
-    return not is_plain_softmax(getattr(attn2, "processor", None)) or replaced_forward(attn2) is not None
-
-
-def why_unmerged(attn2: nn.Module) -> str:
-    """The note on a cross-attention that `knows_places`."""
-    what = replaced_forward(attn2) or f"the processor {class_name(getattr(attn2, 'processor', None))}"
-    return f"its cross-attention is not merged, as {what} may depend on the tokens' places"
+    what = replaced_forward(attn2)
+    if what is None and not is_plain_softmax(processor := getattr(attn2, "processor", None)):
+        what = f"the processor {class_name(processor)}"
+    return what and f"its cross-attention is not merged, as {what} may depend on the tokens' places"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import warnings
-
-from ..config import Phase
+from typing import NamedTuple
 
 ACTIVE = "active"
 
@@ -16,6 +14,7 @@ class Outcome(enum.Enum):
 
     RAN = "it ran as planned"
     NOT_REACHED = "it was not reached"
+    REPLACED = "replaced by {}: call apply_patch again"
     BYPASSED = "another tool computes its attention without calling its processor"
     CROSS = "it was called with encoder_hidden_states, and merging is for self-attention"
     MASK = "it was called with an attention mask, and merged tokens have no mask"
@@ -26,7 +25,7 @@ class Outcome(enum.Enum):
     )
 
 
-# What the warning of layers with an outcome says happened to them; those that ran are not warned of.
+# What the warning of layers with an outcome says happened to them; of replaced ones `warn_where_replaced` tells.
 _HAPPENED = {
     Outcome.CROSS: "ran unpatched",
     Outcome.MASK: "ran unpatched",
@@ -59,56 +58,18 @@ class Warnings:
             self._given.add(kind)
             warnings.warn(f"agentsd: {message}", stacklevel=3)
 
-    def mark_given(self, kind: str) -> None:
-        """Count a kind of warning as given."""
-        self._given.add(kind)
 
-
-@dataclasses.dataclass(frozen=True)
-class LayerOutcome:
-    """What became of one patched layer.
-
-    Attributes:
-        name: module name of the attention.
-        outcome: as its processor noted it.
-        reason: "active", or why it did not do what the settings say.
-        ours: the patch's processor is still there.
-    """
+class LayerOutcome(NamedTuple):
+    """What became of one patched layer: name of the attention, outcome, and ACTIVE or why it did not run as planned."""
 
     name: str
     outcome: Outcome
     reason: str
-    ours: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class LastCall:
-    """What happened in the last UNet call.
-
-    Attributes:
-        phase: of the call; the later one where the samples of a batch had two.
-        timestep: noise level of the least noisy sample.
-        height, width: size of the latent, in latent pixels.
-        outcomes: "active" for each patched layer that did what the settings say, the reason for each other one.
-        notes: what else is to be said of a layer, by its name.
-        cached: step caching reused a feature; the layers that were skipped have their outcome of the whole call.
-        whole_calls, cached_calls: of the run so far; None without step caching.
-    """
-
-    phase: Phase
-    timestep: float
-    height: int
-    width: int
-    outcomes: dict[str, str]
-    notes: dict[str, str]
-    cached: bool = False
-    whole_calls: int | None = None
-    cached_calls: int | None = None
 
 
 def warn_of(outcomes: list[LayerOutcome], kind: Outcome, given: Warnings) -> None:
-    """Warn once of the layers with an outcome, where the patch's processor is still theirs."""
-    found = [one for one in outcomes if one.outcome is kind and one.ours]
+    """Warn once of the layers with an outcome."""
+    found = [one for one in outcomes if one.outcome is kind]
     if not found:
         return
     first = found[0]

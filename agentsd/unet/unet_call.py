@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Collection
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import AgentConfig, Phase
 from ..layer_plan import layer_calls, plan_layer, token_grid
+from ..step_cache import CallCounts
 from .layers import RESET_ATTN1, PatchedLayer, class_name, is_guided, is_ours, is_plain_softmax, replaced_forward
 from .outcomes import ACTIVE, LayerOutcome, Outcome, Warnings
 from .processor import LayerInCall, LayerState
@@ -65,11 +66,27 @@ class UNetCall:
         return self.height, self.width
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LastCall(UNetCall):
+    """The last call, and what happened in it.
+
+    Attributes:
+        outcomes: "active" for each patched layer that did what the settings say, the reason for each other one; layers
+            that step caching skipped have their outcome of the whole call.
+        notes: what else is to be said of a layer, by its name.
+        counts: calls of the run so far; None without step caching.
+    """
+
+    outcomes: dict[str, str]
+    notes: dict[str, str]
+    counts: CallCounts | None = None
+
+
 def plan_layers(
     config: AgentConfig,
     call: UNetCall,
     states: list[LayerState],
-    skips: Callable[[LayerState], bool],
+    skipped: Collection[str],
     device: torch.device,
     given: Warnings,
 ) -> None:
@@ -77,7 +94,7 @@ def plan_layers(
 
     Args:
         states: of all layers; a layer's draws go by its number among those with the same grid.
-        skips: which of them the call does not reach.
+        skipped: names of those that the call does not reach.
     """
     by_grid: dict[tuple[int, int], list[LayerState]] = {}
     for state in states:
@@ -88,7 +105,7 @@ def plan_layers(
     if len(samples) > 1:
         order = torch.tensor([i for one in samples.values() for i in one], device=device).argsort()
     for grid, alike in by_grid.items():
-        layers = [number for number, state in enumerate(alike) if not skips(state)]
+        layers = [number for number, state in enumerate(alike) if state.name not in skipped]
         if not layers:
             continue
         parts = []
@@ -165,18 +182,20 @@ def warn_where_replaced(layers: list[PatchedLayer], named: str) -> str:
 def outcome_of(layer: PatchedLayer, state: LayerState) -> LayerOutcome:
     """What became of a layer in the call that ends."""
     now = state.now
-    outcome = Outcome.NOT_REACHED if now is None else now.outcome
+    outcome, reason = Outcome.NOT_REACHED if now is None else now.outcome, ""
     if not is_ours(layer):
-        reason = f"replaced by {class_name(layer.attn.processor)}: call apply_patch again"
-        return LayerOutcome(state.name, outcome, reason, ours=False)
-    if outcome is Outcome.BYPASSED and now is not None and is_guided(layer.attn):
-        return LayerOutcome(state.name, Outcome.RAN, f"unpatched, {now.plan.reason}")
-    if outcome is Outcome.BYPASSED:
-        return LayerOutcome(state.name, outcome, f"bypassed, {_bypassed_by(layer)}")
-    if now is None or outcome is not Outcome.RAN:
-        return LayerOutcome(state.name, outcome, outcome.value.format(*(now.plan.grid if now else (0, 0))))
-    nothing = now.plan.action == "none" and len(now.parts) == 1
-    return LayerOutcome(state.name, outcome, f"unpatched, {now.plan.reason}" if nothing else ACTIVE)
+        outcome, reason = Outcome.REPLACED, Outcome.REPLACED.value.format(class_name(layer.attn.processor))
+    elif now is None:
+        reason = outcome.value
+    elif outcome is Outcome.BYPASSED and is_guided(layer.attn):
+        outcome, reason = Outcome.RAN, f"unpatched, {now.plan.reason}"
+    elif outcome is Outcome.BYPASSED:
+        reason = f"bypassed, {_bypassed_by(layer)}"
+    elif outcome is not Outcome.RAN:
+        reason = outcome.value.format(*now.plan.grid)
+    else:
+        reason = f"unpatched, {now.plan.reason}" if now.does_nothing() else ACTIVE
+    return LayerOutcome(state.name, outcome, reason)
 
 
 def _bypassed_by(layer: PatchedLayer) -> str:

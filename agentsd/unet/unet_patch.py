@@ -22,14 +22,14 @@ from .compiled import COMPILED_UNSEEN, EagerEntry, EagerExit, unwatch_compilatio
 from .conditioning import sample_and_timestep
 from .controlnet import ControlNetLink
 from .layers import PatchedLayer, SkippedLayer, UNet, is_guided, is_ours, register_processor
-from .merge_around import MergeAround, knows_places, why_unmerged
-from .outcomes import LastCall, Outcome, Warnings, warn_of
+from .merge_around import MergeAround, why_unmerged
+from .outcomes import Outcome, Warnings, warn_of
 from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerState
 from .sampling_run import RunTracker
 from .schedule import Schedule
 from .skipping import skipped_names
 from .threads import CallLock, is_inside, refuse_change
-from .unet_call import UNetCall, check_schedule, outcome_of, plan_layers, warn_where_replaced
+from .unet_call import LastCall, UNetCall, check_schedule, outcome_of, plan_layers, warn_where_replaced
 from .weak_link import WeakLink
 
 PATCH_ATTRIBUTE = "_agentsd_patch"
@@ -112,10 +112,7 @@ class UNetPatch:
         """Whole and cached calls of the run in progress, or of the last one; None without step caching."""
         if self.caching is None:
             return None
-        last = self.last_call
-        if last is None or last.whole_calls is None:
-            return CallCounts()
-        return CallCounts(last.whole_calls, last.cached_calls or 0)
+        return (self.last_call and self.last_call.counts) or CallCounts()
 
     def cache_order(self) -> int | None:
         """Order of step caching with the scheduler that the pipeline has now; None without step caching."""
@@ -243,16 +240,12 @@ class UNetPatch:
         self.call = call
         for state in self.states:
             state.now = None
-        skips = self._skips if call.cached else _skips_none
-        plan_layers(self.config, call, self.states, skips, sample.device, self.warnings)
+        skipped = self._skipped if call.cached else ()
+        plan_layers(self.config, call, self.states, skipped, sample.device, self.warnings)
         for layer, state in zip(self.layers, self.states):
             if state.now is not None and is_guided(layer.attn):
                 state.now.leave_alone()
         self._replaced_by = warn_where_replaced(self.layers, self._replaced_by)
-
-    def _skips(self, state: LayerState) -> bool:
-        """Whether a cached call skips a layer."""
-        return state.name in self._skipped
 
     @torch.compiler.disable(reason=COMPILED_UNSEEN)
     def finish(self, completed: bool) -> None:
@@ -299,12 +292,11 @@ class UNetPatch:
         notes = {}
         if self.config.merge_crossattn:
             for layer in self.layers:
-                if layer.block.attn2 is not None and knows_places(layer.block.attn2):
-                    notes[layer.name] = why_unmerged(layer.block.attn2)
-        run = self.runs.run
-        cache = None if run is None else run.cache
-        counts = (cache.counts.whole, cache.counts.cached) if cache else (None, None)
-        self.last_call = LastCall(call.phase, call.timestep, *call.size(), reasons, notes, call.cached, *counts)
+                if layer.block.attn2 is not None and (why := why_unmerged(layer.block.attn2)) is not None:
+                    notes[layer.name] = why
+        cache = None if self.runs.run is None else self.runs.run.cache
+        counts = None if cache is None else dataclasses.replace(cache.counts)
+        self.last_call = LastCall(**vars(call), outcomes=reasons, notes=notes, counts=counts)
         for kind in (Outcome.CROSS, Outcome.MASK, Outcome.NO_INPUT, Outcome.OTHER_TOKENS):
             warn_of(outcomes, kind, self.warnings)
         for state in self.states:
@@ -355,10 +347,6 @@ class BlockHook:
             now.outcome = Outcome.BYPASSED  # until the processor has run
             if isinstance(getattr(block.attn1, "processor", None), AgentAttnProcessor):  # no other would let it go
                 now.block_input = args[0] if args else kwargs["hidden_states"]
-
-
-def _skips_none(state: LayerState) -> bool:
-    return False
 
 
 def _warn_where_rebuilt(conv_out: nn.Module, prefix: str, keep_vars: bool) -> None:
