@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from torch import nn
-
-from .processor import LayerState
 
 _FUNCTION = "_gradient_checkpointing_func"
 """Where diffusers' modules keep their checkpointing function."""
 
-
-class Patch(Protocol):
-    """What is needed of a patch."""
-
-    states: list[LayerState]
-
-    def standing(self) -> AbstractContextManager[None]: ...
+Snapshot: TypeAlias = Callable[[], Callable[[], AbstractContextManager[None]]]
+"""Called in the forward pass; what it returns brings that call back for a `with` block, whatever came after it."""
 
 
 class _Checkpoint:
@@ -27,43 +21,26 @@ class _Checkpoint:
     By then there may have been later calls, of another phase and with other dsts, and the patch may have been removed.
     """
 
-    def __init__(self, function: Any, patch: Patch):
+    def __init__(self, function: Any, snapshot: Snapshot):
         self.function = function
-        self.patch = patch
+        self.snapshot = snapshot
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.function(_Replayed(module, self.patch), *args, **kwargs)
+        in_this_call = self.snapshot()
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with in_this_call():
+                return module(*args, **kwargs)
+
+        return self.function(again, *args, **kwargs)
 
 
-class _Replayed:
-    """A part of the UNet with what its layers do in the call in progress when this was made."""
-
-    def __init__(self, module: Any, patch: Patch):
-        self.module = module
-        self.patch = patch
-        self.calls = [state.now for state in patch.states]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.patch.standing():
-            before = [state.now for state in self.patch.states]
-            _set(self.patch, self.calls)
-            try:
-                return self.module(*args, **kwargs)
-            finally:
-                _set(self.patch, before)
-
-
-def _set(patch: Patch, calls: list) -> None:
-    for state, now in zip(patch.states, calls):
-        state.now = now
-
-
-def watch_checkpoints(unet: nn.Module, patch: Patch) -> None:
+def watch_checkpoints(unet: nn.Module, snapshot: Snapshot) -> None:
     """Put the wrapper before every checkpointing function of a UNet that has none yet."""
     for module in unet.modules():
         function = vars(module).get(_FUNCTION)
         if function is not None and not isinstance(function, _Checkpoint):
-            setattr(module, _FUNCTION, _Checkpoint(function, patch))
+            setattr(module, _FUNCTION, _Checkpoint(function, snapshot))
 
 
 def unwatch_checkpoints(unet: nn.Module) -> None:

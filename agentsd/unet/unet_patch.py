@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +20,13 @@ from ..config import AgentConfig
 from ..step_cache import CallCounts
 from .caching import Caching
 from .checkpointing import unwatch_checkpoints, watch_checkpoints
-from .compiled import COMPILED_UNSEEN, EagerEntry, EagerExit, unwatch_compilation, watch_compilation
+from .compiled import COMPILED_UNSEEN, CompiledEntry, unwatch_compilation, watch_compilation
 from .conditioning import sample_and_timestep
 from .controlnet import ControlNetLink
 from .layers import PatchedLayer, SkippedLayer, UNet, is_guided, is_ours, register_processor
 from .merge_around import MergeAround, why_unmerged
 from .outcomes import Outcome, Warnings, warn_of
-from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerState
+from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerInCall, LayerState
 from .sampling_run import RunTracker
 from .schedule import Schedule
 from .skipping import skipped_names
@@ -147,8 +149,9 @@ class UNetPatch:
         self._handles.append(unet.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._handles.append(unet.register_forward_hook(self._leave, always_call=True))
         if outer is not None and getattr(outer, "_orig_mod", None) is unet:
-            self._handles.append(outer.register_forward_pre_hook(EagerEntry(self), with_kwargs=True))
-            self._handles.append(outer.register_forward_hook(EagerExit(self), always_call=True))
+            entry = CompiledEntry(self)
+            self._handles.append(outer.register_forward_pre_hook(entry.before, with_kwargs=True))
+            self._handles.append(outer.register_forward_hook(entry.after, always_call=True))
         if getattr(unet, "conv_out", None) is not None:
             self._handles.append(unet.conv_out.register_state_dict_pre_hook(_warn_where_rebuilt))
         if self.caching is not None:
@@ -195,7 +198,7 @@ class UNetPatch:
         if not (self.prepared and torch.compiler.is_compiling()):
             self.prepare(args, kwargs)
             if torch.is_grad_enabled():
-                watch_checkpoints(unet, self)
+                watch_checkpoints(unet, self.snapshot)
 
     def _leave(self, unet: nn.Module, args: tuple, output: Any) -> None:
         """UNet hook, also where the call raised: `output` is None then."""
@@ -313,23 +316,33 @@ class UNetPatch:
 
     # --- gradient checkpointing ---------------------------------------------------------------------------------------
 
+    def snapshot(self) -> Callable[[], AbstractContextManager[None]]:
+        """Note what the layers do in the call in progress; entering the result brings it back."""
+        return partial(self._bring_back, [state.now for state in self.states])
+
     @contextlib.contextmanager
-    def standing(self) -> Iterator[None]:
-        """Have this patch on the UNet for a `with` block; for a backward pass after it was removed or replaced."""
+    def _bring_back(self, calls: list[LayerInCall | None]) -> Iterator[None]:
+        """Have this patch on the UNet, and its layers in a call of before, also where it was removed or replaced."""
         unet = self.unet
         current: UNetPatch | None = getattr(unet, PATCH_ATTRIBUTE, None)
-        if current is self:
-            yield
-            return
-        if current is not None:
-            current.uninstall()
-        self.install()
+        if current is not self:
+            if current is not None:
+                current.uninstall()
+            self.install()
+        before = [state.now for state in self.states]
+        self._set(calls)
         try:
             yield
         finally:
-            self.uninstall()
-            if current is not None:
-                current.install()
+            self._set(before)
+            if current is not self:
+                self.uninstall()
+                if current is not None:
+                    current.install()
+
+    def _set(self, calls: list[LayerInCall | None]) -> None:
+        for state, now in zip(self.states, calls):
+            state.now = now
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "call": None, "owner": None, "prepared": False}  # a copy is in no call
