@@ -165,7 +165,7 @@ def test_under_other_schedulers(name):
     unskipped = make_sd_with_controlnets()
     unskipped.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
     agentsd.apply_patch(unskipped, **FIXED)
-    get_patch(unskipped).controlnet.uninstall(get_patch(unskipped))
+    get_patch(unskipped).caching.controlnet.uninstall()
     runs = record_runs(pipe)
     assert torch.equal(run(pipe), run(unskipped))
     assert runs.count("skipped") == get_patch(unskipped).counts.cached > 0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..config import AgentConfig
 from ..step_cache import MOST_STREAMS, StepCache, plan_whole_calls
 from .conditioning import Conditioning, sample_and_timestep
+from .controlnet import ControlNetSkip
 from .layers import UNet, find_other_cache, stores_attention
 from .outcomes import Warnings
-from .sampling_run import Run, continues
+from .sampling_run import Run, RunTracker, continues
 from .schedule import Schedule
 from .skipping import Switch, install_skipping, skippable_forwards
 from .unet_call import UNetCall
@@ -19,63 +22,53 @@ from .unet_call import UNetCall
 class Caching:
     """Step caching of one patch.
 
+    Args:
+        pipeline: whose ControlNet is skipped where the UNet is; or the UNet.
+
     Attributes:
         switch: what the skippable parts of the UNet go by.
+        controlnet: what is put on the pipeline's ControlNet.
     """
 
-    def __init__(self, config: AgentConfig, schedule: Schedule, warnings: Warnings):
+    def __init__(self, config: AgentConfig, schedule: Schedule, warnings: Warnings, runs: RunTracker, pipeline: Any):
         self.switch = Switch()
+        self.controlnet = ControlNetSkip(config, schedule, runs, pipeline)
         self._config = config
         self._schedule = schedule
         self._warnings = warnings
+        self._runs = runs
 
     def install(self, unet: UNet) -> None:
-        """Make the skippable parts of the UNet skippable."""
+        """Make the skippable parts of the UNet and of the ControlNet skippable."""
         install_skipping(unet, self.switch, self._config.cache_depth)
+        self.controlnet.install(unet, self._config.cache_depth)
 
     def uninstall(self, unet: UNet) -> None:
         """Undo `install`."""
         for forward in skippable_forwards(unet):
             forward.remove()
+        self.controlnet.uninstall()
 
     def order(self, steady: bool) -> int:
         """0 where a feature is reused, 1 where it is extrapolated: as set, or by the scheduler with "auto"."""
         order = self._config.cache_order
         return int(steady) if isinstance(order, str) else order
 
-    def begin_run(self, run: Run, unet: UNet) -> None:
-        """Give a run its cache, unless something forbids one. A warning says what does."""
-        run.cache = StepCache(self._config.cache_interval, self.order(False))
-        if (reason := self._why_whole(run, unet)) is not None:
-            run.whole = True
-            self._warnings.once("may not cache", f"step caching is off: {reason}")
-        elif run.loop is not None:
-            length, own = self._schedule.num_train_timesteps, self._schedule.timesteps()
-            phases = tuple(self._config.phase_at(timestep, length) for timestep in run.loop.timesteps)
-            plan = plan_whole_calls(phases, self._config.cache_interval, len(set(run.loop.timesteps)))
-            # A pipeline that shares the UNet may have a scheduler of its own, whose class is not known.
-            known = own is not None and run.loop.goes_over(own)
-            order = self.order(known and self._schedule.is_steady())
-            run.cache = StepCache(self._config.cache_interval, order, plan)
-
-    def begin_call(self, run: Run | None, call: UNetCall, unet: UNet, args: tuple, kwargs: dict) -> bool:
-        """Decide whether a call is cached, and set the switch; True if it is.
-
-        Args:
-            run: that the call belongs to; None where each sample has a timestep of its own.
-            call, args, kwargs: of the UNet.
-        """
-        feature = None if run is None else self._feature(run, call, unet, args, kwargs)
+    def begin_call(self, call: UNetCall, unet: UNet, args: tuple, kwargs: dict) -> bool:
+        """Decide whether a call is cached, and set the switch; True if it is. Arguments are those of the UNet."""
+        run, feature = self._runs.run, None
+        if run is not None:
+            run.cache = run.cache or self._new_cache(run, unet)
+            feature = self._feature(run, run.cache, call, unet, args, kwargs)
         self.switch.set(feature)
+        self.controlnet.settle(unet, run, args, kwargs, feature is not None)
         return feature is not None
 
-    def end_call(self, run: Run | None, call: UNetCall, unet: UNet, completed: bool) -> None:
-        """Keep what a whole call computed.
-
-        Args:
-            run, call: as `begin_call`.
-            completed: the call returned.
-        """
+    def end_call(self, call: UNetCall, unet: UNet, completed: bool) -> None:
+        """Keep what a whole call computed. `completed`: the call returned."""
+        run = self._runs.run
+        if run is None or run.at_end():
+            self.controlnet.forget()
         if run is None or run.cache is None:
             return
         kept, split = self.switch.kept, self.switch.split
@@ -95,15 +88,20 @@ class Caching:
                 forward.leave_graph()
         run.cache.end(run.stream, kept)
 
-    def expects_cached(self, run: Run | None, timestep: Tensor | float) -> bool:
-        """Whether the next call, at this timestep, will be cached if nothing else changes."""
-        if run is None or run.loop is None or run.cache is None or run.whole or torch.is_grad_enabled():
-            return False
-        position = run.loop.position(timestep) if isinstance(timestep, Tensor) else None
-        if position is None:
-            return False
-        phase = self._config.phase_at(run.loop.timesteps[position], self._schedule.num_train_timesteps)
-        return run.cache.expects_cached(position, phase)
+    def _new_cache(self, run: Run, unet: UNet) -> StepCache:
+        """The cache of a run that begins, unless something forbids one. A warning says what does."""
+        interval = self._config.cache_interval
+        if (reason := self._why_whole(run, unet)) is not None:
+            run.whole = True
+            self._warnings.once("may not cache", f"step caching is off: {reason}")
+        if run.whole or run.loop is None:
+            return StepCache(interval, self.order(False))
+        length, own = self._schedule.num_train_timesteps, self._schedule.timesteps()
+        phases = tuple(self._config.phase_at(timestep, length) for timestep in run.loop.timesteps)
+        # A pipeline that shares the UNet may have a scheduler of its own, whose class is not known.
+        known = own is not None and run.loop.goes_over(own)
+        order = self.order(known and self._schedule.is_steady())
+        return StepCache(interval, order, plan_whole_calls(phases, interval, len(set(run.loop.timesteps))))
 
     def _why_whole(self, run: Run, unet: UNet) -> str | None:
         """Why no call of a run can be cached, or None."""
@@ -120,10 +118,11 @@ class Caching:
             )
         return None
 
-    def _feature(self, run: Run, call: UNetCall, unet: UNet, args: tuple, kwargs: dict) -> Tensor | None:
+    def _feature(
+        self, run: Run, cache: StepCache, call: UNetCall, unet: UNet, args: tuple, kwargs: dict
+    ) -> Tensor | None:
         """The feature that a call reuses, None where it is whole."""
-        cache, stream = run.cache, run.stream
-        assert cache is not None  # from `begin_run`
+        stream = run.stream
         # Without a loop positions are parts of the run, as the spans of the cache are.
         position = run.position if run.loop is not None else 1 - call.timestep / self._schedule.num_train_timesteps
         sample = sample_and_timestep(args, kwargs)[0]

@@ -10,34 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, SparseControlNetModel
 from torch import Tensor, nn
 
-from .caching import Caching
+from ..config import AgentConfig
 from .conditioning import by_name
 from .layers import UNet
 from .sampling_run import Run, RunTracker
+from .schedule import Schedule
 from .skipping import Switch, first_layers_apart, install_forward, skippable_forwards, skipped_parts
 from .weak_link import WeakLink
-
-_ATTRIBUTE = "_agentsd_skip"
 
 # Classes whose first residual is what conv_in and the embedding of the control image give, and the next ones those of
 # the first down block's pairs.
 _CONTROLNETS = (ControlNetModel, ControlNetUnionModel, SparseControlNetModel)
-
-
-class Patch(Protocol):
-    """What is needed of the patch of the UNet that is called after the ControlNet."""
-
-    caching: Caching | None
-    runs: RunTracker
-
-    @property
-    def unet(self) -> UNet: ...
 
 
 @dataclasses.dataclass
@@ -60,43 +49,55 @@ class ControlNetSkip(Switch):
     """On a ControlNet, or on several that a pipeline adds up: decides before each call whether most of it is skipped.
 
     Args:
-        patch: the patch of the UNet that is called after it.
+        config, schedule, runs: of the patch of the UNet that is called after it.
+        pipeline: owns the ControlNet, and may get another one; or anything without an attribute `controlnet`.
     """
 
     filler = math.nan  # stands in skipped residuals. A cached call reads none of them; anything else would show
 
-    def __init__(self, patch: Patch):
+    def __init__(self, config: AgentConfig, schedule: Schedule, runs: RunTracker, pipeline: Any):
         super().__init__()
-        self.patch = WeakLink(patch)
+        self._config = config
+        self._schedule = schedule
+        self._runs = runs
+        self._pipeline = WeakLink(pipeline)
+        self._installed: WeakLink[nn.Module] = WeakLink(None)
         self._making_whole = False
+        self._run: Run | None = None  # in which the call in progress is skipped
         self._skipped: _Skipped | None = None
         self._handles: list[Any] = []
 
-    def install(self, controlnet: nn.Module, depth: int | str) -> None:
-        """Wrap what a cached UNet call reads nothing of; a former patch's wrapping is taken off."""
-        nets = _nets(controlnet)
-        owners = {id(forward.switch): forward.switch for net in nets for forward in skippable_forwards(net)}
-        for owner in owners.values():
+    def install(self, unet: UNet, depth: int | str) -> None:
+        """Wrap what a cached UNet call reads nothing of in the ControlNet that the pipeline has now.
+
+        A former patch's wrapping is taken off. A ControlNet of another kind is left alone, and so is one whose middle
+        residual a cached call reads: where that recomputes all up blocks.
+        """
+        controlnet = getattr(self._pipeline(), "controlnet", None)
+        keeps_middle = skipped_parts(unet, depth)[1] is unet.mid_block
+        if not isinstance(controlnet, nn.Module) or keeps_middle or not (nets := _nets(controlnet)):
+            return
+        for owner in [forward.switch for forward in skippable_forwards(controlnet)]:
             if isinstance(owner, ControlNetSkip):
-                owner.uninstall(controlnet)
+                owner._take_off(controlnet)
         for part in (part for net in nets for part in _skipped_parts(net, depth)):
             install_forward(part, self)
         self._handles = [
             controlnet.register_forward_pre_hook(self._before_call, with_kwargs=True),
             controlnet.register_forward_hook(self._after_call, with_kwargs=True, always_call=True),
         ]
-        setattr(controlnet, _ATTRIBUTE, self)
+        self._installed = WeakLink(controlnet)
 
-    def uninstall(self, controlnet: nn.Module) -> None:
-        """Undo `install`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._skipped = [], None
-        for forward in skippable_forwards(controlnet):
-            if forward.switch is self:
-                forward.remove()
-        if vars(controlnet).get(_ATTRIBUTE) is self:
-            delattr(controlnet, _ATTRIBUTE)
+    def uninstall(self) -> None:
+        """Undo `install`, also where the pipeline has another ControlNet by now, or is a copy."""
+        if (controlnet := self._controlnet()) is not None:
+            self._take_off(controlnet)
+
+    def skips(self) -> bool:
+        """Whether the ControlNet that is in use is skipped in cached calls."""
+        pipeline, controlnet = self._pipeline(), self._controlnet()
+        used = controlnet if pipeline is None else getattr(pipeline, "controlnet", None)
+        return controlnet is not None and controlnet is used and not _compiled(controlnet)
 
     def settle(self, unet: UNet, run: Run | None, args: tuple, kwargs: dict, cached: bool) -> None:
         """Make a skipped ControlNet call whole if the UNet call that begins is not cached.
@@ -111,8 +112,7 @@ class ControlNetSkip(Switch):
         Raises:
             RuntimeError: its residuals are not the ControlNet's own tensors, which could be filled in.
         """
-        skipped = self._skipped
-        if skipped is None or cached:
+        if (skipped := self._skipped) is None or cached:
             return
         self._skipped = None
         inputs = by_name(unet, args, kwargs)
@@ -140,87 +140,55 @@ class ControlNetSkip(Switch):
         """Let go of the last call, as the run has ended."""
         self._skipped = None
 
+    def _foresee(self, timestep: Tensor | float) -> Run | None:
+        """The run in progress, if its next call, at this timestep, will be cached unless something else changes."""
+        run = self._runs.run
+        if run is None or run.loop is None or run.cache is None or run.whole or torch.is_grad_enabled():
+            return None
+        position = run.loop.position(timestep) if isinstance(timestep, Tensor) else None
+        if position is None:
+            return None
+        phase = self._config.phase_at(run.loop.timesteps[position], self._schedule.num_train_timesteps)
+        return run if run.cache.expects_cached(position, phase) else None
+
     def _before_call(self, controlnet: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling() or self._making_whole:
             return
-        self._skipped, self.skipping = None, False
-        patch = self.patch()
-        if patch is None or patch.caching is None or _compiled(controlnet):
-            return
+        self._skipped = self._run = None
         inputs = by_name(controlnet, args, kwargs)
         # In guess mode pipelines make other tensors of the residuals, so that they could not be filled in.
-        if not inputs.get("guess_mode"):
-            self.skipping = patch.caching.expects_cached(patch.runs.run, inputs["timestep"])
+        if not _compiled(controlnet) and not inputs.get("guess_mode"):
+            self._run = self._foresee(inputs["timestep"])
+        self.skipping = self._run is not None
 
     def _after_call(self, controlnet: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if torch.compiler.is_compiling() or self._making_whole:
             return
-        patch = self.patch()
-        if self.skipping and output is not None and patch is not None and patch.runs.run is not None:
-            self._skipped = _Skipped(patch.runs.run, controlnet, args, kwargs, _tensors(output))
-        self.skipping = False
+        if self._run is not None and output is not None:
+            self._skipped = _Skipped(self._run, controlnet, args, kwargs, _tensors(output))
+        self._run, self.skipping = None, False
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_skipped": None}
+    def _take_off(self, controlnet: nn.Module) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._skipped = [], None
+        for forward in skippable_forwards(controlnet):
+            if forward.switch is self:
+                forward.remove()
 
-
-class ControlNetLink:
-    """What a patch knows of its pipeline's ControlNet. The pipeline owns both, and may get another one.
-
-    Args:
-        pipeline: the pipeline, or anything without an attribute `controlnet`.
-    """
-
-    def __init__(self, pipeline: Any):
-        self._pipeline = WeakLink(pipeline)
-        self._installed: WeakLink[nn.Module] = WeakLink(None)
-
-    def install(self, patch: Patch, depth: int | str) -> None:
-        """Have the ControlNet that the pipeline has now skipped; one of another kind is left alone.
-
-        So is one whose middle residual a cached call reads: where that recomputes all up blocks.
-        """
-        controlnet = getattr(self._pipeline(), "controlnet", None)
-        keeps_middle = skipped_parts(patch.unet, depth)[1] is patch.unet.mid_block
-        if isinstance(controlnet, nn.Module) and _nets(controlnet) and not keeps_middle:
-            ControlNetSkip(patch).install(controlnet, depth)
-            self._installed = WeakLink(controlnet)
-
-    def settle(self, patch: Patch, args: tuple, kwargs: dict, cached: bool) -> None:
-        """`ControlNetSkip.settle` of what was skipped before a UNet call; arguments and errors as there."""
-        for _, skip in self._found(patch):
-            skip.settle(patch.unet, patch.runs.run, args, kwargs, cached)
-
-    def end_run(self, patch: Patch) -> None:
-        """Let go of the ControlNet call before the last UNet call of a run."""
-        for _, skip in self._found(patch):
-            skip.forget()
-
-    def uninstall(self, patch: Patch) -> None:
-        """Undo `install`, also where the pipeline has another ControlNet by now, or is a copy."""
-        for controlnet, skip in self._found(patch):
-            skip.uninstall(controlnet)
-        self._installed = WeakLink(None)
-
-    def skips(self, patch: Patch) -> bool:
-        """Whether the ControlNet that is in use is skipped in cached calls."""
-        pipeline = self._pipeline()
-        used = self._installed() if pipeline is None else getattr(pipeline, "controlnet", None)
-        return any(controlnet is used and not _compiled(controlnet) for controlnet, _ in self._found(patch))
-
-    def _found(self, patch: Patch) -> list[tuple[nn.Module, ControlNetSkip]]:
-        """What stands on ControlNets for a patch: on the one it was put on, and on the pipeline's where that is a copy.
+    def _controlnet(self) -> nn.Module | None:
+        """What this was put on; the pipeline's where that is a copy.
 
         The pipeline may be gone, as after `pipe = OtherPipeline.from_pipe(pipe)`.
         """
-        found: list[tuple[nn.Module, ControlNetSkip]] = []
-        places: list[Any] = [self._installed(), getattr(self._pipeline(), "controlnet", None)]
-        for controlnet in places:
-            skip = getattr(controlnet, "__dict__", {}).get(_ATTRIBUTE)
-            known = any(skip is other for _, other in found)
-            if isinstance(skip, ControlNetSkip) and skip.patch() is patch and not known:
-                found.append((controlnet, skip))
-        return found
+        for controlnet in (self._installed(), getattr(self._pipeline(), "controlnet", None)):
+            if isinstance(controlnet, nn.Module):
+                if any(forward.switch is self for forward in skippable_forwards(controlnet)):
+                    return controlnet
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_run": None, "_skipped": None}
 
 
 def _nets(controlnet: nn.Module) -> list[nn.Module]:

@@ -22,7 +22,6 @@ from .caching import Caching
 from .checkpointing import unwatch_checkpoints, watch_checkpoints
 from .compiled import COMPILED_UNSEEN, CompiledEntry, unwatch_compilation, watch_compilation
 from .conditioning import sample_and_timestep
-from .controlnet import ControlNetLink
 from .layers import PatchedLayer, SkippedLayer, UNet, is_guided, is_ours, register_processor
 from .merge_around import MergeAround, why_unmerged
 from .outcomes import Outcome, Warnings, warn_of
@@ -85,8 +84,9 @@ class UNetPatch:
         self.lock = CallLock(unet)
         self.owner: int | None = None
         self.prepared = False
-        self.caching = Caching(config, schedule, self.warnings) if config.cache_interval > 1 else None
-        self.controlnet = ControlNetLink(pipeline)
+        self.caching = None
+        if config.cache_interval > 1:
+            self.caching = Caching(config, schedule, self.warnings, self.runs, pipeline)
         self._unet = WeakLink(unet, pickled=True)
         self._outer = WeakLink(outer, pickled=True)
         self._handles: list[Any] = []
@@ -122,7 +122,7 @@ class UNetPatch:
 
     def skips_controlnet(self) -> bool:
         """Whether cached calls skip the ControlNet that is in use."""
-        return self.controlnet.skips(self)
+        return self.caching is not None and self.caching.controlnet.skips()
 
     # --- put on and off -----------------------------------------------------------------------------------------------
 
@@ -156,7 +156,6 @@ class UNetPatch:
             self._handles.append(unet.conv_out.register_state_dict_pre_hook(_warn_where_rebuilt))
         if self.caching is not None:
             self.caching.install(unet)
-            self.controlnet.install(self, self.config.cache_depth)
             if (embedding := getattr(unet, "time_embedding", None)) is not None:
                 self._handles.append(embedding.register_forward_pre_hook(self._forget_stale))
         setattr(unet, PATCH_ATTRIBUTE, self)
@@ -173,7 +172,6 @@ class UNetPatch:
         self.runs.new_run()
         if self.caching is not None:
             self.caching.uninstall(unet)
-            self.controlnet.uninstall(self)
         for layer in self.layers:
             if is_ours(layer):
                 layer.attn.set_processor(layer.original)
@@ -231,15 +229,12 @@ class UNetPatch:
         run = self.runs.run
         if begins:
             self.schedule.refresh()
-            if run is not None and self.caching is not None:
-                self.caching.begin_run(run, self.unet)
         if begins or run is None or run.loop is None:
             check_schedule(self.schedule, timesteps, timestep, begins, self.warnings)
         phases = tuple(self.config.phase_at(one, self.schedule.num_train_timesteps) for one in timesteps)
         call = UNetCall(sample.shape[-2], sample.shape[-1], sample.shape[0], timesteps, phases, compiled=compiled)
         if self.caching is not None:
-            call = dataclasses.replace(call, cached=self.caching.begin_call(run, call, self.unet, args, kwargs))
-            self.controlnet.settle(self, args, kwargs, call.cached)
+            call = dataclasses.replace(call, cached=self.caching.begin_call(call, self.unet, args, kwargs))
         self.call = call
         for state in self.states:
             state.now = None
@@ -262,9 +257,7 @@ class UNetPatch:
         try:
             if self.call is not None:
                 if self.caching is not None:
-                    self.caching.end_call(self.runs.run, self.call, self.unet, completed)
-                    if self.runs.run is None or self.runs.run.at_end():
-                        self.controlnet.end_run(self)
+                    self.caching.end_call(self.call, self.unet, completed)
                 self._note_outcomes(self.call, completed)
         finally:
             self.end_call()
