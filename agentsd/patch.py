@@ -13,8 +13,7 @@ from typing_extensions import Unpack
 
 from .config import AgentConfig
 from .trained import choose_settings
-from .unet.layers import RESET_ATTN1, UNet, find_layers, find_other_cache, unwrap_unet, why_none
-from .unet.schedule import Schedule
+from .unet.layers import RESET_ATTN1, UNet, find_other_cache, unwrap_unet, why_none
 from .unet.skipping import skipped_parts
 from .unet.threads import changes, refuse_change
 from .unet.unet_call import NOISE_LEVELS
@@ -77,7 +76,7 @@ def apply_patch(
         RuntimeError: a call of the UNet is in progress, or another thread is in the middle of a run.
         Nothing is changed where an error is raised.
     """
-    unet, outer = unwrap_unet(model)
+    unet = find_unet(model)
     config = _choose(unet, config, preset, settings)
     refuse_tomesd(unet)
     if config.cache_interval > 1:
@@ -87,13 +86,12 @@ def apply_patch(
                 f"cache_interval={config.cache_interval}: {other} is on this model and caches too: turn it off first, "
                 "or use cache_interval=1"
             )
-    schedule = Schedule(model)
     with changes:
         _remove(unet)
-        layers, skipped = find_layers(unet, config)
-        patch = UNetPatch(unet, outer, config, schedule, layers, skipped, model)
+        patch = UNetPatch(model, config)
         patch.install()
-    if schedule.noise_levels:
+    layers, skipped = patch.layers, patch.skipped
+    if patch.schedule.noise_levels:
         patch.warnings.once("noise levels", NOISE_LEVELS)
     foreign = sorted({layer.reason for layer in skipped if layer.foreign})
     remedy = f". To patch them too, {RESET_ATTN1}" if foreign else ""

@@ -99,7 +99,7 @@ class Caching:
         length, own = self._schedule.num_train_timesteps, self._schedule.timesteps()
         phases = tuple(self._config.phase_at(timestep, length) for timestep in run.loop.timesteps)
         # A pipeline that shares the UNet may have a scheduler of its own, whose class is not known.
-        known = own is not None and run.loop.goes_over(own)
+        known = own is not None and run.loop.shares(own)
         order = self.order(known and self._schedule.is_steady())
         return StepCache(interval, order, plan_whole_calls(phases, interval, len(set(run.loop.timesteps))))
 
@@ -126,7 +126,7 @@ class Caching:
         # Without a loop positions are parts of the run, as the spans of the cache are.
         position = run.position if run.loop is not None else 1 - call.timestep / self._schedule.num_train_timesteps
         sample = sample_and_timestep(args, kwargs)[0]
-        if not run.whole and not self._continues(run, call, sample[:, : _channels(unet)]):
+        if not run.whole and not self._continues(run, call, sample, unet):
             cache.drop(stream)  # by hand: what comes may continue this one
         if run.whole or torch.is_grad_enabled():
             cache.keep_none(position, stream)
@@ -143,20 +143,24 @@ class Caching:
             )
         return feature
 
-    def _continues(self, run: Run, call: UNetCall, latent: Tensor) -> bool:
+    def _continues(self, run: Run, call: UNetCall, sample: Tensor, unet: UNet) -> bool:
         """Whether a latent continues that of the stream's last call; a run of which that is not so is not cached.
 
         In a known loop the second call tells: after it nothing is read from the device.
         """
         before = run.latents.pop(run.stream, None)
-        if (run.loop is None or run.at_begin()) and run.stream < MOST_STREAMS:
-            run.latents[run.stream] = (call.timestep, latent.detach().clone())  # callers may go on in the same tensor
+        keeps = (run.loop is None or run.at_begin()) and run.stream < MOST_STREAMS
+        if before is None and not keeps:
+            return True
+        latent = sample[:, : unet.config.out_channels].detach()  # inpainting adds channels that stay
+        if keeps:
+            run.latents[run.stream] = (call.timestep, latent.clone())  # callers may go on in the same tensor
         if before is None or before[1].shape != latent.shape or before[1].device != latent.device:
             return True  # what else a feature depends on tells whether it may be reused
         if before[0] == call.timestep:
             return True
         levels = (self._schedule.signal_and_noise(before[0]), self._schedule.signal_and_noise(call.timestep))
-        goes_on = continues(before[1], latent.detach(), levels)
+        goes_on = continues(before[1], latent, levels)
         if goes_on is False:
             run.whole = run.loop is not None
             self._warnings.once(
@@ -166,11 +170,6 @@ class Caching:
                 "run begins in a loop by hand, call agentsd.new_run(pipe)",
             )
         return bool(goes_on)
-
-
-def _channels(unet: UNet) -> int:
-    """How many of the input's channels are the latent; inpainting adds others, which stay."""
-    return unet.config.out_channels
 
 
 def _freeu(unet: UNet) -> tuple:

@@ -36,14 +36,12 @@ class PatchedLayer:
         block: the transformer block that it is `attn1` of.
         downsample: its tokens form the latent's grid divided by this.
         attn: the attention.
-        original: the processor that is put back when the patch is removed.
     """
 
     name: str
     block: BasicTransformerBlock
     downsample: int
     attn: Attention
-    original: Any
 
 
 @dataclass(frozen=True)
@@ -210,6 +208,8 @@ def find_layers(unet: UNet, config: AgentConfig) -> tuple[list[PatchedLayer], li
     """Find the self-attention layers that the settings reach, in the order of the UNet's modules, and the others."""
     candidates: list[tuple[str, BasicTransformerBlock, int]] = []
     skipped: list[SkippedLayer] = []
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    of_blocks = {part for block in blocks for part in block.modules()}
     for prefix, stage, downsample in _stages(unet):
         for name, module in stage.named_modules(prefix=prefix):
             if isinstance(module, BasicTransformerBlock):
@@ -218,7 +218,7 @@ def find_layers(unet: UNet, config: AgentConfig) -> tuple[list[PatchedLayer], li
                     candidates.append((f"{name}.attn1", module, downsample))
                 else:
                     skipped.append(SkippedLayer(f"{name}.attn1", reason))
-            elif isinstance(module, Attention) and not _inside_block(stage, name[len(prefix) + 1 :]):
+            elif isinstance(module, Attention) and module not in of_blocks:
                 skipped.append(SkippedLayer(name, "it is not part of a BasicTransformerBlock"))
 
     # The levels follow from the model alone, whatever processors it has.
@@ -235,7 +235,7 @@ def find_layers(unet: UNet, config: AgentConfig) -> tuple[list[PatchedLayer], li
             reason = f"its processor {class_name(processor)} is not one of diffusers' plain softmax processors"
             skipped.append(SkippedLayer(name, reason, foreign=True))
         else:
-            eligible.append(PatchedLayer(name, block, downsample, block.attn1, processor))
+            eligible.append(PatchedLayer(name, block, downsample, block.attn1))
     return eligible, skipped
 
 
@@ -260,13 +260,6 @@ def _stages(unet: UNet) -> Iterator[tuple[str, nn.Module, int]]:
     for index, block in enumerate(unet.up_blocks):
         yield f"up_blocks.{index}", block, downsample
         downsample //= 2 if getattr(block, "upsamplers", None) else 1
-
-
-def _inside_block(stage: nn.Module, name: str) -> bool:
-    parents = name.split(".")[:-1]
-    return any(
-        isinstance(stage.get_submodule(".".join(parents[: i + 1])), BasicTransformerBlock) for i in range(len(parents))
-    )
 
 
 def _why_not(block: BasicTransformerBlock) -> str | None:

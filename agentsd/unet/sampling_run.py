@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import deque
+from itertools import islice
 from types import FrameType
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..step_cache import StepCache
+from .threads import callers
 
 # Latents noised anew are as far apart as independent noise, to within a few percent; a step of an ancestral sampler of
 # 12 steps has about 0.65 of that.
@@ -45,13 +46,18 @@ class Loop:
     stride: int
     timesteps: tuple[float, ...]
 
-    def goes_over(self, timesteps: Tensor) -> bool:
-        """Whether these are timesteps of this loop or some of it."""
-        return timesteps.untyped_storage()._cdata == self.storage._cdata
+    def shares(self, value: Any) -> bool:
+        """Whether a value is a tensor of timesteps of this loop."""
+        if type(value) is not Tensor or value.layout is not torch.strided:
+            return False
+        try:
+            return value.untyped_storage()._cdata == self.storage._cdata
+        except (RuntimeError, NotImplementedError):  # wrapped by a transform of torch.func
+            return False
 
     def position(self, timestep: Tensor) -> int | None:
         """Where in the loop a timestep stands; None where it is none of the loop's."""
-        if not self.goes_over(timestep):
+        if timestep.untyped_storage()._cdata != self.storage._cdata:
             return None
         steps, rest = divmod(int(timestep.storage_offset()) - self.first, self.stride)
         return steps if rest == 0 and 0 <= steps < len(self.timesteps) else None
@@ -94,12 +100,6 @@ class Run:
         self.position = position
         return True
 
-    def has_loop_of(self, other: Run) -> bool:
-        """Whether both go over one tensor of timesteps."""
-        if self.loop is None or other.loop is None:
-            return False
-        return self.loop.storage._cdata == other.loop.storage._cdata
-
     def timestep(self) -> float:
         """Of the last call."""
         return -self.position if self.loop is None else self.loop.timesteps[int(self.position)]
@@ -123,76 +123,72 @@ class RunTracker:
     def __init__(self) -> None:
         self.run: Run | None = None
         self._no_loop: Loop | None = None  # a storage whose values are no schedule, read once
-        self._displaced: deque[Run] = deque(maxlen=_REMEMBERED)
+        # Where loops were left for another one, by the storage's address; the last few. A loop holds its storage.
+        self._left_at: dict[int, tuple[Loop, float]] = {}
 
     def new_run(self) -> None:
         """The next call begins a run."""
         self.run = None
 
-    def follow(self, timestep: Tensor | float) -> tuple[tuple[float, ...], bool]:
-        """Find the run of a call, `self.run` from then on.
-
-        Returns:
-            The timesteps of the call, one or one for each sample; and whether a run begins with it.
-        """
+    def follow(self, timestep: Tensor | float) -> tuple[float, ...]:
+        """Find the run of a call, `self.run` from then on; returns its timesteps, one or one for each sample."""
         if isinstance(timestep, Tensor):
             if timestep.numel() > 1 and any(timestep.stride()):
                 values = tuple(float(value) for value in timestep.flatten().tolist())
                 if len(set(values)) > 1:
                     self.run = None  # no run: a timestep of its own for each sample
-                    return values, True
-                return self._follow_by_hand(values[0])
+                    return values
+                return (self._follow_by_hand(values[0]),)
             if timestep.untyped_storage().nbytes() > timestep.element_size():
-                return self._follow_loop(timestep)
-        return self._follow_by_hand(float(timestep))
+                return (self._follow_loop(timestep),)
+        return (self._follow_by_hand(float(timestep)),)
 
     def in_progress(self, frame: FrameType) -> bool:
         """Whether a frame goes over the timesteps of a run that has not ended."""
         run = self.run
         if run is None or run.loop is None or run.at_end():
             return False
-        return any(_shares(value, run.loop.storage) for value in list(frame.f_locals.values()))
+        return any(run.loop.shares(value) for value in list(frame.f_locals.values()))
 
-    def _follow_loop(self, timestep: Tensor) -> tuple[tuple[float, ...], bool]:
+    def _follow_loop(self, timestep: Tensor) -> float:
         run = self.run
         if run is not None and run.loop is not None:
             position = run.loop.position(timestep)
             if position is not None and run.goes_on_at(position):
-                return (run.timestep(),), False
-        other = self._no_loop
-        if other is not None and (index := other.position(timestep)) is not None:
-            return self._follow_by_hand(other.timesteps[index])
-        loop = find_loop(timestep)
-        position = loop.position(timestep)
-        assert position is not None  # it is one of the loop's own
-        if not _falls(loop.timesteps):
+                return run.timestep()
+        loop = self._no_loop
+        if loop is None or (position := loop.position(timestep)) is None:
+            loop = find_loop(timestep)
+            position = loop.position(timestep)
+            assert position is not None  # it is one of the loop's own
+            if _falls(loop.timesteps):
+                self._begin(Run(loop, position))
+                return loop.timesteps[position]
             self._no_loop = loop
-            return self._follow_by_hand(loop.timesteps[position])
-        self._begin(Run(loop, position))
-        return (loop.timesteps[position],), True
+        return self._follow_by_hand(loop.timesteps[position])
 
-    def _follow_by_hand(self, timestep: float) -> tuple[tuple[float, ...], bool]:
+    def _follow_by_hand(self, timestep: float) -> float:
         run = self.run
-        if run is not None and run.loop is None and run.goes_on_at(-timestep):
-            return (timestep,), False
-        self._begin(Run(None, -timestep))
-        return (timestep,), True
+        if run is None or run.loop is not None or not run.goes_on_at(-timestep):
+            self._begin(Run(None, -timestep))
+        return timestep
 
     def _begin(self, run: Run) -> None:
         before, self.run = self.run, run
+        address = None
         if run.loop is not None:
-            cut = [one for one in self._displaced if one.has_loop_of(run)]
-            run.takes_turns = any(one.position < run.position for one in cut)
-        if before is not None and before.loop is not None and not before.at_end() and not before.has_loop_of(run):
-            stopped = Run(before.loop, before.position)
-            self._displaced = deque([one for one in self._displaced if not one.has_loop_of(stopped)], _REMEMBERED)
-            self._displaced.append(stopped)
+            address = run.loop.storage._cdata
+            run.takes_turns = address in self._left_at and self._left_at[address][1] < run.position
+        if before is None or before.loop is None or before.at_end() or before.loop.storage._cdata == address:
+            return
+        left = before.loop.storage._cdata
+        self._left_at.pop(left, None)
+        self._left_at[left] = (before.loop, before.position)
+        if len(self._left_at) > _REMEMBERED:
+            self._left_at.pop(next(iter(self._left_at)))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # a copy has runs of its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+    def __reduce__(self) -> tuple:
+        return RunTracker, ()  # a copy has runs of its own
 
 
 def find_loop(timestep: Tensor) -> Loop:
@@ -203,29 +199,15 @@ def find_loop(timestep: Tensor) -> Loop:
     is none, all values of the storage are the schedule.
     """
     storage = timestep.untyped_storage()
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(_MOST_FRAMES):
-        if frame is None:
-            break
+    whole = Loop(storage, 0, 1, ())
+    for frame in islice(callers(sys._getframe(1)), _MOST_FRAMES):
         for value in list(frame.f_locals.values()):
-            if _shares(value, storage) and value.ndim == 1 and value.numel() > 1 and value.stride(0) > 0:
-                loop = Loop(storage, value.storage_offset(), value.stride(0), ())
-                last = loop.first + (value.numel() - 1) * loop.stride
-                offset = timestep.storage_offset()
-                if loop.first <= offset <= last and (offset - loop.first) % loop.stride == 0:
-                    return dataclasses.replace(loop, timesteps=_read(value))
-        frame = frame.f_back
-    whole = torch.empty(0, dtype=timestep.dtype, device=timestep.device).set_(storage)
-    return Loop(storage, 0, 1, _read(whole))
-
-
-def _shares(value: Any, storage: torch.UntypedStorage) -> bool:
-    if type(value) is not Tensor or value.layout is not torch.strided:
-        return False
-    try:
-        return value.untyped_storage()._cdata == storage._cdata
-    except (RuntimeError, NotImplementedError):  # wrapped by a transform of torch.func
-        return False
+            if whole.shares(value) and value.ndim == 1 and value.numel() > 1 and value.stride(0) > 0:
+                loop = Loop(storage, value.storage_offset(), value.stride(0), _read(value))
+                if loop.position(timestep) is not None:
+                    return loop
+    values = torch.empty(0, dtype=timestep.dtype, device=timestep.device).set_(storage)
+    return dataclasses.replace(whole, timesteps=_read(values))
 
 
 def _read(timesteps: Tensor) -> tuple[float, ...]:

@@ -33,13 +33,20 @@ class Schedule:
         self.num_train_timesteps = DEFAULT_NUM_TRAIN_TIMESTEPS
         self.noise_levels = False
         self.assumed = True
-        self._read(getattr(model, "scheduler", None))
-        self._pipeline = WeakLink(None if self.assumed else model)
-        self._scheduler = WeakLink(getattr(model, "scheduler", None))
+        self._pipeline = WeakLink(model)
+        self._scheduler: WeakLink[Any] = WeakLink(None)
+        self.refresh()
 
     def refresh(self) -> Schedule:
         """Read the scheduler that the pipeline has now; returns itself."""
-        self._read(self._current())
+        scheduler = self._current()
+        if scheduler is not None:
+            config = getattr(scheduler, "config", {})
+            self.num_train_timesteps = config.get("num_train_timesteps", DEFAULT_NUM_TRAIN_TIMESTEPS)
+            # The EDM schedulers have no timestep_type; what they share is this method.
+            continuous = config.get("timestep_type") == "continuous"
+            self.noise_levels = continuous or hasattr(scheduler, "precondition_noise")
+            self.assumed = False
         return self
 
     def timesteps(self) -> Tensor | None:
@@ -65,22 +72,9 @@ class Schedule:
 
     def _current(self) -> Any:
         """The pipeline's scheduler; the last one it had, if another pipeline was made of its parts and it is gone."""
-        pipeline = self._pipeline()
-        if pipeline is None:
-            return self._scheduler()
-        scheduler = getattr(pipeline, "scheduler", None)
-        if scheduler is not self._scheduler():
-            self._scheduler = WeakLink(scheduler)
-        return scheduler
-
-    def _read(self, scheduler: Any) -> None:
-        if scheduler is None:
-            return
-        config = getattr(scheduler, "config", {})
-        self.num_train_timesteps = config.get("num_train_timesteps", DEFAULT_NUM_TRAIN_TIMESTEPS)
-        # The EDM schedulers have no timestep_type; what they share is this method.
-        self.noise_levels = config.get("timestep_type") == "continuous" or hasattr(scheduler, "precondition_noise")
-        self.assumed = False
+        if (pipeline := self._pipeline()) is not None:
+            self._scheduler = WeakLink(getattr(pipeline, "scheduler", None))
+        return self._scheduler()
 
 
 @lru_cache(maxsize=4)

@@ -41,7 +41,7 @@ class CallLock:
         holder = self._holder.setdefault("thread", this)  # atomic: one thread wins
         if holder == this:
             return
-        if not _is_inside(sys._current_frames().get(holder), self._unet()):
+        if not is_inside(self._unet(), holder):
             self._holder["thread"] = this
             return
         raise RuntimeError(
@@ -62,9 +62,17 @@ class CallLock:
         return {"_unet": self._unet, "_holder": {}}  # a copy belongs to nobody
 
 
-def is_inside(unet: nn.Module) -> bool:
-    """Whether this thread is executing a call of a UNet; its state may say so after Ctrl-C too."""
-    return _is_inside(sys._getframe(1), unet)
+def callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and those that called it."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def is_inside(unet: Any, thread: int | None = None) -> bool:
+    """Whether a thread (None: this one) is executing a call of a UNet; its state may say so after Ctrl-C too."""
+    frame = sys._getframe(1) if thread is None else sys._current_frames().get(thread)
+    return any(_calls(one, unet) for one in callers(frame))
 
 
 def refuse_change(unet: nn.Module, in_run: Callable[[FrameType], bool], owner: int | None) -> None:
@@ -80,12 +88,12 @@ def refuse_change(unet: nn.Module, in_run: Callable[[FrameType], bool], owner: i
     """
     this = threading.get_ident()
     why = None
-    if _is_inside(sys._getframe(1), unet):
+    if is_inside(unet):
         why = "a call of it is in progress in this thread: change the patch between two calls"
     # Without this thread's own frame, which a variable of it would keep alive, and the UNet with it.
     others = [(thread, frame) for thread, frame in sys._current_frames().items() if thread != this]
     for thread, frame in others:
-        if any(_is_run_of(one, unet) or in_run(one) for one in _upwards(frame)):
+        if any(_is_run_of(one, unet) or in_run(one) for one in callers(frame)):
             why = "another thread is in the middle of a run of it: hold a lock around each change and each whole run"
         elif thread == owner:
             why = "it is patched for the `with agentsd.patched` block of another thread: wait until that block ends"
@@ -94,19 +102,8 @@ def refuse_change(unet: nn.Module, in_run: Callable[[FrameType], bool], owner: i
         raise RuntimeError(f"agentsd: the patch of this UNet cannot be changed now, as {why}. Nothing was changed")
 
 
-def _upwards(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame and those that called it."""
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _is_inside(frame: FrameType | None, unet: Any) -> bool:
-    """Whether a frame belongs to a call of the UNet, or of what torch.compile wrapped it in."""
-    return any(_calls(one, unet) for one in _upwards(frame))
-
-
 def _calls(frame: FrameType, unet: Any) -> bool:
+    """Whether a frame is a call of the UNet, or of what torch.compile wrapped it in."""
     if frame.f_code.co_name not in _CALLING:
         return False
     module = frame.f_locals.get("self")

@@ -98,6 +98,7 @@ def plan_layers(
     """
     by_grid: dict[tuple[int, int], list[LayerState]] = {}
     for state in states:
+        state.now = None
         by_grid.setdefault(token_grid(call.height, call.width, state.downsample), []).append(state)
     # The phases present, with the numbers of their samples; a batch of one phase is not divided.
     samples = {phase: [i for i, one in enumerate(call.phases) if one is phase] for phase in dict.fromkeys(call.phases)}
@@ -112,12 +113,11 @@ def plan_layers(
         for phase, numbers in samples.items():
             plan = plan_layer(config, phase, grid)
             index = None if order is None else torch.tensor(numbers, device=device)
-            if len(call.timesteps) == 1:
-                calls = layer_calls(plan, config, call.timesteps[0], layers, call.batch, device, index)
-            else:
-                timesteps = tuple(call.timesteps[i] for i in numbers)
-                calls = layer_calls(plan, config, timesteps, layers, len(numbers), device, index)
-            parts.append((plan, calls))
+            timestep: float | tuple[float, ...] = call.timesteps[0]
+            batch = call.batch
+            if len(call.timesteps) > 1:
+                timestep, batch = tuple(call.timesteps[i] for i in numbers), len(numbers)
+            parts.append((plan, layer_calls(plan, config, timestep, layers, batch, device, index)))
         for i, number in enumerate(layers):
             alike[number].now = LayerInCall(parts[0][0], tuple(calls[i] for _, calls in parts), order, call.batch)
     if order is not None and (config.merge_crossattn or config.merge_mlp):

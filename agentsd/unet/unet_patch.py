@@ -22,7 +22,7 @@ from .caching import Caching
 from .checkpointing import unwatch_checkpoints, watch_checkpoints
 from .compiled import COMPILED_UNSEEN, CompiledEntry, unwatch_compilation, watch_compilation
 from .conditioning import sample_and_timestep
-from .layers import PatchedLayer, SkippedLayer, UNet, is_guided, is_ours, register_processor
+from .layers import UNet, find_layers, is_guided, is_ours, register_processor, unwrap_unet
 from .merge_around import MergeAround, why_unmerged
 from .outcomes import Outcome, Warnings, warn_of
 from .processor import LAYER_ATTRIBUTE, AgentAttnProcessor, LayerInCall, LayerState
@@ -44,8 +44,11 @@ _FROZEN = (
 class UNetPatch:
     """One patch of one UNet.
 
-    Attributes:
+    Args:
+        model: a pipeline or UNet, or what wraps one; references are weak, as the patch hangs on the UNet.
         config: the settings.
+
+    Attributes:
         schedule: length of the diffusion run, from the pipeline's scheduler.
         layers: the patched self-attention layers, in the order of the UNet's modules.
         states: what hangs on each of them, in the same order.
@@ -56,27 +59,13 @@ class UNetPatch:
         lock: which thread is inside the UNet.
         owner: the thread whose `with agentsd.patched` block the patch belongs to, if any.
         prepared: a caller outside a compiled graph has prepared the call, so that the graph need not.
-
-    Args:
-        unet: the UNet; the reference is weak, as the patch hangs on it.
-        outer: the module that callers call, another one where torch.compile wraps the UNet.
-        pipeline: the pipeline, or the UNet where there is none.
     """
 
-    def __init__(
-        self,
-        unet: UNet,
-        outer: nn.Module,
-        config: AgentConfig,
-        schedule: Schedule,
-        layers: list[PatchedLayer],
-        skipped: list[SkippedLayer],
-        pipeline: Any,
-    ):
+    def __init__(self, model: Any, config: AgentConfig):
+        unet, outer = unwrap_unet(model)
         self.config = config
-        self.schedule = schedule
-        self.layers = layers
-        self.skipped = skipped
+        self.schedule = Schedule(model)
+        self.layers, self.skipped = find_layers(unet, config)
         self.warnings = Warnings()
         self.runs = RunTracker()
         self.call: UNetCall | None = None
@@ -86,7 +75,7 @@ class UNetPatch:
         self.prepared = False
         self.caching = None
         if config.cache_interval > 1:
-            self.caching = Caching(config, schedule, self.warnings, self.runs, pipeline)
+            self.caching = Caching(config, self.schedule, self.warnings, self.runs, model)
         self._unet = WeakLink(unet, pickled=True)
         self._outer = WeakLink(outer, pickled=True)
         self._handles: list[Any] = []
@@ -94,7 +83,8 @@ class UNetPatch:
         self._completed_once = False
         keeps_matching = config.merge_crossattn or config.merge_mlp
         self.states = [
-            LayerState(one.name, one.downsample, config, self.warnings, one.original, keeps_matching) for one in layers
+            LayerState(one.name, one.downsample, config, self.warnings, one.attn.processor, keeps_matching)
+            for one in self.layers
         ]
         names = skipped_names(unet, config.cache_depth) if self.caching else ()
         self._skipped = {state.name for state in self.states if names and state.name.startswith(names)}
@@ -133,11 +123,10 @@ class UNetPatch:
         register_processor()
         for layer, state in zip(self.layers, self.states):
             attn, block = layer.attn, layer.block
-            layer.original = attn.processor
-            if isinstance(layer.original, AgentAttnProcessor):
+            state.fallback = attn.processor
+            if is_ours(layer):
                 # Not a patch: someone put back what they had saved while there was one (unfuse_qkv_projections, PAG).
-                layer.original = AttnProcessor2_0()
-            state.fallback = layer.original
+                state.fallback = AttnProcessor2_0()
             setattr(attn, LAYER_ATTRIBUTE, state)
             attn.set_processor(processor)
             self._handles.append(block.register_forward_pre_hook(BlockHook(state), with_kwargs=True))
@@ -172,9 +161,9 @@ class UNetPatch:
         self.runs.new_run()
         if self.caching is not None:
             self.caching.uninstall(unet)
-        for layer in self.layers:
+        for layer, state in zip(self.layers, self.states):
             if is_ours(layer):
-                layer.attn.set_processor(layer.original)
+                layer.attn.set_processor(state.fallback)
             layer.attn.__dict__.pop(LAYER_ATTRIBUTE, None)
         delattr(unet, PATCH_ATTRIBUTE)
         unwatch_compilation(unet)
@@ -225,8 +214,10 @@ class UNetPatch:
 
     def _begin(self, args: tuple, kwargs: dict, compiled: bool) -> None:
         sample, timestep = sample_and_timestep(args, kwargs)
-        timesteps, begins = self.runs.follow(timestep)
+        before = self.runs.run
+        timesteps = self.runs.follow(timestep)
         run = self.runs.run
+        begins = run is None or run is not before
         if begins:
             self.schedule.refresh()
         if begins or run is None or run.loop is None:
@@ -236,8 +227,6 @@ class UNetPatch:
         if self.caching is not None:
             call = dataclasses.replace(call, cached=self.caching.begin_call(call, self.unet, args, kwargs))
         self.call = call
-        for state in self.states:
-            state.now = None
         skipped = self._skipped if call.cached else ()
         plan_layers(self.config, call, self.states, skipped, sample.device, self.warnings)
         for layer, state in zip(self.layers, self.states):
@@ -267,8 +256,7 @@ class UNetPatch:
         self.call = None
         if self.caching is not None:
             self.caching.switch.set(None)
-        for state in self.states:
-            state.now = None
+        self._set([None] * len(self.states))
         self.lock.leave()
 
     def _forget_stale(self, *_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +21,10 @@ class WeakLink(Generic[T]):
 
     def __init__(self, target: T | None, pickled: bool = False):
         self._pickled = pickled
-        self._set(target)
+        self._reference: weakref.ref[T] | None = None
+        if target is not None:
+            with contextlib.suppress(TypeError):
+                self._reference = weakref.ref(target)
 
     def __call__(self) -> T | None:
         return None if self._reference is None else self._reference()
@@ -39,19 +43,9 @@ class WeakLink(Generic[T]):
             )
         return target
 
-    def _set(self, target: T | None) -> None:
-        try:
-            self._reference = None if target is None else weakref.ref(target)
-        except TypeError:
-            self._reference = None
-
     def __deepcopy__(self, memo: dict[int, Any]) -> WeakLink[T]:
         # What owns this registers its copy before its parts are copied.
         return WeakLink(memo.get(id(self())), self._pickled)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"target": self() if self._pickled else None, "pickled": self._pickled}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._pickled = state["pickled"]
-        self._set(state["target"])
+    def __reduce__(self) -> tuple:
+        return WeakLink, (self() if self._pickled else None, self._pickled)
