@@ -8,6 +8,7 @@ Source: Bolya & Hoffman, "Token Merging for Fast Stable Diffusion" (arXiv 2303.1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -134,27 +135,32 @@ def split_grid(
                 "what tile_size returns"
             )
     down, across = height // tile[0], width // tile[1]
-    grid = np.arange(height * width, dtype=np.int64).reshape(height, width)
-    # The tokens of each cell, and so its dst, cell by cell and row by row within it.
-    inside = grid[: height // rows * rows, : width // columns * columns]
-    inside = inside.reshape(height // rows, rows, width // columns, columns).swapaxes(1, 2).reshape(cells, -1)
-    dst_index = inside[np.arange(cells), offsets]
-    is_src = np.ones((*dst_index.shape[:-1], height * width), dtype=bool)
-    np.put_along_axis(is_src, dst_index, False, axis=-1)
+    num_tokens, leading = height * width, offsets.shape[:-1]
+    by_cell = _by_tile(height // rows * rows, width // columns * columns, height // rows, width // columns, width)
+    dst_index = by_cell[np.arange(0, by_cell.size, rows * columns) + offsets.reshape(-1, cells)]
+    first = np.arange(0, len(dst_index) * num_tokens, num_tokens)[:, None]  # of each grid, where all lie in one row
+    is_src = np.ones((len(dst_index), num_tokens), dtype=bool)
+    is_src.reshape(-1)[dst_index + first] = False
     if down * across > 1:
-        by_tile = _by_tile(height, width, down, across)
-        dst_index = dst_index[..., _by_tile(height // rows, width // columns, down, across)]
-        is_src = is_src[..., by_tile]
-    src_index = np.flatnonzero(is_src).reshape(*dst_index.shape[:-1], -1) % (height * width)
+        by_tile = _by_tile(height, width, down, across, width)
+        dst_index = dst_index[:, _by_tile(height // rows, width // columns, down, across, width // columns)]
+        is_src = is_src[:, by_tile]
+    src_index = np.flatnonzero(is_src).reshape(len(dst_index), -1) - first
     if down * across > 1:
         src_index = by_tile[src_index]
-    tokens = _to_device(np.concatenate([src_index, dst_index], axis=-1), device)
-    return GridSplit(tokens, tokens[..., height * width - cells :].unflatten(-1, (down * across, -1)))
+    tokens = _to_device(np.concatenate([src_index, dst_index], axis=1).reshape(*leading, num_tokens), device)
+    return GridSplit(tokens, tokens[..., num_tokens - cells :].unflatten(-1, (down * across, -1)))
 
 
-def _by_tile(height: int, width: int, down: int, across: int) -> np.ndarray:
-    """Numbers of the places of a height × width grid, tile by tile."""
-    places = np.arange(height * width)
+@lru_cache(maxsize=64)
+def _by_tile(height: int, width: int, down: int, across: int, line: int) -> np.ndarray:
+    """Numbers of the places of a height × width area, tile by tile and row by row within each; not to be written to.
+
+    Args:
+        down, across: how many tiles there are.
+        line: width of the grid whose upper left part the area is.
+    """
+    places = np.arange(height)[:, None] * line + np.arange(width)
     return places.reshape(down, height // down, across, width // across).swapaxes(1, 2).ravel()
 
 
