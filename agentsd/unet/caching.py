@@ -174,4 +174,4 @@ class Caching:
 
 def _freeu(unet: UNet) -> tuple:
     """FreeU's factors, which diffusers sets on the up blocks."""
-    return tuple(tuple(vars(block).get(name) for name in ("s1", "s2", "b1", "b2")) for block in unet.up_blocks)
+    return tuple(vars(block).get(name) for block in unet.up_blocks for name in ("s1", "s2", "b1", "b2"))
