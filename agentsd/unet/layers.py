@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import (
     Attention,
@@ -117,10 +118,6 @@ def is_guided(attn: Attention) -> bool:
 
 def register_processor() -> None:
     """Tell diffusers how its guiders skip a layer with our processor: as one with its own."""
-    try:
-        from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
-    except ImportError:  # before diffusers 0.35 had guiders
-        return
     # Not by `register`, which imports the processors of every transformer that diffusers has.
     metadata = AttentionProcessorMetadata(skip_processor_output_fn=_skipped_attention)
     AttentionProcessorRegistry._registry.setdefault(AgentAttnProcessor, metadata)
@@ -171,17 +168,14 @@ def unwrap_unet(model: Any) -> tuple[UNet, nn.Module]:
         TypeError: there is none.
     """
     outer: Any = model if isinstance(model, nn.Module) else getattr(model, "unet", None)
-    unet = outer
-    while not isinstance(unet, UNET_CLASSES):
-        inner = _unwrapped(unet)
-        if inner is None:
-            break
-        unet = inner
-    if isinstance(unet, UNET_CLASSES):
-        return unet, outer
+    inner = outer
+    while inner is not None:
+        if isinstance(inner, UNET_CLASSES):
+            return inner, outer
+        innermost, inner = inner, _unwrapped(inner)
     what = type(model).__name__
-    if unet is not None and unet is not model:
-        what += f" with a {type(unet).__name__}"
+    if outer is not None and innermost is not model:
+        what += f" with a {type(innermost).__name__}"
     elif hasattr(model, "transformer"):
         what += f" with a {type(model.transformer).__name__} (a transformer, not a UNet)"
     raise TypeError(
@@ -194,14 +188,11 @@ def _unwrapped(module: Any) -> nn.Module | None:
     """The module inside a wrapper, or None."""
     if not isinstance(module, nn.Module):
         return None
-    if isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):  # torch.compile
-        return inner
-    if isinstance(inner := getattr(module, "module", None), nn.Module):  # DataParallel, DDP, FSDP
-        return inner
-    if callable(get := getattr(module, "get_base_model", None)):  # peft
-        inner = get()
-        return inner if isinstance(inner, nn.Module) and inner is not module else None
-    return None
+    for name in ("_orig_mod", "module"):  # of torch.compile; of DataParallel, DDP, FSDP
+        if isinstance(inner := getattr(module, name, None), nn.Module):
+            return inner
+    inner = getattr(module, "get_base_model", lambda: None)()  # peft
+    return inner if isinstance(inner, nn.Module) and inner is not module else None
 
 
 def find_layers(unet: UNet, config: AgentConfig) -> tuple[list[PatchedLayer], list[SkippedLayer]]:
