@@ -9,17 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Everything in a UNet call that conditions it. ControlNet's and T2I-Adapter's residuals are new ones in every step:
-# only their presence counts.
-_CONDITIONS = (
-    "encoder_hidden_states",
-    "class_labels",
-    "timestep_cond",
-    "attention_mask",
-    "cross_attention_kwargs",
-    "added_cond_kwargs",
-    "encoder_attention_mask",
-)
+# ControlNet's and T2I-Adapter's residuals are new ones in every step: only their presence counts.
 _RESIDUALS = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
@@ -45,19 +35,19 @@ def sample_and_timestep(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | flo
 
 
 class Conditioning:
-    """The conditioning inputs of a call; == compares them with those of a later call.
+    """All inputs of a call but latent and timestep; == compares them with those of a later call.
 
     Pipelines pass the same tensors in every step, which is seen without reading them. Contents are compared, and read
     from the device, only where they pass others.
     """
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict):
-        named = by_name(model, args, kwargs)
         self._tensors: list[Tensor] = []  # held, so that no other tensor can take their place in memory
-        self._structure = (
-            tuple(self._describe(named.get(name)) for name in _CONDITIONS),
-            tuple(named.get(name) is not None for name in _RESIDUALS),
-        )
+        self._structure = {
+            name: name in _RESIDUALS or self._describe(value)
+            for name, value in by_name(model, args, kwargs).items()
+            if value is not None and name not in ("sample", "timestep")
+        }
         self._places = [_place(tensor) for tensor in self._tensors]
 
     def __eq__(self, later: object) -> bool:
