@@ -61,7 +61,7 @@ class Caching:
             run.cache = run.cache or self._new_cache(run, unet)
             feature = self._feature(run, run.cache, call, unet, args, kwargs)
         self.switch.set(feature)
-        self.controlnet.settle(unet, run, args, kwargs, feature is not None)
+        self.controlnet.settle(unet, args, kwargs, feature is not None)
         return feature is not None
 
     def end_call(self, call: UNetCall, unet: UNet, completed: bool) -> None:

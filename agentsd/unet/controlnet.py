@@ -8,9 +8,10 @@ UNet alone, the ControlNet runs whole before the UNet goes on.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, SparseControlNetModel
@@ -29,20 +30,12 @@ from .weak_link import WeakLink
 _CONTROLNETS = (ControlNetModel, ControlNetUnionModel, SparseControlNetModel)
 
 
-@dataclasses.dataclass
-class _Skipped:
-    """A ControlNet call that was skipped, to be made whole if need be.
-
-    Attributes:
-        run: that it belongs to.
-        outputs: its residuals, in part stand-ins.
-    """
+class _Skipped(NamedTuple):
+    """A ControlNet call that was skipped: the run, the call to make it whole, and its residuals, in part stand-ins."""
 
     run: Run
-    controlnet: nn.Module
-    args: tuple
-    kwargs: dict[str, Any]
-    outputs: list[Tensor]
+    make: Callable[[], Any]
+    residuals: list[Tensor]
 
 
 class ControlNetSkip(Switch):
@@ -99,14 +92,13 @@ class ControlNetSkip(Switch):
         used = controlnet if pipeline is None else getattr(pipeline, "controlnet", None)
         return controlnet is not None and controlnet is used and not _compiled(controlnet)
 
-    def settle(self, unet: UNet, run: Run | None, args: tuple, kwargs: dict, cached: bool) -> None:
+    def settle(self, unet: UNet, args: tuple, kwargs: dict, cached: bool) -> None:
         """Make a skipped ControlNet call whole if the UNet call that begins is not cached.
 
         It may serve several UNet calls, so it is kept until the ControlNet is called again or the run ends.
 
         Args:
             unet, args, kwargs: of the UNet call.
-            run: that it belongs to.
             cached: what was decided for it.
 
         Raises:
@@ -117,10 +109,11 @@ class ControlNetSkip(Switch):
         self._skipped = None
         inputs = by_name(unet, args, kwargs)
         given = [*(inputs.get("down_block_additional_residuals") or ()), inputs.get("mid_block_additional_residual")]
-        own = {id(tensor) for tensor in skipped.outputs}
-        if all(one is None for one in given) or (skipped.run is not run and not any(id(one) in own for one in given)):
+        own = {id(tensor) for tensor in skipped.residuals}
+        of_this_run = skipped.run is self._runs.run or any(id(one) in own for one in given)
+        if all(one is None for one in given) or not of_this_run:
             return
-        if len(given) != len(skipped.outputs) or any(one is not other for one, other in zip(given, skipped.outputs)):
+        if [id(one) for one in given] != [id(one) for one in skipped.residuals]:
             raise RuntimeError(
                 "agentsd: step caching expected a cached UNet call and skipped the ControlNet before it. The call is "
                 "whole, as what conditions the UNet has changed, and its residuals are not those that the ControlNet "
@@ -130,8 +123,7 @@ class ControlNetSkip(Switch):
         self._making_whole = True
         try:
             with torch.no_grad():
-                made = skipped.controlnet(*skipped.args, **skipped.kwargs)
-                for stand_in, tensor in zip(skipped.outputs, _tensors(made)):
+                for stand_in, tensor in zip(skipped.residuals, _residuals(skipped.make())):
                     stand_in.copy_(tensor)
         finally:
             self._making_whole = False
@@ -165,7 +157,7 @@ class ControlNetSkip(Switch):
         if torch.compiler.is_compiling() or self._making_whole:
             return
         if self._run is not None and output is not None:
-            self._skipped = _Skipped(self._run, controlnet, args, kwargs, _tensors(output))
+            self._skipped = _Skipped(self._run, partial(controlnet, *args, **kwargs), _residuals(output))
         self._run, self.skipping = None, False
 
     def _take_off(self, controlnet: nn.Module) -> None:
@@ -211,6 +203,6 @@ def _skipped_parts(controlnet: Any, depth: int | str) -> list[nn.Module]:
     return [*parts, *controlnet.controlnet_down_blocks[depth:], controlnet.controlnet_mid_block]
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def _residuals(output: Any) -> list[Tensor]:
     down, mid = (output[0], output[1]) if isinstance(output, tuple) else output.to_tuple()
     return [*down, mid]
