@@ -197,36 +197,36 @@ def _unwrapped(module: Any) -> nn.Module | None:
 
 def find_layers(unet: UNet, config: AgentConfig) -> tuple[list[PatchedLayer], list[SkippedLayer]]:
     """Find the self-attention layers that the settings reach, in the order of the UNet's modules, and the others."""
-    candidates: list[tuple[str, BasicTransformerBlock, int]] = []
+    candidates: list[PatchedLayer] = []
     skipped: list[SkippedLayer] = []
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
     of_blocks = {part for block in blocks for part in block.modules()}
     for prefix, stage, downsample in _stages(unet):
         for name, module in stage.named_modules(prefix=prefix):
             if isinstance(module, BasicTransformerBlock):
-                reason = "it attends over time, in a motion module" if ".motion_modules." in name else _why_not(module)
-                if reason is None:
-                    candidates.append((f"{name}.attn1", module, downsample))
+                layer = PatchedLayer(f"{name}.attn1", module, downsample, module.attn1)
+                if (reason := _why_not(layer)) is None:
+                    candidates.append(layer)
                 else:
-                    skipped.append(SkippedLayer(f"{name}.attn1", reason))
+                    skipped.append(SkippedLayer(layer.name, reason))
             elif isinstance(module, Attention) and module not in of_blocks:
                 skipped.append(SkippedLayer(name, "it is not part of a BasicTransformerBlock"))
 
     # The levels follow from the model alone, whatever processors it has.
     limit = config.max_downsample
     if isinstance(limit, str):  # "auto"
-        limit = min((downsample for _, _, downsample in candidates), default=1)
+        limit = min((layer.downsample for layer in candidates), default=1)
     eligible = []
-    for name, block, downsample in candidates:
-        processor = block.attn1.processor
-        if downsample > limit:
-            reason = f"its level is downsampled {downsample}×, max_downsample is {limit}"
-            skipped.append(SkippedLayer(name, reason))
-        elif not is_plain_softmax(processor) and not isinstance(processor, AgentAttnProcessor):
-            reason = f"its processor {class_name(processor)} is not one of diffusers' plain softmax processors"
-            skipped.append(SkippedLayer(name, reason, foreign=True))
+    for layer in candidates:
+        processor = layer.attn.processor
+        if layer.downsample > limit:
+            reason = f"its level is downsampled {layer.downsample}×, max_downsample is {limit}"
+            skipped.append(SkippedLayer(layer.name, reason))
+        elif is_plain_softmax(processor) or is_ours(layer):
+            eligible.append(layer)
         else:
-            eligible.append(PatchedLayer(name, block, downsample, block.attn1))
+            reason = f"its processor {class_name(processor)} is not one of diffusers' plain softmax processors"
+            skipped.append(SkippedLayer(layer.name, reason, foreign=True))
     return eligible, skipped
 
 
@@ -253,9 +253,11 @@ def _stages(unet: UNet) -> Iterator[tuple[str, nn.Module, int]]:
         downsample //= 2 if getattr(block, "upsamplers", None) else 1
 
 
-def _why_not(block: BasicTransformerBlock) -> str | None:
-    """The reason why a block of this kind cannot be patched, or None."""
-    attn = block.attn1
+def _why_not(layer: PatchedLayer) -> str | None:
+    """The reason why a layer of this kind cannot be patched, or None."""
+    block, attn = layer.block, layer.attn
+    if ".motion_modules." in layer.name:
+        return "it attends over time, in a motion module"
     if block.only_cross_attention:
         return "it attends to the text only"
     if block.pos_embed is not None:
