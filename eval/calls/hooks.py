@@ -2,12 +2,14 @@
 
 The UNet is on the meta device and nothing of it runs. Its inputs are on the CPU, so that where tokens are merged the
 rows hold what a GPU would compute beside its host, too: the layout of the merges. The rows in which nothing is merged
-are the host's own time. Reads are those of a device's tensor (`.item()`, `bool()`) beside that of the run's timesteps.
+are the host's own time. Times are the thread's processor time, so that what else runs on the machine counts little.
+Reads are those of a device's tensor (`.item()`, `bool()`) beside that of the run's timesteps.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 import warnings
@@ -56,13 +58,13 @@ def hook_times(unet: Any, size: int, steps: int) -> list[tuple[str, float]]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no layer is reached, as nothing runs
         for timestep in scheduler.timesteps:
-            before = time.perf_counter()
+            before = time.thread_time()
             patch._enter(unet, (sample, timestep), kwargs)
             cached = patch.call is not None and patch.call.cached
             if patch.caching is not None and not cached:
                 patch.caching.switch.kept = kept
             patch._leave(unet, (sample, timestep), kept)
-            times.append(("cached" if cached else "whole", time.perf_counter() - before))
+            times.append(("cached" if cached else "whole", time.thread_time() - before))
     return times
 
 
@@ -95,11 +97,12 @@ def run(options: argparse.Namespace, command: str) -> None:
         agentsd.remove_patch(unet)
     versions = ", ".join(f"{package} {version}" for package, version in package_versions().items())
     lines += ["", f"`{command}`: medians of {options.rounds} runs of {options.steps} DDIM steps, batch 2, "
-              f"{device_name(torch.device('cpu'))}, {versions}, commit {commit()}, {date.today()}."]  # fmt: skip
+              f"{device_name(torch.device('cpu'))} (load {os.getloadavg()[0]:.1f}), {versions}, commit {commit()}, "
+              f"{date.today()}."]  # fmt: skip
     text = "\n".join(lines)
     print(text)
     if options.out:
-        options.out.write_text(text + "\n", "utf-8")
+        options.out.write_text(f"# Host time of the patch's hooks\n\n{text}\n", "utf-8")
 
 
 _NOTHING_MERGED = {"ratio": 0.0, "early": 0.0}
