@@ -100,10 +100,6 @@ class Run:
         self.position = position
         return True
 
-    def timestep(self) -> float:
-        """Of the last call."""
-        return -self.position if self.loop is None else self.loop.timesteps[int(self.position)]
-
     def at_begin(self) -> bool:
         """Whether the last call is at the run's first position."""
         return self.position == self._first
@@ -155,7 +151,7 @@ class RunTracker:
         if run is not None and run.loop is not None:
             position = run.loop.position(timestep)
             if position is not None and run.goes_on_at(position):
-                return run.timestep()
+                return run.loop.timesteps[position]
         loop = self._no_loop
         if loop is None or (position := loop.position(timestep)) is None:
             loop = find_loop(timestep)

@@ -72,9 +72,11 @@ class Schedule:
 
     def _current(self) -> Any:
         """The pipeline's scheduler; the last one it had, if another pipeline was made of its parts and it is gone."""
-        if (pipeline := self._pipeline()) is not None:
-            self._scheduler = WeakLink(getattr(pipeline, "scheduler", None))
-        return self._scheduler()
+        if (pipeline := self._pipeline()) is None:
+            return self._scheduler()
+        scheduler = getattr(pipeline, "scheduler", None)
+        self._scheduler = WeakLink(scheduler)
+        return scheduler
 
 
 @lru_cache(maxsize=4)
