@@ -47,3 +47,11 @@ def test_a_row_that_failed_or_was_not_run_makes_no_table(monkeypatch):
     assert compat_table.problems({new: [ROW]}) == ["the oldest declared version torch 2.8: not run"]
     assert compat_table.problems({old: [{**ROW, "passed": False}]}) == [f"thing: failed with {old}"]
     assert compat_table.problems({new: [ROW], old: []}) == [f"thing: not run with {old}"]
+
+
+def test_failed_rows_alone_are_run_again(monkeypatch):
+    ran = []
+    failed, namesake = {**ROW, "group": "H", "passed": False}, {**ROW, "name": "other"}
+    monkeypatch.setattr(compat_table, "run_tests", lambda tests: ran.extend(tests) or [{**failed, "passed": True}])
+    assert compat_table.run_failed([ROW, failed, namesake]) == [ROW, {**failed, "passed": True}, namesake]
+    assert len(ran) == 1 and ran[0].endswith("tests/test_x.py::test_thing[a]")
