@@ -17,7 +17,7 @@ from eval.common.operations import count_operations
 from eval.forecast import gpus, work
 from eval.forecast.gpus import FAST_HOST, GPUS, SLOW_HOST
 from eval.forecast.hooks import hook_seconds
-from eval.forecast.networks import Network, Shape
+from eval.forecast.networks import Shape
 from eval.forecast.public_figures import RATIOS, TIMES
 from eval.forecast.roofline import EAGER, GRAPH, call_seconds
 from eval.forecast.tracing import CallTrace, Operation, trace
@@ -171,11 +171,6 @@ def test_errors_are_of_the_prediction():
     found = [Prediction(figure, figure.measured * (1 + error)) for error in (-0.1, 0.02, 0.05)]
     errors = Errors.of(found)
     assert (errors.least, errors.median_size, errors.largest) == pytest.approx((-0.1, 0.05, 0.05))
-
-
-def test_the_real_sd15_has_the_unpatched_operators_of_the_page():
-    """The count that every later one is compared with; it changes with diffusers only."""
-    assert Network(Shape("sd15", 512)).unpatched().operators == 728
 
 
 def test_the_command_writes_page_and_data(tmp_path):

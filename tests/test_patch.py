@@ -486,7 +486,7 @@ def test_feed_forward_in_chunks_is_not_merged():
 
 
 def test_an_interrupted_compiled_call_leaves_no_phase_behind(fresh_dynamo):
-    unet = make_unet()
+    unet = make_unet(**ONE_LEVEL)
     compiled = torch.compile(unet, backend="eager")
     agentsd.apply_patch(compiled)
     expected = [call_unet(unet, timestep=timestep) for timestep in (900, 100)]
@@ -519,6 +519,11 @@ def test_fused_projections():
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
+# Little to trace, and two layers to patch.
+ONE_LEVEL = dict(
+    block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    mid_block_type=None,
+)  # fmt: skip
 FOR_LARGE_PICTURES = {"late": "downsample", "max_agents": 4, "max_keys": 9, "match_tile": 8, "merge_mlp": True}
 
 
@@ -534,7 +539,7 @@ FOR_LARGE_PICTURES = {"late": "downsample", "max_agents": 4, "max_keys": 9, "mat
     ],
 )
 def test_compiles_whole_and_chooses_the_phase_outside_the_graph(how, settings, fresh_dynamo):
-    unet = make_unet()
+    unet = make_unet(**ONE_LEVEL)
     config = agentsd.AgentConfig(**settings)
     agentsd.apply_patch(unet, config)
     expected = {timestep: call_unet(unet, timestep=timestep) for timestep in (980, 900, 100, 60)}
@@ -577,7 +582,7 @@ def test_compiles_whole_and_chooses_the_phase_outside_the_graph(how, settings, f
 
 def test_compiled_after_the_patch_behind_our_back_is_right_or_refused(fresh_dynamo):
     """torch.compile(unet) of a patched UNet: the phase cannot be chosen outside, so fullgraph must refuse, not err."""
-    unet = make_unet()
+    unet = make_unet(**ONE_LEVEL)
     agentsd.apply_patch(unet)
     expected = [call_unet(unet, timestep=timestep) for timestep in (900, 100)]
     compiled = torch.compile(unet, backend="eager")

@@ -76,7 +76,7 @@ class Recorder:
         ("sd15", (16, 8), {"max_agents": 2}),
         ("sd15", (9, 11), {"max_agents": 3, "agent_ratio": 0.7}),
         ("sd15", (16, 8), {"match_tile": 4}),
-        ("sd15", (16, 16), {"match_tile": 8, "max_agents": 4}),
+        ("sd15", (16, 8), {"match_tile": 8, "max_agents": 4}),
         ("sd2", (8, 10), {}),
         ("sdxl", (16, 18), {}),  # its attention sees 8 × 9 tokens
         ("sdxl", (17, 13), {}),  # … 9 × 7
@@ -86,7 +86,8 @@ def test_equals_naive_loops(kind, size, settings, use_rand, phase, timestep):
     unet = make_unet(kind)
     config = agentsd.AgentConfig(use_rand=use_rand, seed=5, **settings)
     agentsd.apply_patch(unet, config)
-    for layer in range(len(get_patch(unet).layers)):
+    # Where nothing is drawn, layers differ in their weights alone: the last one stands for all.
+    for layer in range(len(get_patch(unet).layers))[0 if use_rand else -1 :]:
         recorder = Recorder(unet, layer)
         call_unet(unet, timestep=timestep, size=size)
         grid = size if kind != "sdxl" else (-(-size[0] // 2), -(-size[1] // 2))

@@ -133,8 +133,7 @@ PIPELINES = {
 }
 
 
-@pytest.mark.parametrize("kind", PIPELINES)
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("kind, depth", [*((kind, 1) for kind in PIPELINES), ("two", 2), ("union", 2), ("sparse", 2)])
 def test_the_image_is_that_of_a_controlnet_that_runs_whole(kind, depth):
     make, call = PIPELINES[kind]
     pipe = make()
@@ -412,7 +411,7 @@ def test_shared_with_an_unpatched_unet(stop, kind):
         run(pipe, callback_on_step_end=stop_at(stop))
         img2img = diffusers.StableDiffusionControlNetImg2ImgPipeline.from_pipe(other)
         images = {"image": torch.full((1, 3, 128, 128), 0.5), "control_image": picture()}
-        for strength in (0.7, 0.75, 0.8, 0.85):
+        for strength in (0.75, 0.85):
             assert torch.isfinite(draw(quiet(img2img), steps=20, **images, strength=strength)).all()
     else:
         assert torch.equal(run(pipe, callback_on_step_end=run_other), cached)
@@ -469,8 +468,11 @@ def test_a_compiled_controlnet_runs_whole_in_one_graph(fresh_dynamo):
 
 
 def test_under_a_compiled_unet_it_is_skipped(fresh_dynamo):
-    pipe = make_sd_with_controlnets()
-    agentsd.apply_patch(pipe, **FIXED)
+    unet = make_unet(
+        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+    )  # fmt: skip
+    pipe = make_pipe(diffusers.StableDiffusionControlNetPipeline, unet=unet, controlnet=make_controlnet(unet))
+    agentsd.apply_patch(pipe, **FIXED, early=0.0)  # one phase: two graphs, of whole calls and of cached ones
     eager = run(pipe)
     pipe.unet.compile(fullgraph=True, backend="eager")
     runs = record_runs(pipe)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import train_demo_model as script
+from demo_training import training
 from demo_training.icons import icons_by_caption, rasterise, read_icon_set
 from demo_training.images import compose_image
 from demo_training.presets import PRESETS
@@ -125,23 +126,24 @@ def test_icons_grids_and_contact_sheet_are_left_to_look_at(finished):
     assert not list(finished.rglob("*.part")) and not list(finished.rglob("*.tmp"))
 
 
-def test_an_interrupted_and_killed_run_goes_on_to_the_same_weights(finished, tmp_path, capsys):
-    out = tmp_path / "out"
-    everything = ("--smoke", "--out", out, "--checkpoint-seconds", 0)
-    process = subprocess.Popen(
-        command(*everything), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    while not (out / "autoencoder" / "checkpoint.safetensors").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "the same command goes on from here" in errors
+def test_an_interrupted_and_killed_run_goes_on_to_the_same_weights(finished, tmp_path, capsys, monkeypatch):
+    out, saved = tmp_path / "out", training.save_checkpoint
+    everything = ("--smoke", "--out", out)
+    at_once = ("--checkpoint-seconds", 0)
+
+    def save_and_press_ctrl_c(path, step, *rest):
+        saved(path, step, *rest)
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", save_and_press_ctrl_c)
+        assert script.main([*map(str, everything + at_once), "--device", "cpu"]) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
     assert (out / "autoencoder" / "checkpoint.safetensors").exists()
     assert not (out / "autoencoder" / "weights.safetensors").exists()
     # In the second phase of the UNet, whose start replaces weights and optimiser: after the grid of step 30.
-    kill_at(out / "unet" / "grids" / "step_000030.png", *everything)
+    kill_at(out / "unet" / "grids" / "step_000030.png", *everything, *at_once)
     assert not (out / "unet" / "weights.safetensors").exists()
     capsys.readouterr()
     complete(*everything)
@@ -342,11 +344,20 @@ def test_a_grown_model_works_and_keeps_what_it_came_from(finished, grown):
     assert (grown / "samples.png").exists()
 
 
-def test_a_killed_growing_goes_on_to_the_same_bytes(finished, grown, tmp_path):
+def test_a_killed_growing_goes_on_to_the_same_bytes(finished, grown, tmp_path, monkeypatch):
     out = tmp_path / "out"
     everything = ("--preset", "smoke-grown", "--grow-from", finished / "model", "--out", out, "--count", 2)
-    everything += ("--checkpoint-seconds", 0)
-    kill_at(out / "unet" / "grids" / "step_000012.png", *everything)
+    saved = training.save_checkpoint
+
+    def save_then_die(path, step, *rest):
+        saved(path, step, *rest)
+        if step == 13:
+            raise MemoryError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(training, "save_checkpoint", save_then_die)
+        complete(*everything, "--checkpoint-seconds", 0)
+    assert (out / "unet" / "grids" / "step_000012.png").exists()
     assert not (out / "unet" / "weights.safetensors").exists()
     complete(*everything)
     assert (out / "unet" / "weights.safetensors").read_bytes() == (grown / "unet" / "weights.safetensors").read_bytes()

@@ -166,14 +166,12 @@ def test_a_long_run_is_recorded_at_evenly_spaced_calls(pipe):
     ],
 )
 def test_a_recording_beyond_its_budget_is_refused_before_anything_is_recorded(pipe, config, num_agents):
-    image, views = look_through(pipe, REQUEST, config)
+    num_calls = 6 if config.early == 1 else 3  # with agents, of PLMS
+    needed = num_calls * num_agents * 256 * 2
+    _, views = look_through(pipe, REQUEST, config, budget=needed)
     with_agents = [view for view in views if view.phase is Phase.AGENT]
-    needed = sum(view.agent_attention.numel() * view.agent_attention.element_size() for view in with_agents)
-    assert needed == len(with_agents) * num_agents * 256 * 2
+    assert needed == sum(view.agent_attention.numel() * view.agent_attention.element_size() for view in with_agents)
     assert views[0].num_bytes == num_agents * 256 * 2 + num_agents * 8 + 256 * 8
-
-    again, _ = look_through(pipe, REQUEST, config, budget=needed)
-    assert np.array_equal(np.asarray(again), np.asarray(image))
     calls = []
     handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     told = f"{num_agents} agents × 256 tokens in {len(with_agents)} UNet calls would take .* a larger agent_ratio"

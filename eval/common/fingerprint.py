@@ -100,12 +100,21 @@ class _Effective(ast.NodeTransformer):
 
 def _imports(path: Path) -> set[Path]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
-            names = [folder.with_suffix(".py"), *(folder / f"{alias.name}.py" for alias in node.names)]
-            found |= {name for name in names if name.is_file()}
+    for level, module, imported in _relative_imports(path.read_text(encoding="utf-8")):
+        folder = path.parents[level - 1].joinpath(*module.split("."))
+        names = [folder.with_suffix(".py"), *(folder / f"{name}.py" for name in imported)]
+        found |= {name for name in names if name.is_file()}
     return found
+
+
+@functools.cache
+def _relative_imports(source: str) -> tuple[tuple[int, str, tuple[str, ...]], ...]:
+    """(level, module, names) of each relative import, as in (2, "images", ("methods",))."""
+    return tuple(
+        (node.level, node.module or "", tuple(alias.name for alias in node.names))
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.level
+    )
 
 
 def weights_fingerprint(pipe: Any) -> str:

@@ -71,7 +71,7 @@ def _tiny(shape: Shape) -> Network:
     levels = 2 if shape.architecture == "sdxl" else 3
     attends = [True, True, False][:levels] if levels == 3 else [False, True]
     config = dict(
-        sample_size=16, layers_per_block=2, block_out_channels=(32,) * levels, norm_num_groups=8, attention_head_dim=8,
+        sample_size=16, layers_per_block=1, block_out_channels=(32,) * levels, norm_num_groups=8, attention_head_dim=8,
         cross_attention_dim=32,
         down_block_types=tuple("CrossAttnDownBlock2D" if one else "DownBlock2D" for one in attends),
         up_block_types=tuple("CrossAttnUpBlock2D" if one else "UpBlock2D" for one in reversed(attends)),
