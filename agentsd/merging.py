@@ -30,6 +30,8 @@ from .grid_split import GridSplit
 
 # Similarities computed at once. It bounds the memory of the matching (64 MiB in float32) whatever the image's size.
 _SIMILARITIES_PER_BLOCK = 2**24
+# Devices that divide tokens by their lengths in one operator. The meta device counts what CUDA would run.
+_FUSED_NORM = ("cuda", "meta") if torch.__version__ >= "2.9" else ()
 
 
 @dataclass(frozen=True)
@@ -144,15 +146,13 @@ def _lay_out(dst_index: Tensor, num_src: int, batch: int, counts: Sequence[int])
     device, num_dst = dst_index.device, dst_index.shape[-1]
     sizes = [num_src + num_dst - r for r in counts]
     rows = torch.arange(batch * sum(sizes), device=device)
-    first_dst, end = [], 0  # the rows of each sample's first dst, by merge
-    for size in sizes:
-        begin, end = end, end + batch * size
-        first_dst.append(torch.arange(begin + size - num_dst, end + size - num_dst, size, device=device))
-    first = (torch.stack(first_dst) if len(counts) > 1 else first_dst[0][None])[..., None]
+    # A sample's last rows are its dsts.
+    by_merge = rows.split([batch * size for size in sizes])
+    dst_rows = [part.unflatten(0, (batch, size))[:, size - num_dst :] for part, size in zip(by_merge, sizes)]
+    dsts = torch.stack(dst_rows) if len(counts) > 1 else dst_rows[0][None]
     shape = (*dst_index.shape[:-2], len(counts), batch)
-    start = first.expand(*shape, num_src + num_dst).scatter(
-        -1, dst_index.unsqueeze(-3).expand(*shape, num_dst), (first + rows[:num_dst]).expand(*shape, num_dst)
-    )
+    first, index = dsts[..., :1].expand(*shape, num_src + num_dst), dst_index.unsqueeze(-3).expand(*shape, num_dst)
+    start = first.scatter(-1, index, dsts.expand(*shape, num_dst))
     merged = tuple(torch.empty(r, 0, device=device) for r in counts)
     return MergeLayout(start, torch.arange(-num_src, 0, device=device), rows, merged)
 
@@ -195,18 +195,23 @@ def _most_similar(metric: Tensor, split: GridSplit) -> tuple[Tensor, Tensor]:
     batch, _, channels = metric.shape
     num_src, num_dst, tiles = split.num_src, split.num_dst, split.tiles
     tokens = select_tokens(metric, split.tokens)
-    norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=_accumulate_dtype(tokens))
-    # Never zero, and with float16 64 times as large, lest a product with a long src exceed the range: in one operator.
-    norm = torch.rsub(norm, torch.finfo(torch.float32).tiny, alpha=-64 if metric.dtype is torch.float16 else -1)
+    norm = None
+    # One operator in place of four. With bfloat16 too many cosines would round to one number, and rank by their places.
+    if metric.device.type in _FUSED_NORM and metric.dtype is not torch.bfloat16:
+        tokens = F.rms_norm(tokens, (channels,), eps=1e-30)
+    else:
+        norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=_accumulate_dtype(tokens))
+        # Never zero, and with float16 64 times as large, lest a product with a long src exceed the range: one operator.
+        norm = torch.rsub(norm, torch.finfo(torch.float32).tiny, alpha=-64 if metric.dtype is torch.float16 else -1)
     src, dst = tokens[:, :num_src], tokens[:, num_src:]
-
-    # A src's length does not change which dst it chooses. Only its best product is divided by it, for the ranking: that
-    # walks through far less memory than dividing its features.
-    dst = dst.div_(norm[:, num_src:])
+    if norm is not None:
+        # A src's length does not change which dst it chooses. Only its best product is divided by it, for the ranking:
+        # that walks through far less memory than dividing its features.
+        dst = dst.div_(norm[:, num_src:])
     if tiles > 1:  # as if each tile were a sample of its own
         src, dst = (x.reshape(batch * tiles, -1, channels) for x in (src, dst))
     if src.shape[0] * src.shape[1] * dst.shape[1] <= _SIMILARITIES_PER_BLOCK:
-        product, best_dst = (src @ dst.transpose(1, 2)).max(dim=-1)
+        product, best_dst = torch.bmm(src, dst.mT).max(dim=-1)
     elif torch.compiler.is_compiling():
         product, best_dst = _largest_products_in_graph(src, dst)
     else:
@@ -214,7 +219,8 @@ def _most_similar(metric: Tensor, split: GridSplit) -> tuple[Tensor, Tensor]:
     if tiles > 1:
         first_dst = torch.arange(0, num_dst, split.dst_by_tile.shape[-1], device=metric.device)
         best_dst = best_dst.view(batch, tiles, -1) + first_dst[:, None]
-    return product.view(batch, -1) / norm[:, :num_src, 0], best_dst.view(batch, -1)
+    product = product.view(batch, -1)
+    return product if norm is None else product / norm[:, :num_src, 0], best_dst.view(batch, -1)
 
 
 def _largest_products(src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,10 +94,8 @@ def test_tiles_that_do_not_fit_are_refused(tile):
 def test_tiles_bound_the_work(monkeypatch):
     """All similarities that are computed: each src with the dsts of its own tile."""
     computed = []
-    matmul = torch.Tensor.__matmul__
-    monkeypatch.setattr(
-        torch.Tensor, "__matmul__", lambda a, b: computed.append(a.shape[0] * a.shape[1] * b.shape[2]) or matmul(a, b)
-    )
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: computed.append(a.shape[0] * a.shape[1] * b.shape[2]) or bmm(a, b))
     match_tokens(torch.randn(2, 32 * 32, 4), split_grid(32, 32, (2, 2), tile=(8, 8)))
     assert sum(computed) == 2 * 768 * 16
 
@@ -174,6 +172,31 @@ def test_the_means_of_other_devices_are_the_same(dtype):
     torch.testing.assert_close(means.view(2, 34, 24).to(dtype), expected)
 
 
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def norms(request, monkeypatch):
+    """Both ways of dividing tokens by their lengths."""
+    monkeypatch.setattr(merging, "_FUSED_NORM", ("cpu",) if request.param == "as on a GPU" else ())
+
+
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_edges_are_the_best_ones_up_to_the_rounding_of_products(dtype):
+    """By float64 cosines, the dst of a src and the srcs that merge first are as similar as any, within roundings."""
+    generator = torch.Generator().manual_seed(0)
+    metric = (torch.randn(2, 256, 64, generator=generator) + torch.randn(2, 1, 64, generator=generator)).to(dtype)
+    metric *= torch.rand(2, 256, 1, generator=generator).to(dtype) + 0.1
+    split = split_grid(16, 16, (4, 4))
+    unit = metric.double() / metric.double().norm(dim=-1, keepdim=True)
+    cosines = unit[:, split.src_index] @ unit[:, split.dst_index].mT
+    best, matching = cosines.amax(-1), match_tokens(metric, split)
+    chosen = cosines.gather(-1, matching.dst_of_src[..., None])[..., 0]
+    allowed = 4 * torch.finfo(dtype).eps
+    assert (best - chosen).max() < allowed
+    ranked = chosen.gather(1, matching.ranking)
+    assert (ranked.cummin(1).values - ranked).min() > -2 * allowed
+
+
+@pytest.mark.usefixtures("norms")
 def test_large_half_precision_tokens_still_match():
     generator = torch.Generator().manual_seed(0)
     metric = torch.randn(1, 64, 8, generator=generator)
@@ -183,6 +206,7 @@ def test_large_half_precision_tokens_still_match():
     assert large.best_dst.unique().numel() > 8  # with infinite norms every src would take dst 0
 
 
+@pytest.mark.usefixtures("norms")
 def test_products_beyond_float16_still_match():
     """Tokens of 16 features of up to 60,000, so that a src's product with its unit dst would be 170,000."""
     angle = torch.arange(16).view(4, 4).mul(torch.pi / 8).repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
@@ -200,6 +224,7 @@ def test_products_beyond_float16_still_match():
     assert apart[:12].max() < apart[-12:].min()  # and the most similar ones first
 
 
+@pytest.mark.usefixtures("norms")
 def test_zero_tokens_are_no_nan():
     matching = match_tokens(torch.zeros(1, 16, 4), split_grid(4, 4, (2, 2)))
     assert torch.isfinite(merge_tokens(torch.randn(1, 16, 4), matching, 6)).all()
@@ -278,6 +303,7 @@ def test_several_merges_at_once_are_those_one_by_one(grid, seed):
         assert torch.equal(unmerge_tokens(part, matching, count), unmerge_tokens(part, alone, count))
 
 
+@pytest.mark.usefixtures("norms")
 def test_ties_are_decided_by_the_order_of_the_tokens():
     """Of equally similar srcs the first ones of the grid are merged, into the first of equally similar dsts.
 
@@ -293,6 +319,7 @@ def test_ties_are_decided_by_the_order_of_the_tokens():
         assert position[matching.split.dst_index].tolist() == list(range(28, 44))
 
 
+@pytest.mark.usefixtures("norms")
 def test_zero_tokens_rank_as_not_similar_at_all():
     """Not as the most similar, which a quotient that is no number would be."""
     metric = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0)).abs()

@@ -20,10 +20,11 @@ class Switch:
         feature: [B, C, H, W] what a cached call uses in place of what it skips.
         kept: what the whole call in progress computed there.
         split: the part that computes it ran several times in that call, on some of the samples each.
-        filler: the value of stand-ins.
+        filler: the value of stand-ins; None leaves them as the memory was, which launches nothing. What is not skipped
+            reads none of them.
     """
 
-    filler = 0.0
+    filler: float | None = None
 
     def __init__(self) -> None:
         self.set(None)
@@ -93,14 +94,14 @@ class SkippableForward:
         return self._hidden_states(switch, self.like)
 
     def _hidden_states(self, switch: Switch, like: Tensor) -> Tensor:
-        if not self.keeps:
-            return torch.full_like(like, switch.filler, memory_format=torch.contiguous_format)
+        if not self.keeps:  # memory of its own, as diffusers may write into it
+            return _filled(torch.empty_like(like, memory_format=torch.contiguous_format), switch.filler)
         assert switch.feature is not None  # a cached call has one
         return switch.feature
 
     def leave_graph(self) -> None:
         """Replace tensors that a compiled graph made, as its next run may overwrite them."""
-        self.like = _like(self.like, self.switch.filler if self.switch else 0.0)
+        self.like = _like(self.like, self.switch.filler if self.switch else None)
 
     def remove(self) -> None:
         """Restore the forward that was there; where somebody has wrapped this one since, it stays and does nothing."""
@@ -115,12 +116,16 @@ class SkippableForward:
         self.switch, self.like = None, None
 
 
-def _like(output: Any, filler: float) -> Any:
+def _like(output: Any, filler: float | None) -> Any:
     if isinstance(output, tuple):
         return tuple(_like(one, filler) for one in output)
     if output is None:  # a stage without residuals, as the last one of the latent upscaler
         return None
-    return output.new_full((1,), filler).expand(output.shape)
+    return _filled(output.new_empty((1,)), filler).expand(output.shape)
+
+
+def _filled(tensor: Tensor, filler: float | None) -> Tensor:
+    return tensor if filler is None else tensor.fill_(filler)
 
 
 def skippable_forwards(unet: nn.Module) -> list[SkippableForward]:

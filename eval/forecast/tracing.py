@@ -147,6 +147,9 @@ class _GPUFunctions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func is F.rms_norm:
+            self.found.operations.append(_operation("_fused_rms_norm", args[:1], {}, args[0]))
+            return torch.empty_like(args[0])
         if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == "meta":
             self.found.operations.append(Operation("tensor", "wait", 0, 0))  # made on the host and uploaded
         if func is torch.randint:  # with a generator of a device that has none
@@ -193,7 +196,7 @@ def _operation(name: str, args: tuple, kwargs: dict, output: Any) -> Operation:
         kind = "gather"
         if plain in ("index_select", "gather", "index", "embedding"):  # reads what it takes, not all there is
             read = written + _bytes(inputs[-1])
-    elif plain in ("native_group_norm", "native_layer_norm"):
+    elif plain in ("native_group_norm", "native_layer_norm", "_fused_rms_norm"):
         kind = "norm"
     elif plain in _REDUCTIONS:
         kind = "reduction"
