@@ -24,6 +24,9 @@ from eval.calls.comfyui import OWN
 PROMPTS = tuple(f"a high quality photograph of a {name}." for name in ("castle", "zebra", "dog", "lobster"))
 """In the words that the demo network was trained on."""
 
+KINDS = WHOLE, CACHED = "whole", "cached"
+"""What a model call is; one that another node answers is neither."""
+
 STEP_CACHING = dict(ratio=0.0, early=0.0)
 """With a cache_interval: step caching alone, nothing merged, no agents."""
 VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -110,14 +113,13 @@ def _print(results: dict[str, list[dict[str, Any]]]) -> None:
     own_cpu = [one["cpu"] for one in results[OWN]]
     for variant, runs in results.items():
         factor = speed_up(own_cpu, [one["cpu"] for one in runs])
-        calls = runs[0]["calls"]
-        whole = [cpu for one in runs for cached, cpu in one["calls"] if not cached]
-        cached = [cpu for one in runs for cached, cpu in one["calls"] if cached]
+        calls = [kind for kind, _ in runs[0]["calls"]]
+        whole, cached = ([cpu for one in runs for kind, cpu in one["calls"] if kind == which] for which in KINDS)
         near = [_decibel(one["latents"], own["latents"]) for one, own in zip(runs, results[OWN])]
         cells = [
             variant,
             str(len(calls)),
-            str(sum(not cached for cached, _ in calls)),
+            str(calls.count(WHOLE)),
             f"{statistics.median(one['wall'] for one in runs):.3g}",
             f"{statistics.median(one['cpu'] for one in runs):.3g}",
             "" if factor is None else f"{factor:.2f}",
@@ -159,11 +161,12 @@ def _variants(model, options):
 
 
 def _sample(patcher, steps, text, seed, options):
-    """One run: seconds, CPU seconds, (cached, CPU seconds) of each model call, and the latents."""
+    """One run: seconds, CPU seconds, (kind, CPU seconds) of each model call, and the latents."""
     import comfy.sample
     import torch
 
-    calls = []
+    calls: list[tuple[str, float]] = []
+    ran: list[bool] = []
     pooled = models.SHAPES[options.model].get("adm_in_channels")
 
     def more(batch):
@@ -175,14 +178,18 @@ def _sample(patcher, steps, text, seed, options):
     def note(apply, arguments):
         run = wrappers[-1].run if wrappers else None
         before, start = run.cached if run else 0, time.process_time()
+        ran.clear()
         out = apply(arguments["input"], arguments["timestep"], **arguments["c"], **more(len(arguments["input"])))
-        calls.append((run is not None and run.cached > before, time.process_time() - start))
+        cached = run is not None and run.cached > before
+        # EasyCache answers some calls without running the UNet.
+        calls.append((CACHED if cached else WHOLE if ran else "answered", time.process_time() - start))
         return out
 
     patcher = patcher.clone()
     patcher.set_model_unet_function_wrapper(note)
     size = options.size // 8
     noise = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(seed + 1))
+    handle = patcher.model.diffusion_model.time_embed.register_forward_pre_hook(lambda *args: ran.append(True))
     start, cpu = time.perf_counter(), time.process_time()
     latents = comfy.sample.sample(
         patcher,
@@ -197,6 +204,7 @@ def _sample(patcher, steps, text, seed, options):
         seed=seed + 1,
         disable_pbar=True,
     )
+    handle.remove()
     return {
         "wall": time.perf_counter() - start,
         "cpu": time.process_time() - cpu,
