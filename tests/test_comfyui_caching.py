@@ -313,25 +313,43 @@ def test_a_wrapper_that_never_calls_the_model_is_told(comfyui, unet):  # noqa: F
         assert "4 steps never called the model's apply_model" in run["report"]
 
 
+def test_a_compiled_model_is_cached_without_agents_and_told(comfyui, unet):  # noqa: F811
+    """TorchCompileModel before and after AgentSD: whole calls run in one graph, cached ones uncompiled."""
+    arguments = dict(model="sd15", steps=12, size=(8, 8), scheduler="karras")
+    expected = comfyui("sample", nodes=node(preset="cache"), **arguments)
+    compiles, graphs = [("compile in earnest", {})], set()
+    for nodes in ([*node(preset="cache"), *compiles], [*compiles, *node(preset="fast", seed=3)]):
+        for sampler in ("euler", "dpmpp_2m"):
+            run = comfyui("sample", nodes=nodes, **{**arguments, "sampler": sampler})
+            assert run["counts"][1] == 5 and not run["kept"] and not run["hooks"]
+            assert len(run["told"]) == 1 and "TorchCompileModel" in run["told"][0]
+            graphs.add(run["graphs"])
+            if sampler == "euler" and nodes[-1] in compiles:  # the preset fast has phases, so another plan
+                assert distance(run["latents"], expected["latents"]) < 1e-5
+    assert graphs == {1}
+    assert comfyui("sample", nodes=compiles, **arguments)["counts"] is None
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["TorchCompileModel before", "TorchCompileModel after"])
-def test_a_compiled_model_is_whole_and_told(comfyui, unet, first):  # noqa: F811
-    ours = node(preset="fast")
+def test_a_compiled_model_without_caching_is_whole(comfyui, unet, first):  # noqa: F811
+    ours = node(preset="paper")
     nodes = [("compile", {}), *ours] if first else [*ours, ("compile", {})]
     arguments = dict(model="sd15", steps=12, size=(8, 8))
     run, plain = comfyui("sample", nodes=nodes, **arguments), comfyui("sample", nodes=[("compile", {})], **arguments)
-    assert torch.equal(run["latents"], plain["latents"]) and not run["kept"]
-    assert len(run["told"]) == 1 and "TorchCompileModel" in run["told"][0] and run["counts"][1] == 0
-    # Without TorchCompileModel it caches again.
-    assert comfyui("sample", nodes=ours, **arguments)["counts"] == (7, 5)
+    assert torch.equal(run["latents"], plain["latents"]) and len(run["told"]) == 1 and run["counts"] == (12, 0)
 
 
-def test_a_single_compiled_block_runs_unpatched_and_is_told(comfyui, unet):  # noqa: F811
+def test_a_single_compiled_block_is_cached_without_agents_and_told(comfyui, unet):  # noqa: F811
     block = ("compiled block", {"name": "output_blocks.3.1.transformer_blocks.0"})
-    plain = comfyui("sample", model="sd15", nodes=[block], steps=4)
-    for nodes in ([block, *node(ratio=0.5)], [*node(ratio=0.5, cache_interval=3), block]):
-        run = comfyui("sample", model="sd15", nodes=nodes, steps=4)
+    arguments = dict(model="sd15", size=(8, 8))
+    plain = comfyui("sample", nodes=[block], steps=4, **arguments)
+    cached = comfyui("sample", nodes=node(preset="cache"), steps=12, **arguments)
+    for ours in (node(ratio=0.5), node(ratio=0.5, cache_interval=3)):
+        run = comfyui("sample", nodes=[block, *ours], steps=4, **arguments)
         assert len(run["told"]) == 1 and "compiled" in run["told"][0]
         assert torch.equal(run["latents"], plain["latents"])
+    run = comfyui("sample", nodes=[*node(preset="cache"), block], steps=12, **arguments)
+    assert run["counts"] == (7, 5) and distance(run["latents"], cached["latents"]) < 1e-5
     comfyui("sample", model="sd15", nodes=[], steps=1)  # ComfyUI takes the block off when the next model is loaded
 
 

@@ -40,7 +40,7 @@ class Network:
     Attributes:
         layers, skipped: as `find_layers` returns them.
         parts: what a cached call skips; None without step caching.
-        compiled: it is, or a block of it, which nothing may be put on.
+        compiled: it is, or a block of it, in which no hook is seen.
     """
 
     layers: list[Layer]

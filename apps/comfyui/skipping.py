@@ -8,6 +8,7 @@ return the kept feature. Nothing of the UNet's own forward is copied.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -108,6 +109,36 @@ class SkippedParts:
             return x[:, :0] if self._skips(options["block"]) else handler(layer, x, emb, context, options, *args)
 
         return patched
+
+
+class Keeper:
+    """A patch of ComfyUI's output blocks that keeps what comes up from the skipped layers: hooks are not seen by a
+    compiled graph. `keeper_of` gives a UNet always the same one, as a graph is compiled anew for another.
+
+    Args:
+        place: of the first output block that is recomputed.
+
+    Attributes:
+        feature: [B, C, H, W] of the last call; a graph may overwrite it.
+    """
+
+    def __init__(self, place: int):
+        self._place = place
+        self.feature: Tensor | None = None
+
+    def __call__(self, hidden_states: Tensor, residual: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if options["block"] == ("output", self._place):
+            self.feature = hidden_states
+        return hidden_states, residual
+
+
+_KEEPERS: weakref.WeakKeyDictionary[nn.Module, dict[int, Keeper]] = weakref.WeakKeyDictionary()
+
+
+def keeper_of(unet: Any, depth: int) -> Keeper:
+    """The Keeper of a UNet for a depth as SkippedParts."""
+    place = len(unet.output_blocks) - depth
+    return _KEEPERS.setdefault(getattr(unet, "_orig_mod", unet), {}).setdefault(place, Keeper(place))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from agentsd.config import AgentConfig, Phase
 
 from .layers import find_layers
 from .run import Network, Run, Step
-from .skipping import SkippedParts, stopped_controlnets
+from .skipping import SkippedParts, keeper_of, stopped_controlnets
 from .step_caching import ADAPTIVE, Batch, StepCaching, active_controls, calls_once_a_step, is_active, sampler_name
 from .unet_call import NOT_REACHED, WARNED, UNetCall
 
@@ -24,7 +24,8 @@ OTHER_KINDS = ("outer_sample", "predict_noise", "calc_cond_batch")
 
 _COMPILED = (
     "this model is compiled (TorchCompileModel, or single blocks of it), and agentsd chooses its phase outside "
-    "compiled graphs; remove one of the two nodes. All layers run unpatched and nothing is cached"
+    "compiled graphs: nothing is merged and there are no agents. Steps are cached if cache_interval is above 1 (with "
+    "PyTorch 2.6 or newer)"
 )
 _COMPILING = "torch.compile"
 """Key of ComfyUI's own wrapper that puts compiled parts in for the length of a call."""
@@ -112,7 +113,7 @@ class AgentWrapper:
         caching = run.caching if known else None
         batch = Batch(0)
         if caching is not None:
-            batch = caching.begin_batch(conds, x, options, self._is_whole(run, options, model.diffusion_model))
+            batch = caching.begin_batch(conds, x, options, self._is_whole(run, options))
         outer, self._batch = self._batch, batch
         completed = False
         try:
@@ -164,8 +165,9 @@ class AgentWrapper:
 
         network = self._network(run, model.diffusion_model)
         if network.compiled or _COMPILING in options.get("wrappers", {}).get(KIND, {}):
-            run.warn(_COMPILED)
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            if not run.unpatched:
+                run.warn(_COMPILED)
+            return self._compiled(run, network, executor, x, t, c_concat, c_crossattn, control, options, **kwargs)
         if run.unpatched:
             run.calls[Phase.MERGE] += 1
             run.whole += 1
@@ -201,6 +203,42 @@ class AgentWrapper:
             run.others += 1
         return out
 
+    def _compiled(
+        self,
+        run: Run,
+        network: Network,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any,
+        c_crossattn: Any,
+        control: Any,
+        options: dict[str, Any],
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run one call of a compiled model: a whole one in its graph, a cached one without."""
+        batch, parts = self._batch, network.parts if hasattr(torch.compiler, "set_stance") else None
+        keys = [] if batch is None else batch.keys(options.get("uuids", []), x.shape[0])
+        feature = None if batch is None or parts is None else batch.feature(keys, x.shape[0])
+        run.calls[Phase.MERGE] += 1
+        if parts is not None and feature is not None:
+            run.cached += 1
+            options, control = parts.transformer_options(options), parts.control(control)
+            with parts.skipped(feature), torch.compiler.set_stance("force_eager"):
+                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        run.whole += 1
+        if batch is None or parts is None:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        keeper = keeper_of(executor.class_obj.diffusion_model, self._depth())
+        keeper.feature = None
+        patches = options.get("patches", {})
+        patches = {**patches, "output_block_patch": [keeper, *patches.get("output_block_patch", ())]}
+        out = executor(x, t, c_concat, c_crossattn, control, {**options, "patches": patches}, **kwargs)
+        if keeper.feature is not None and batch.features is None:
+            batch.kept.update(zip(keys, keeper.feature.clone().chunk(len(keys))))
+        keeper.feature = None
+        return out
+
     def _depth(self) -> int:
         depth = self.config.cache_depth
         return 1 if isinstance(depth, str) else depth
@@ -210,16 +248,14 @@ class AgentWrapper:
         if network is None:
             compiled = _is_compiled(unet)
             layers, skipped = find_layers(unet, self.config.max_downsample)
-            parts = None if run.caching is None or compiled else SkippedParts(unet, self._depth())
+            parts = None if run.caching is None else SkippedParts(unet, self._depth())
             network = Network(layers, skipped, parts, compiled)
             if run is self._active:  # otherwise other calls may come with another UNet
                 run.network = network
         return network
 
-    def _is_whole(self, run: Run, options: dict[str, Any], unet: nn.Module) -> bool:
+    def _is_whole(self, run: Run, options: dict[str, Any]) -> bool:
         """Whether nothing can be cached in a step, which is told."""
-        if self._network(run, unet).compiled or _COMPILING in options.get("wrappers", {}).get(KIND, {}):
-            return True  # told in the call
         replaced = options.get("patches_replace", {}).get("attn1", {}).values()
         if any("attn_and_record" in getattr(patch, "__name__", "") for patch in replaced):
             run.warn(_SAG)

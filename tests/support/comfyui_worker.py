@@ -141,7 +141,7 @@ def _patched(model, nodes):
             model = HyperTile.execute(model, settings["tile_size"], 2, 0, False)[0]
         elif name == "Deep Shrink":
             model = PatchModelAddDownscale.execute(model, 1, 2.0, 0.0, 1.0, True, "bicubic", "bicubic").args[0]
-        elif name == "compile":
+        elif name in ("compile", "compile in earnest"):
             model = model.clone()
             set_torch_compile_wrapper(model, "eager")
         elif name == "EasyCache":
@@ -391,6 +391,7 @@ def sample(
     early = agents.config.early if agents else 0
     sampling = patcher.get_model_object("model_sampling")
     return {
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "latents": latents,
         "runs": runs,
         "calls": list(sigmas),
