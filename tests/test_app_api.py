@@ -185,7 +185,7 @@ def test_a_cancelled_call_ends_at_its_next_step(app, client):
     assert get_patch(app[1].models.get("tiny").pipe) is None
 
 
-def test_twenty_at_once(app, client):
+def test_a_dozen_at_once(app, client):
     studio = app[1]
     wanted = [
         {
@@ -199,14 +199,14 @@ def test_twenty_at_once(app, client):
             "model": ("tiny", "other")[i % 3 == 0],
             "scheduler": ("model's own", "ddim", "euler")[i % 3],
         }
-        for i in range(20)
+        for i in range(12)
     ]
     jobs = [client.submit(**values, api_name="/compare") for values in wanted]
     places = set()
     while not all(job.done() for job in jobs):
         places |= {job.status().rank for job in jobs}
         time.sleep(0.02)
-    assert len({place for place in places if place is not None}) >= 10  # told where they stand
+    assert len({place for place in places if place is not None}) >= 6  # told where they stand
     for values, job in zip(wanted, jobs):
         answer = job.result()
         for method in METHODS:

@@ -10,7 +10,7 @@ from app_support import CountingLoader
 from playground.look_tab import LookTab
 from playground.models import Models
 from playground.server import folder, start, stop
-from test_app_browser import READY, browser, compare, expect, field, fill, holds, rounds, tab, told  # noqa: F401
+from test_app_browser import LIMIT, READY, browser, compare, expect, field, fill, holds, rounds, tab, told  # noqa: F401
 
 from agentsd.config import PRESET_NOTES, SETTINGS
 
@@ -68,7 +68,7 @@ def window(context, app):
 
 def opened(context, app):
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(LIMIT)
     page.goto(app.address)
     expect(field(page, "prompt")).to_be_visible()
     told(page, "#code", "num_inference_steps")  # its events are connected

@@ -9,14 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_pipeline
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from agentsd import AgentConfig, cli
 from agentsd.config import PRESET_NOTES, PRESETS, SETTINGS
@@ -363,23 +363,26 @@ def test_installed_command_help_and_version():
     assert subprocess.run([sys.executable, "-m", "agentsd.cli"], capture_output=True).returncode == 2
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_writes_nothing(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "agentsd.cli", "generate", "a zebra", "-o", "a.png", "--steps", "999"],
-        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        # A test run in the background of a script is started with SIGINT ignored, which its children inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    # Wait for the line that says that the run begins.
-    seen = ""
-    while "999 steps" not in seen and process.poll() is None:
-        seen += process.stderr.read(1)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "stopped" in err and "Traceback" not in err
-    assert os.listdir(tmp_path) == []
+def test_ctrl_c_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def press_ctrl_c(module, _):
+        if isinstance(module, UNet2DConditionModel):
+            calls.append(1)
+            if len(calls) == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    # A test run in the background of a script is started with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handle = register_module_forward_pre_hook(press_ctrl_c)
+    try:
+        code, _, err = run(capsys, "generate", "a zebra", "-o", "a.png", *QUICK)
+    finally:
+        handle.remove()
+        signal.signal(signal.SIGINT, before)
+    assert code == 1 and "stopped" in err and "Traceback" not in err
+    assert len(calls) == 2 and os.listdir(tmp_path) == []
 
 
 def test_a_misspelt_option_is_answered_with_the_one_meant(capsys):

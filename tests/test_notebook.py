@@ -11,7 +11,7 @@ import agentsd
 from agentsd.config import PRESETS
 
 NOTEBOOK = json.loads((ROOT / "examples" / "agentsd.ipynb").read_text("utf-8"))
-SMALL = {"SIZE": 64, "STEPS": 10, "ROUNDS": 1}
+SMALL = {"SIZE": 64, "STEPS": 5, "ROUNDS": 1}
 
 
 def test_it_is_a_notebook_without_outputs():

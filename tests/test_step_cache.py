@@ -181,7 +181,9 @@ def test_share_of_whole_calls_under_any_scheduler(name, options, interval):
     assert 1 <= in_a_row <= interval - 1 and calls[0] == calls[-1] == "whole"
     assert calls.count("whole") <= 0.8 * len(calls)
     assert counts(pipe) == (calls.count("whole"), calls.count("cached"))
-    assert torch.isfinite(first).all() and torch.equal(draw(pipe, steps=30), first)
+    assert torch.isfinite(first).all()
+    if interval == 3:  # once for each scheduler
+        assert torch.equal(draw(pipe, steps=30), first)
 
 
 @pytest.mark.parametrize(
@@ -270,8 +272,7 @@ BEFORE = {
 }
 
 
-@pytest.mark.parametrize("before", BEFORE)
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("before, order", [*((before, 1) for before in BEFORE), ("interrupted", 0)])
 def test_image_never_depends_on_what_ran_before(before, order):
     pipe = agentsd.apply_patch(make_ddim(), cache_interval=3, cache_order=order)
     expected = draw(pipe, steps=20)
@@ -530,7 +531,7 @@ def replaying_backend():
 )
 def test_compiled_it_takes_two_graphs_a_phase(how, fresh_dynamo):
     small = dict(
-        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         mid_block_type=None, layers_per_block=1,
     )  # fmt: skip
     pipe = make_pipeline(scheduler=DDIMScheduler(**SD_BETAS), **small)
@@ -548,6 +549,8 @@ def test_compiled_it_takes_two_graphs_a_phase(how, fresh_dynamo):
     assert not torch._dynamo.utils.counters["graph_break"]
     # All that changes from call to call is a tensor; numbers are sizes. The first run would record all CUDA graphs.
     assert called == [called[0]] * len(runs) and (how != "compile" or set(called[0]) == {1})
+    if how == "compile":  # test_one_run.py changes the settings of a whole compiled UNet
+        return
     first, modules = len(graphs), list(pipe.unet.modules())
     # The graphs of a patch serve the next one; not with torch 2.8, which takes the numbers of hooks for constants.
     for ratio in (0.3, 0.5, 0.2) if torch.__version__ >= "2.9" else (0.2,):

@@ -120,7 +120,7 @@ def test_words_of_the_names_are_single_tokens(finished):
 def test_icons_grids_and_contact_sheet_are_left_to_look_at(finished):
     index = json.loads((finished / "data" / "index.json").read_text())
     assert sorted(row["name"] for row in index) == ["basketball", "door", "lemon", "tent"]
-    for path in ("autoencoder/grids/step_000040.png", "unet/grids/step_000060.png", "samples.png"):
+    for path in ("autoencoder/grids/step_000020.png", "unet/grids/step_000030.png", "samples.png"):
         assert (finished / path).read_bytes().startswith(b"\x89PNG")
     assert not list(finished.rglob("checkpoint.safetensors")), "a finished stage keeps no checkpoint"
     assert not list(finished.rglob("*.part")) and not list(finished.rglob("*.tmp"))
@@ -142,8 +142,8 @@ def test_an_interrupted_and_killed_run_goes_on_to_the_same_weights(finished, tmp
     assert "the same command goes on from here" in capsys.readouterr().err
     assert (out / "autoencoder" / "checkpoint.safetensors").exists()
     assert not (out / "autoencoder" / "weights.safetensors").exists()
-    # In the second phase of the UNet, whose start replaces weights and optimiser: after the grid of step 30.
-    kill_at(out / "unet" / "grids" / "step_000030.png", *everything, *at_once)
+    # In the second phase of the UNet, whose start replaces weights and optimiser: after the grid of step 15.
+    kill_at(out / "unet" / "grids" / "step_000015.png", *everything, *at_once)
     assert not (out / "unet" / "weights.safetensors").exists()
     capsys.readouterr()
     complete(*everything)

@@ -1,7 +1,8 @@
 """What timm's own tests assert of a model, asserted of all 18: forward, backward, settings, features, FX, TorchScript.
 
 Written after the subjects of timm's tests/test_models.py, which no wheel carries. The models keep their kinds of
-attention, but have few channels and blocks, and small images.
+attention, but have few channels and blocks, and small images. Devices, and training after an FX trace, are those of one
+model per family.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def test_settings_describe_the_model(name):
         timm.create_model(name, not_an_argument=1, **settings(name))
 
 
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_devices_dtypes_and_frozen_parameters_are_followed(name):
     model = timm.create_model(name, device="meta", dtype=torch.float32, **settings(name)).eval()
     assert all(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
@@ -156,6 +158,7 @@ def test_fx_trace_computes_the_same(name):
         torch.testing.assert_close(traced(images())["head"], model(images()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_fx_trace_trains_every_parameter(name):
     traced = create_feature_extractor(small(name), ["head"]).train()
     traced(images(batch=2))["head"].mean().backward()
