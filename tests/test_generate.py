@@ -25,7 +25,8 @@ from agentsd.images.methods import METHODS, use_method
 from agentsd.images.png import METADATA_KEY, check_output, read_settings, save_image
 from agentsd.images.request import Request, unread_part
 from agentsd.images.warm_up import warm_up, warm_up_timesteps
-from agentsd.patch import find_layers, get_patch
+from agentsd.patch import get_patch
+from agentsd.unet.layers import find_layers
 
 REQUEST = Request("a zebra", steps=4, seed=3)
 
