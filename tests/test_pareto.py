@@ -165,6 +165,15 @@ def test_rows_are_compared_with_fewer_steps_image_by_image():
     assert cache["deepcache"] == {**deepcache, "images_nearer": 1}
 
 
+def test_the_rows_of_a_chart_are_of_the_same_images():
+    rows = [Row(f"{steps} steps", steps, FEWER_STEPS) for steps in (4, 6, 8)]
+    has = {4: (0, 1, 2, 3), 6: (0, 2), 8: (3,)}  # image 1 lacks one row, the last row most images
+    results = [{"run": RUN.name, "key": row.key, "image": image} for row in rows for image in has[row.steps]]
+    found = [(one["key"], one["image"]) for one in line.on_common_images(RUN, rows, results)]
+    assert found == [(row.key, image) for row in rows[:2] for image in (0, 2)]
+    assert line.on_common_images(RUN, rows, []) == []
+
+
 @pytest.mark.parametrize("count", [5, 6, 9, 24])
 def test_the_interval_of_a_median_holds_it_often_enough(count):
     values = [float(value) for value in np.random.default_rng(count).permutation(count)]

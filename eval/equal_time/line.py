@@ -122,6 +122,20 @@ def compare(
     return entries
 
 
+def on_common_images(run: Run, rows: Sequence[Row], results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of a run for a chart, whose rows must be of the same images.
+
+    Rows that fewer than half of the images have are left out, then images that lack one of the others.
+    """
+    keys = {row.key for row in rows}
+    own = [one for one in results if one["run"] == run.name and one["key"] in keys]
+    images = {key: {one["image"] for one in own if one["key"] == key} for key in keys}
+    every = set().union(*images.values())
+    shown = {key for key, has in images.items() if has and 2 * len(has) >= len(every)}
+    common = every.intersection(*(images[key] for key in shown))
+    return [one for one in own if one["key"] in shown and one["image"] in common]
+
+
 def _summary(own: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     found = {}
     for metric, sign in METRICS.items():

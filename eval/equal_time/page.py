@@ -18,7 +18,12 @@ _COLOURS = {"agentsd": "#2166ac", "deepcache": "#4d9221", "tomesd": "#e08214"}
 
 
 def write_page(
-    folder: Path, about: dict[str, Any], sets: dict[str, list[dict[str, Any]]], machines: list[str], shown: list[str]
+    folder: Path,
+    about: dict[str, Any],
+    sets: dict[str, list[dict[str, Any]]],
+    machines: Sequence[str],
+    charted: Sequence[dict[str, Any]],
+    shown: Sequence[str],
 ) -> None:
     """Write results.md, results.json and, where matplotlib is there, chart.png.
 
@@ -27,6 +32,7 @@ def write_page(
         about: command, machine, versions and model, in words.
         sets: "check" and "choice" to what `line.compare` says of all runs.
         machines: whose times the tables have.
+        charted: what `line.compare` says of the chart's rows, of each run on the same images.
         shown: whose times the chart has.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +46,7 @@ def write_page(
         for run in dict.fromkeys(entry["run"] for entry in entries):
             own = [entry for entry in entries if entry["run"] == run]
             lines += [f"### {run}", "", tables(own, machines), ""]
-    if sets.get("check") and chart(sets["check"], shown, folder / "chart.png"):
+    if charted and chart(charted, shown, folder / "chart.png"):
         lines += ["![PSNR over time](chart.png)", ""]
     write_atomically(folder / "results.md", "\n".join(lines))
 
@@ -124,8 +130,10 @@ def chart(entries: Sequence[dict[str, Any]], machines: Sequence[str], path: Path
                     continue
                 at = _place(entry, machine)
                 axes.plot(*at, "o", color=_COLOURS[entry["kind"]])
-                axes.annotate(entry["row"].replace("preset ", ""), at, (4, 3), textcoords="offset points", fontsize=7)
-            axes.set_title(f"{run}, {machine}", fontsize=9)
+                place = (4, -9) if entry["kind"] == "deepcache" else (4, 3)
+                name = entry["row"].replace("preset ", "")
+                axes.annotate(name, at, place, textcoords="offset points", fontsize=7)
+            axes.set_title(f"{run}, {machine}, {own[0]['images']} images", fontsize=9)
             axes.set_xlabel("time, in steps of the unpatched model; grey: fewer steps", fontsize=7)
             axes.set_ylabel("PSNR to the full run, median, dB", fontsize=7)
             axes.grid(alpha=0.3)

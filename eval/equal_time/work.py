@@ -17,7 +17,7 @@ from eval.common.protocol import PROMPT, BenchError, choose_classes, demo_classe
 
 from . import call_times
 from .generation import RESULTS, Sampling, generate_all, images_of, read
-from .line import MEASURED, compare
+from .line import MEASURED, compare, on_common_images
 from .page import tables, write_page
 from .rows import parse_runs, rows_of
 
@@ -50,8 +50,14 @@ def run(options: argparse.Namespace, command: str) -> None:
     if not any(sets.values()):
         raise BenchError(f"{options.out}: no image has all rows yet: give the same command without --report-only")
     machines = [MEASURED] * measured + [call_times.CPU, *call_times.GPUS_SHOWN]
+    check = [one for one in results if not one["chooses"]]
+    charted = [
+        entry
+        for run, own in rows.items()
+        for entry in compare(run, own, on_common_images(run, own, check), times, measured)
+    ]
     shown = [name for name in machines if name in (MEASURED, call_times.CPU, "A100")]
-    write_page(options.page or options.out, _about(options, command), sets, machines, shown)
+    write_page(options.page or options.out, _about(options, command), sets, machines, charted, shown)
     if options.page and options.page.resolve() != options.out.resolve():
         shutil.copyfile(options.out / RESULTS, options.page / RESULTS)
     for name, entries in sets.items():
