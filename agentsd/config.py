@@ -336,8 +336,8 @@ PRESET_NOTES: dict[str, Preset] = {
         'The paper\'s method with step caching: CPUs and small GPUs; large GPUs take "cache".',
         "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 3.0× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 2.2× forecast for an A100.",
-        "Median PSNR to the unpatched image, 3 images of the demo model (eval/pareto.py): DDIM 42.2, Euler "
-        "Karras 42.9, DPM++ 2M Karras 39.4 dB; fewer steps in that CPU time 34.2, 36.2, 25.0.",
+        "Median PSNR to the unpatched image, 11 images of the demo model (eval/pareto.py): DDIM 43.3, Euler "
+        "Karras 45.1, DPM++ 2M Karras 40.9 dB; fewer steps in that CPU time 36.6, 37.1, 32.2.",
     ),
     "fastest": Preset(
         {"cache_interval": 5, **_CAPS},
@@ -345,8 +345,8 @@ PRESET_NOTES: dict[str, Preset] = {
         "at 512 px on a large GPU fewer steps are nearer.",
         "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 3.8× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 2.7× forecast for an A100.",
-        "Median PSNR to the unpatched image, 3 images of the demo model (eval/pareto.py): DDIM 34.1 dB; "
-        "fewer steps in the time on an A100 36.6.",
+        "Median PSNR to the unpatched image, 4 images of the demo model (eval/pareto.py): DDIM 37.6 dB; "
+        "fewer steps in the time on an A100 38.8.",
     ),
     "large": Preset(
         {**_CAPS},
@@ -356,11 +356,11 @@ PRESET_NOTES: dict[str, Preset] = {
     ),
     "cache": Preset(
         {"ratio": 0, "early": 0, "cache_interval": 3},
-        "Step caching with nothing merged: SDXL, and large GPUs.",
+        "Step caching with nothing merged: SDXL, and large GPUs; with DPM++ 2M fewer steps are as near.",
         "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 2.3× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 2.3× forecast for an A100.",
-        "Median PSNR to the unpatched image, 3 images of the demo model (eval/pareto.py): DDIM 45.0, Euler "
-        "Karras 41.6, DPM++ 2M Karras 40.9 dB; fewer steps in that A100 time 39.9, 41.8, 38.1.",
+        "Median PSNR to the unpatched image, 11 images of the demo model (eval/pareto.py): DDIM 43.4, Euler "
+        "Karras 48.2, DPM++ 2M Karras 42.2 dB; fewer steps in that A100 time 41.3, 44.4, 44.1.",
     ),
 }
 """The presets, each with what it is for and what it measured."""
