@@ -143,7 +143,7 @@ def _patched(model, nodes):
             model = PatchModelAddDownscale.execute(model, 1, 2.0, 0.0, 1.0, True, "bicubic", "bicubic").args[0]
         elif name in ("compile", "compile in earnest"):
             model = model.clone()
-            set_torch_compile_wrapper(model, "eager")
+            set_torch_compile_wrapper(model, settings.get("backend", "eager"))
         elif name == "EasyCache":
             model = EasyCacheNode.execute(model, settings.get("threshold", 0.2), 0.15, 0.95, False).args[0]
         elif name == "LazyCache":
