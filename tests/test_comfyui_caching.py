@@ -326,7 +326,7 @@ def test_a_compiled_model_is_cached_without_agents_and_told(comfyui, unet):  # n
             graphs.add(run["graphs"])
             if sampler == "euler" and nodes[-1] in compiles:  # the preset fast has phases, so another plan
                 assert distance(run["latents"], expected["latents"]) < 1e-5
-    assert graphs == {1}
+    assert len(graphs) == 1  # both orders and samplers share it
     assert comfyui("sample", nodes=compiles, **arguments)["counts"] is None
 
 

@@ -6,6 +6,8 @@ unless AGENTSD_REQUIRE_COMFYUI says that it must be there.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import pickle
 import subprocess
@@ -63,9 +65,14 @@ class Worker:
         self.process.wait()
 
 
-@pytest.fixture(scope="module")
-def comfyui():
-    """A worker in ComfyUI's environment."""
+@functools.lru_cache
+def _worker() -> Worker:
     worker = Worker(comfyui_folder())
-    yield worker
-    worker.close()
+    atexit.register(worker.close)
+    return worker
+
+
+@pytest.fixture(scope="session")
+def comfyui():
+    """A worker in ComfyUI's environment, the same one for all files: it takes ten seconds to start."""
+    return _worker()
