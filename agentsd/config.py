@@ -346,7 +346,7 @@ PRESET_NOTES: dict[str, Preset] = {
         "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 3.8× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 2.7× forecast for an A100.",
         "Median PSNR to the unpatched image, 4 images of the demo model (eval/pareto.py): DDIM 37.6 dB; "
-        "fewer steps in the time on an A100 38.8.",
+        "fewer steps in the time on an A100 38.5.",
     ),
     "large": Preset(
         {**_CAPS},
@@ -360,7 +360,7 @@ PRESET_NOTES: dict[str, Preset] = {
         "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 2.3× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 2.3× forecast for an A100.",
         "Median PSNR to the unpatched image, 11 images of the demo model (eval/pareto.py): DDIM 43.4, Euler "
-        "Karras 48.2, DPM++ 2M Karras 42.2 dB; fewer steps in that A100 time 41.3, 44.4, 44.1.",
+        "Karras 48.2, DPM++ 2M Karras 42.2 dB; fewer steps in that A100 time 41.0, 44.1, 43.8.",
     ),
 }
 """The presets, each with what it is for and what it measured."""
