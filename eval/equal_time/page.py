@@ -130,9 +130,9 @@ def chart(entries: Sequence[dict[str, Any]], machines: Sequence[str], path: Path
                     continue
                 at = _place(entry, machine)
                 axes.plot(*at, "o", color=_COLOURS[entry["kind"]])
-                place = (4, -9) if entry["kind"] == "deepcache" else (4, 3)
+                place, side = ((-4, -9), "right") if entry["kind"] == "deepcache" else ((4, 3), "left")
                 name = entry["row"].replace("preset ", "")
-                axes.annotate(name, at, place, textcoords="offset points", fontsize=7)
+                axes.annotate(name, at, place, textcoords="offset points", fontsize=7, horizontalalignment=side)
             axes.set_title(f"{run}, {machine}, {own[0]['images']} images", fontsize=9)
             axes.set_xlabel("time, in steps of the unpatched model; grey: fewer steps", fontsize=7)
             axes.set_ylabel("PSNR to the full run, median, dB", fontsize=7)
