@@ -143,34 +143,40 @@ def _attend(
     if split.tokens.ndim == 2 and hidden_states.shape[0] != split.tokens.shape[0]:
         split = split.repeat(hidden_states.shape[0] // split.tokens.shape[0])
         part = replace(part, split=split)
+    matching = agents = None
     if part.action == "downsample":
-        return _downsampled_attention(attn, layer, split, hidden_states)
-    if part.action == "grid agents":
-        return _grid_agent_attention(attn, layer, split, hidden_states)
-    matching = part.match(block_input)
-    r = part.num_merged
-    if layer.keeps_matching and len(now.parts) == 1:
-        now.matching = (matching, r)
-
-    upcast = _upcasts(attn, layer)
-    if part.action == "agents":
-        query, agents, key, value = _merge_and_project(attn, part, matching, hidden_states)
-        out = agent_attention(
-            query, agents, key, value, layer.config.alpha, layer.config.broadcast_exponent, upcast=upcast
-        )
+        # Keys and values of one token per cell: Smith et al., "ToDo: Token Downsampling for Efficient Generation of
+        # High-Resolution Images" (arXiv 2402.13573), section 3; the token of a cell is drawn here, as a dst is.
+        query = project_queries(attn, hidden_states)
+        key, value = project_key_value(attn, _dsts(hidden_states, split))
+    elif part.action == "grid agents":
+        projected = attn.to_q(hidden_states)
+        # Agents are projected like queries, and are among them here.
+        query, agents = _as_queries(attn, projected), _as_queries(attn, _dsts(projected, split))
+        key, value = project_key_value(attn, hidden_states)
     else:
-        layout = part.layout_for(matching)
-        (merged,) = layout.parts(merge_each(hidden_states, matching, layout))
-        query, (key, value) = project_queries(attn, merged), project_key_value(attn, merged)
+        matching = part.match(block_input)
+        if layer.keeps_matching and len(now.parts) == 1:
+            now.matching = (matching, part.num_merged)
+        query, agents, key, value = _merge_and_project(attn, part, matching, hidden_states)
+
+    config = layer.config
+    upcast = attn.upcast_attention if config.upcast is None else config.upcast
+    if agents is None:
         out = softmax_attention(query, key, value, upcast=upcast)
+    else:
+        out = agent_attention(query, agents, key, value, config.alpha, config.broadcast_exponent, upcast=upcast)
+    out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+    if attn.rescale_output_factor != 1:
+        out = out / attn.rescale_output_factor
     # Unmerging copies whole tokens, so it may come before or after anything that acts on each token alone.
-    return unmerge_tokens(_project_out(attn, out), matching, r)
+    return out if matching is None else unmerge_tokens(out, matching, part.num_merged)
 
 
 def _merge_and_project(
     attn: Attention, part: LayerCall, matching: TokenMatching, hidden_states: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The queries, agents, keys and values of agent attention on merged tokens, from [B, N, C]."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Queries, agents (None where there are none), keys and values of attention on merged tokens, from [B, N, C]."""
     if part.layout is None:  # a ratio of 0: all tokens are queries, and all are agents
         query = project_queries(attn, hidden_states)
         return query, query, *project_key_value(attn, hidden_states)
@@ -181,33 +187,14 @@ def _merge_and_project(
         # All rows in one product, as agents are projected like queries.
         query, agents = (_as_queries(attn, x) for x in layout.parts(attn.to_q(rows[None])[0]))
         return query, agents, *project_key_value(attn, parts[0])
-    merged, agents = (parts[0], hidden_states) if part.merges_tokens else (hidden_states, parts[0])
-    return project_queries(attn, merged), project_queries(attn, agents), *project_key_value(attn, merged)
+    merged, others = (parts[0], hidden_states) if part.merges_tokens else (hidden_states, parts[0])
+    projected = project_queries(attn, others) if part.action == "agents" else None
+    return project_queries(attn, merged), projected, *project_key_value(attn, merged)
 
 
-def _grid_agent_attention(attn: Attention, layer: LayerState, split: GridSplit, hidden_states: Tensor) -> Tensor:
-    """Agent attention of all tokens, one token of each cell being the agents. [B, N, C] -> [B, N, C]."""
-    projected = attn.to_q(hidden_states)
-    # Agents are projected like queries, and are among them here.
-    agents = _as_queries(attn, select_tokens(projected, split.dst_index.to(projected.device)))
-    key, value = project_key_value(attn, hidden_states)
-    out = agent_attention(
-        _as_queries(attn, projected), agents, key, value, layer.config.alpha, layer.config.broadcast_exponent,
-        upcast=_upcasts(attn, layer),
-    )  # fmt: skip
-    return _project_out(attn, out)
-
-
-def _downsampled_attention(attn: Attention, layer: LayerState, split: GridSplit, hidden_states: Tensor) -> Tensor:
-    """Softmax attention of all tokens to one token of each cell. [B, N, C] -> [B, N, C].
-
-    Source: Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images"
-    (arXiv 2402.13573), section 3; the token of a cell is drawn here, as a dst is.
-    """
-    kept = select_tokens(hidden_states, split.dst_index.to(hidden_states.device))
-    key, value = project_key_value(attn, kept)
-    out = softmax_attention(project_queries(attn, hidden_states), key, value, upcast=_upcasts(attn, layer))
-    return _project_out(attn, out)
+def _dsts(tokens: Tensor, split: GridSplit) -> Tensor:
+    """One token of each cell: [B, N, C] -> [B, num_dst, C]."""
+    return select_tokens(tokens, split.dst_index.to(tokens.device))
 
 
 def project_queries(attn: Attention, tokens: Tensor) -> Tensor:
@@ -224,16 +211,6 @@ def project_key_value(attn: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """[B, M, C] -> key, value, each [B, heads, M, head_dim], called as modules so that LoRA stays in force."""
     key, value = _split_heads(attn, attn.to_k(tokens)), _split_heads(attn, attn.to_v(tokens))
     return key if attn.norm_k is None else attn.norm_k(key), value
-
-
-def _project_out(attn: Attention, out: Tensor) -> Tensor:
-    """[B, heads, M, head_dim] -> [B, M, C] by the layer's own output projection."""
-    out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
-    return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
-
-
-def _upcasts(attn: Attention, layer: LayerState) -> bool:
-    return attn.upcast_attention if layer.config.upcast is None else layer.config.upcast
 
 
 def _split_heads(attn: Attention, projected: Tensor) -> Tensor:
