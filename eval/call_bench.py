@@ -35,13 +35,14 @@ def _options(command: list[str]) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(
         prog="call_bench.py",
-        description="Times the kinds of UNet calls, unpatched, whole and cached; says what 50 steps of them come to.",
+        description="Times the kinds of UNet calls, unpatched, whole and cached; says what runs of them come to.",
     )
     add = parser.add_argument
     add("--random-weights", default="sd15", choices=("sd15", "sd21", "sdxl"), help="default: %(default)s")
     add("--size", type=at_least(64), default=512, help="pixels a side (default: %(default)s)")
     add("--rounds", type=at_least(1), default=3, help="interleaved, after a warm-up (default: %(default)s)")
-    add("--intervals", type=at_least(1), nargs="+", default=[1, 2, 3, 5], help="default: 1 2 3 5")
+    add("--runs", nargs="+", metavar="NAME:STEPS", default=["ddim:25", "ddim:50", "plms:50"],
+        help="schedulers with their steps (default: ddim:25 ddim:50 plms:50)")  # fmt: skip
     add("--skip", nargs="*", default=[], choices=list(METHODS), help="methods that are not timed")
     add("--compile", action="store_true", help="torch.compile every method, the unpatched UNet too")
     add("--mode", choices=("default", "reduce-overhead", "max-autotune"),

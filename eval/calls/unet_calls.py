@@ -1,8 +1,8 @@
-"""run: time the kinds of UNet calls, unpatched, whole and cached, interleaved, and what 50 steps of them come to.
+"""run: time the kinds of UNet calls, unpatched, whole and cached, interleaved, and what runs of them come to.
 
-A run's time is arithmetic: how many calls of each kind 50 PLMS steps make (counted by the patch itself, on a tiny
-UNet), times their medians. A whole run adds text encoder, scheduler and autoencoder, timed with a UNet that does
-nothing. With `--controlnet` a call is that of a ControlNet and the UNet after it.
+A run's time is arithmetic: how many calls of each kind it makes (counted by the patch itself, on a tiny UNet), times
+their medians. A whole run adds text encoder, scheduler and autoencoder, timed with a UNet that does nothing. With
+`--controlnet` a call is that of a ControlNet and the UNet after it.
 """
 
 from __future__ import annotations
@@ -12,44 +12,45 @@ import copy
 import json
 import statistics
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import date
+from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, PNDMScheduler, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 import agentsd
-from agentsd.images.rounds import FEWEST, rotated
+from agentsd.config import AgentConfig, Phase
+from agentsd.images.methods import use_method
+from agentsd.images.rounds import FEWEST, is_stable, rotated
+from agentsd.images.unet_calls import RandomInputs, plan_of_run
 from agentsd.patch import get_patch
 from eval.common.environment import commit, device_name
+from eval.common.fair_schedules import set_fair_schedule
 from eval.common.models import random_pipeline
-from eval.common.operations import count_operations
+from eval.common.operations import TensorWatch
 from eval.common.tables import markdown
+from eval.equal_time.rows import Run, parse_runs
 
-from .methods import METHODS
+from .methods import COLUMNS, METHODS, TOMESD, Column
 
 STEP = 20  # timesteps between two calls of 50 steps
 STARTS = {"agent": 950, "merge": 400}
+OUTSIDE_STEPS = 25
 _KINDS = ("whole, agent phase", "whole, later", "cached, agent phase", "cached, later")
 CONTROLNET_WHOLE = "agents, ControlNet whole"  # patched without the pipeline, so that cached calls do not skip it
 
 
 def call_inputs(pipe: Any, size: int) -> dict[str, Any]:
     """Inputs of one UNet call with guidance, at an image size in pixels."""
-    unet = pipe.unet
-    generator = torch.Generator().manual_seed(0)
     latent = size // pipe.vae_scale_factor
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(unet.device, unet.dtype)  # noqa: E731
-    inputs: dict[str, Any] = {"sample": draw(2, unet.config.in_channels, latent, latent)}
-    inputs["encoder_hidden_states"] = draw(2, 77, unet.config.cross_attention_dim)
-    if unet.config.addition_embed_type == "text_time":
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": draw(2, pooled), "time_ids": draw(2, 6)}
-    return inputs
+    inputs = RandomInputs.of(pipe.unet, latent, latent)
+    return {"sample": torch.cat([inputs.latents] * 2), **inputs.others}
 
 
 def with_controlnet(pipe: Any) -> Any:
@@ -66,10 +67,12 @@ def timed(unet: Any, timestep: int, inputs: dict[str, Any], controlnet: Any = No
         torch.cuda.synchronize()
     start = time.perf_counter()
     step = torch.tensor(timestep, device=unet.device)
+    given = (inputs["sample"], step)  # by position, as pipelines do and ToMeSD needs it
+    others = {name: value for name, value in inputs.items() if name != "sample"}
     if controlnet is not None:
-        down, mid = controlnet(timestep=step, controlnet_cond=image, **inputs, return_dict=False)
-        inputs = {**inputs, "down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-    unet(timestep=step, **inputs)
+        down, mid = controlnet(*given, controlnet_cond=image, **others, return_dict=False)
+        others |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    unet(*given, **others)
     if unet.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -82,53 +85,65 @@ def kinds_of_calls(method: str) -> Iterator[tuple[str, int]]:
             yield f"{method}, {kind}, {phase}", start - index * STEP
 
 
+def timed_method(
+    pipe: Any, method: str, settings: dict[str, Any] | None, inputs: dict[str, Any], control: tuple[Any, ...] = ()
+) -> dict[str, float]:
+    """Seconds of one call of each kind that a method has, by name; "sdpa" is the unpatched UNet.
+
+    Args:
+        pipe: a pipeline whose UNet is unpatched, or patched with the method where `settings` is None.
+        method: "sdpa" or of METHODS.
+        settings: of the method.
+        inputs: of the UNet.
+        control: a ControlNet and its image.
+    """
+    if method in ("sdpa", TOMESD):
+        put_on = use_method(pipe, "tomesd", AgentConfig(**(settings or {}))) if method == TOMESD else nullcontext()
+        with put_on:
+            return {method: timed(pipe.unet, 500, inputs, *control)}
+    target = pipe.unet if method == CONTROLNET_WHOLE else pipe
+    taken = {}
+    with nullcontext() if settings is None else agentsd.patched(target, **settings):
+        for name, timestep in kinds_of_calls(method):
+            taken[name] = timed(pipe.unet, timestep, inputs, *control)
+            assert _is_cached(pipe.unet) == ("cached" in name)
+    return taken
+
+
 def measure(
     pipe: Any,
     size: int,
     rounds: int,
     methods: dict[str, dict[str, Any]],
     compile: bool = False,
-    controlled: Any = None,
     mode: str | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every kind of call by round: "sdpa", "METHOD, whole|cached, PHASE", and "outside" the UNet.
+    """Seconds by round of the unpatched UNet ("sdpa"), ToMeSD's and each "METHOD, whole|cached, PHASE".
 
     Args:
-        pipe: an unpatched pipeline.
+        pipe: an unpatched pipeline; with a ControlNet, that is called before each call of the UNet.
         size: pixels a side.
         rounds: of timing, after one of warm-up.
         methods: settings by name.
         compile: compile a copy of the UNet for each method, as one graph for each kind of call.
-        controlled: the same pipeline with a ControlNet, to time its call before each of the UNet.
         mode: of torch.compile.
     """
-    inputs = call_inputs(pipe, size)
-    control: tuple[Any, ...] = ()
-    if controlled is not None:
-        control = (controlled.controlnet, torch.rand(2, 3, size, size).to(pipe.unet.device, pipe.unet.dtype))
-    unets = {name: pipe.unet for name in ("sdpa", *methods)}
+    inputs, control = call_inputs(pipe, size), _control(pipe, size)
+    names = ["sdpa", *methods]
+    pipes = {name: pipe for name in names}
     if compile:
         torch._dynamo.config.recompile_limit = 64  # the copies share their code
-        unets = {name: copy.deepcopy(pipe.unet) for name in unets}
-        for name, unet in unets.items():
-            unet.compile(fullgraph=True, mode=mode)
+        for name in names:
+            pipes[name] = SimpleNamespace(unet=copy.deepcopy(pipe.unet))
+            pipes[name].unet.compile(fullgraph=True, mode=mode)
             if name != "sdpa":
-                agentsd.apply_patch(unet, **methods[name])
-    # Apart from the rounds, as the call after the autoencoder's work is a slow one.
-    seconds = {"outside": [outside_the_unet(pipe, size) for _ in range(rounds + 1)][1:]}
+                agentsd.apply_patch(pipes[name].unet, **methods[name])
+    seconds: dict[str, list[float]] = {}
     for number in range(-2 if compile else -1, rounds):  # before them the warm-up
         taken: dict[str, float] = {}
-        for method in rotated(list(unets), number):
-            unet = unets[method]
-            if method == "sdpa":
-                taken["sdpa"] = timed(unet, 500, inputs, *control)
-                continue
-            target = unet if controlled is None or method == CONTROLNET_WHOLE else controlled
+        for name in rotated(names, number):
             # A compiled copy keeps its patch: PyTorch looks its graphs through again after a new one.
-            with nullcontext() if compile else agentsd.patched(target, **methods[method]):
-                for name, timestep in kinds_of_calls(method):
-                    taken[name] = timed(unet, timestep, inputs, *control)
-                    assert _is_cached(unet) == ("cached" in name)
+            taken |= timed_method(pipes[name], name, None if compile else methods.get(name), inputs, control)
         said = json.dumps({name: round(value, 2) for name, value in taken.items()})
         print(f"round {number + 1}: {said}" if number >= 0 else f"warm-up: {said}", flush=True)
         for name, value in taken.items() if number >= 0 else ():
@@ -136,45 +151,52 @@ def measure(
     return seconds
 
 
+def _control(pipe: Any, size: int) -> tuple[Any, ...]:
+    """The ControlNet of a pipeline and an image for it, if it has one."""
+    controlnet = getattr(pipe, "controlnet", None)
+    return () if controlnet is None else (controlnet, torch.rand(2, 3, size, size).to(controlnet.device, pipe.dtype))
+
+
 @torch.no_grad()
 def outside_the_unet(pipe: Any, size: int) -> float:
-    """Seconds of a whole run of 50 steps at guidance 7.5 in which the UNet does nothing."""
+    """Seconds of a whole run of OUTSIDE_STEPS steps with guidance in which the UNet does nothing."""
     unet = pipe.unet
     forward = lambda sample, *_, **__: (torch.zeros_like(sample),)  # noqa: E731
     unet.forward = forward
     try:
         start = time.perf_counter()
-        pipe("a castle", height=size, width=size, num_inference_steps=50, guidance_scale=7.5)
+        pipe("a castle", height=size, width=size, num_inference_steps=OUTSIDE_STEPS, guidance_scale=7.5)
         return time.perf_counter() - start
     finally:
         del unet.forward
 
 
-def operations(pipe: Any, size: int, methods: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Number of tensor operations of each kind of call, without torch.compile; keys as those of `measure`."""
-    inputs, unet = call_inputs(pipe, size), pipe.unet
-    found = {"sdpa": count_operations(lambda: timed(unet, 500, inputs))}
-    for method, fields in methods.items():
-        with agentsd.patched(unet, **fields):
-            for name, timestep in kinds_of_calls(method):
-                found[name] = count_operations(lambda timestep=timestep: timed(unet, timestep, inputs))  # type: ignore[misc]
-    return found
+def watched(pipe: Any, size: int, methods: dict[str, dict[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
+    """Operations of each kind of call, and each method's greatest memory in bytes, both without torch.compile.
+
+    Memory is that of the tensors made in a whole and a cached call of each phase, kept features among them, weights
+    not. Keys are those of `measure`, and the methods' names.
+    """
+    inputs, control = call_inputs(pipe, size), _control(pipe, size)
+    operations: dict[str, int] = {}
+    memory: dict[str, int] = {}
+    for method in ("sdpa", *methods):
+        kinds = [method] if method in ("sdpa", TOMESD) else [name for name, _ in kinds_of_calls(method)]
+        counts, memory[method] = _watch(
+            pipe.unet, partial(timed_method, pipe, method, methods.get(method), inputs, control)
+        )
+        operations |= dict(zip(kinds, counts))
+    return operations, memory
 
 
-def calls_of_a_run(settings: dict[str, Any], interval: int, steps: int = 50) -> Counter:
-    """How many calls of each (kind, phase) a run of PLMS steps makes, by the patch itself on a tiny UNet."""
-    unet = _tiny_unet()
-    scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
-    scheduler.set_timesteps(steps)
-    agentsd.apply_patch(unet, **{**settings, "cache_interval": interval})
-    sample, text = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 8)
-    calls: Counter = Counter()
-    with torch.no_grad():
-        for timestep in scheduler.timesteps:
-            unet(sample, timestep, text)
-            early = timestep >= 600  # also where the settings have no agents: the calls are timed there
-            calls["cached" if _is_cached(unet) else "whole", "agent" if early else "merge"] += 1
-    return calls
+def _watch(unet: Any, run: Callable[[], Any]) -> tuple[list[int], int]:
+    """Operations from each call of a UNet on to the next, and the greatest memory of all."""
+    begins: list[int] = []
+    with TensorWatch() as watch:
+        handle = unet.register_forward_pre_hook(lambda *_: begins.append(watch.operations))
+        run()
+        handle.remove()
+    return [after - before for before, after in pairwise([*begins, watch.operations])], watch.peak
 
 
 def _is_cached(unet: Any) -> bool:
@@ -183,45 +205,69 @@ def _is_cached(unet: Any) -> bool:
     return patch is not None and patch.last_call is not None and patch.last_call.cached
 
 
-def _tiny_unet() -> Any:
-    from diffusers import UNet2DConditionModel
+def seconds_of_run(column: Column, run: Run, pipe: Any, median: dict[str, float]) -> tuple[float, int, int]:
+    """Seconds of a run's UNet calls by the median of each kind; how many calls are whole; and how many there are."""
+    if column.method == TOMESD:
+        calls = sum(plan_of_run(pipe.scheduler, None, run.steps).values())
+        return calls * median[TOMESD], calls, calls
+    settings = {**METHODS[column.method], "cache_interval": column.interval}
+    plan = plan_of_run(pipe.scheduler, AgentConfig(**settings), run.steps)
+    name = lambda phase, whole: f"{column.method}, {'whole' if whole else 'cached'}, {phase.value}"  # noqa: E731
+    total = sum(number * median[name(phase, whole)] for (phase, whole), number in plan.items())
+    return total, sum(number for (_, whole), number in plan.items() if whole), sum(plan.values())
 
-    return UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-    )  # fmt: skip
 
-
-def table(seconds: dict[str, list[float]], methods: dict[str, dict[str, Any]], intervals: list[int]) -> list[str]:
-    """Markdown tables: the calls, the UNet calls of 50 steps, and whole runs of 50 steps; of one round no speed-ups."""
+def table(
+    seconds: dict[str, list[float]],
+    methods: dict[str, dict[str, Any]],
+    runs: list[Run],
+    pipe: Any,
+    memory: dict[str, int],
+) -> list[str]:
+    """Markdown tables: the calls; what runs of them come to; memory. Of one round no speed-ups."""
     compared = len(seconds["sdpa"]) >= FEWEST
     median = {key: statistics.median(values) for key, values in seconds.items()}
-    base, outside = median["sdpa"], median["outside"]
-    of_kinds = [["SDPA", f"{base:.2f} s", f"{base:.2f} s", "", ""]]
+    base, outside = median["sdpa"], median.get("outside")
+    of_kinds = [["SDPA", *_cells([base, base], base, False)]]
     for method in methods:
-        cells = [median[f"{method}, {kind}, {phase}"] for kind in ("whole", "cached") for phase in STARTS]
-        of_kinds.append([method, *(f"{s:.2f} s" + (f" ({base / s:.2f}×)" if compared else "") for s in cells)])
-    call_rows, run_rows = [], []
-    for method, settings in methods.items():
-        of_calls, of_runs = [], []
-        for interval in intervals:
-            calls = calls_of_a_run(settings, interval)
-            total = sum(n * median[f"{method}, {kind}, {phase}"] for (kind, phase), n in calls.items())
-            whole = sum(n for (kind, _), n in calls.items() if kind == "whole")
-            unpatched = calls.total() * base
-            of_calls.append(f"{unpatched / total:.2f}× ({whole} of {calls.total()} whole)")
-            of_runs.append(f"{(unpatched + outside) / (total + outside):.2f}×")
-        call_rows.append([method, *of_calls])
-        run_rows.append([method, *of_runs])
-    columns = [f"interval {interval}" for interval in intervals]
+        kinds = [
+            f"{method}, {kind}, {phase.value}" for kind in ("whole", "cached") for phase in (Phase.AGENT, Phase.MERGE)
+        ]
+        own = [median[TOMESD]] * 2 if method == TOMESD else [median[kind] for kind in kinds]
+        of_kinds.append([method, *_cells(own, base, compared)])
+    lines = [markdown(["method", *_KINDS], of_kinds), ""]
+    unstable = [name for name, values in seconds.items() if compared and not is_stable(values)]
+    if unstable:
+        lines += [f"Rounds of these differ by more than 15 %: {', '.join(unstable)}.", ""]
     if not compared:
-        return [markdown(["method", *_KINDS], of_kinds), "", "One round: no speed-up is given."]
-    return [
-        markdown(["method", *_KINDS], of_kinds), "", markdown(["UNet calls of 50 PLMS steps", *columns], call_rows), "",
-        f"Outside the UNet a run takes {outside:.2f} s.", "",
-        markdown(["whole run of 50 PLMS steps", *columns], run_rows),
-    ]  # fmt: skip
+        return [*lines, "One round: no speed-up is given."]
+    columns = [column for column in COLUMNS if column.method in methods]
+    rows = []
+    for run in runs:
+        set_fair_schedule(pipe, run.schedule)
+        of_calls: list[str] = []
+        of_runs: list[str] = []
+        for column in columns:
+            total, whole, calls = seconds_of_run(column, run, pipe, median)
+            said = f" ({whole} of {calls} whole)" if column.interval > 1 else ""
+            of_calls.append(f"{calls * base / total:.2f}×{said}")
+            if outside is not None:
+                of_runs.append(f"{(calls * base + outside) / (total + outside):.2f}×")
+        rows.append([f"UNet calls, {run.name}", *of_calls])
+        if of_runs:
+            rows.append([f"whole run, {run.name}", *of_runs])
+    if memory:
+        rows.append([f"memory (SDPA: {memory['sdpa'] / 1e6:,.0f} MB)",
+                     *(f"{memory[column.method] / 1e6:,.0f} MB" for column in columns)])  # fmt: skip
+    lines += [markdown(["", *(column.name for column in columns)], rows)]
+    if outside is not None:
+        lines += ["", f"Outside the UNet a run of {OUTSIDE_STEPS} steps takes {outside:.2f} s."]
+    return lines
+
+
+def _cells(seconds: list[float], base: float, compared: bool) -> list[str]:
+    said = [f"{one:.2f} s" + (f" ({base / one:.2f}×)" if compared else "") for one in seconds]
+    return said + [""] * (len(_KINDS) - len(said))
 
 
 def operations_table(found: dict[str, int], methods: dict[str, dict[str, Any]]) -> list[str]:
@@ -229,8 +275,9 @@ def operations_table(found: dict[str, int], methods: dict[str, dict[str, Any]]) 
     said = "Tensor operations of a call without torch.compile, about the kernels it would launch on a GPU:"
     rows: list[list[object]] = [["SDPA", found["sdpa"], found["sdpa"], "", ""]]
     for method in methods:
-        cells = [found[f"{method}, {kind}, {phase}"] for kind in ("whole", "cached") for phase in STARTS]
-        rows.append([method, *cells])
+        kinds = [name for name, _ in kinds_of_calls(method)]
+        own = [found[TOMESD]] * 2 + ["", ""] if method == TOMESD else [found[kinds[i]] for i in (0, 2, 1, 3)]
+        rows.append([method, *own])
     return ["", said, "", markdown(["method", *_KINDS], rows)]
 
 
@@ -238,28 +285,39 @@ def run(options: argparse.Namespace, command: str) -> None:
     """Measure and print; with --out write MODEL-SIZE.md and .json there."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    methods = {name: fields for name, fields in METHODS.items() if name not in options.skip}
+    runs = parse_runs(options.runs)
+    # ToMeSD's draws break a graph.
+    left_out = {*options.skip, *([TOMESD] if options.compile else [])}
+    methods = {name: fields for name, fields in METHODS.items() if name not in left_out}
     if options.dry_run:
         for name in ("sdpa", *methods):
-            kinds = [kind for kind, _ in kinds_of_calls(name)] if name in methods else [name]
+            kinds = [name] if name in ("sdpa", TOMESD) else [kind for kind, _ in kinds_of_calls(name)]
             print(f"{options.random_weights}, {options.size} px, {options.rounds} rounds: {'; '.join(kinds)}")
         return
     pipe = random_pipeline(options.random_weights, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
-    counts = {} if options.controlnet else operations(pipe, options.size, methods)
-    controlled = with_controlnet(pipe) if options.controlnet else None
-    if options.controlnet and "agents" in methods:
-        methods[CONTROLNET_WHOLE] = methods["agents"]
-    seconds = measure(pipe, options.size, options.rounds, methods, options.compile, controlled, options.mode)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
+    # Before the ControlNet comes, as the autoencoder and the text encoder are the same; and apart from the rounds, as
+    # the call after the autoencoder's work is a slow one.
+    outside = [outside_the_unet(pipe, options.size) for _ in range(options.rounds + 1)][1:]
+    if options.controlnet:
+        pipe = with_controlnet(pipe)
+        if "agents" in methods:
+            methods[CONTROLNET_WHOLE] = methods["agents"]
+    counts, memory = ({}, {}) if options.compile else watched(pipe, options.size, methods)
+    seconds = measure(pipe, options.size, options.rounds, methods, options.compile, options.mode)
+    seconds["outside"] = outside
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "tomesd"))
     device = f"{device_name(pipe.unet.device)}, commit {commit()}"
     kind = f", compiled ({options.mode or 'default'})" * options.compile + ", with a ControlNet" * options.controlnet
     said = (
         f"`{command}`, {date.today()}, {device}, {torch.get_num_threads()} "
         f"threads, {versions}. UNet of {options.random_weights} with random weights, {options.size} px, guidance, "
-        f"{options.dtype}{kind}; medians of {options.rounds} interleaved rounds."
+        f"{options.dtype}{kind}; medians of {options.rounds} interleaved rounds. Memory: greatest of the tensors that "
+        "calls make, kept features among them, weights not."
     )
-    lines = table(seconds, methods, options.intervals) + (operations_table(counts, methods) if counts else [])
+    lines = table(seconds, methods, runs, pipe, memory)
+    if counts and not options.controlnet:  # whose operations would be among those of the UNet's calls
+        lines += operations_table(counts, methods)
     text = "\n".join([said, "", *lines]) + "\n"
     print(text)
     if options.out:
@@ -270,4 +328,4 @@ def run(options: argparse.Namespace, command: str) -> None:
             + "-controlnet" * options.controlnet
         )
         (options.out / f"{name}.md").write_text(f"# UNet calls, {options.random_weights}, {options.size} px\n\n{text}")
-        (options.out / f"{name}.json").write_text(json.dumps(seconds, indent=1))
+        (options.out / f"{name}.json").write_text(json.dumps({"seconds": seconds, "memory": memory}, indent=1) + "\n")

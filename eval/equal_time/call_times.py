@@ -17,7 +17,6 @@ STORED = Path(__file__).parents[1] / "results" / "pareto" / "call-times.json"
 CPU = "CPU"
 GPUS_SHOWN = ("RTX 3060", "RTX 4090", "A100")
 _MEASURED = Path(__file__).parents[1] / "results" / "step-caching" / "sd15-512.json"
-_TOMESD_ON_CPU = 1.17  # times as fast a call, eval/results/speed-sd15-512-rounds-cpu
 _HOOKS = 0.3e-3  # seconds of the host in the patch's hooks of a call
 
 _FAMILIES: dict[str, dict[str, Any]] = {"cache alone": NOTHING_MERGED, "agents": {}, "large": PRESETS["large"]}
@@ -69,7 +68,7 @@ def _kind(whole: bool, phase: str) -> str:
 
 
 def _measured() -> dict[str, dict[str, float]]:
-    seconds = {name: statistics.median(values) for name, values in json.loads(_MEASURED.read_text()).items()}
+    seconds = {name: statistics.median(values) for name, values in json.loads(_MEASURED.read_text())["seconds"].items()}
     found: dict[str, dict[str, float]] = {}
     for family in _FAMILIES:
         found[family] = {
@@ -79,7 +78,7 @@ def _measured() -> dict[str, dict[str, float]]:
         }
     # DeepCache skips what a cached call of ours with nothing merged skips.
     found["deepcache"] = {kind: 1.0 if "whole" in kind else share for kind, share in found["cache alone"].items()}
-    found["tomesd"] = dict.fromkeys(("whole, merge", "whole, agent"), round(1 / _TOMESD_ON_CPU, 4))
+    found["tomesd"] = dict.fromkeys(("whole, merge", "whole, agent"), round(seconds["ToMeSD"] / seconds["sdpa"], 4))
     return found
 
 
