@@ -117,6 +117,7 @@ def measure(
     methods: dict[str, dict[str, Any]],
     compile: bool = False,
     mode: str | None = None,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds by round of the unpatched UNet ("sdpa"), ToMeSD's and each "METHOD, whole|cached, PHASE".
 
@@ -127,6 +128,7 @@ def measure(
         methods: settings by name.
         compile: compile a copy of the UNet for each method, as one graph for each kind of call.
         mode: of torch.compile.
+        warm: everything has run once already, so that there is no round of warm-up.
     """
     inputs, control = call_inputs(pipe, size), _control(pipe, size)
     names = ["sdpa", *methods]
@@ -139,7 +141,7 @@ def measure(
             if name != "sdpa":
                 agentsd.apply_patch(pipes[name].unet, **methods[name])
     seconds: dict[str, list[float]] = {}
-    for number in range(-2 if compile else -1, rounds):  # before them the warm-up
+    for number in range(-2 if compile else int(warm) - 1, rounds):  # before them the warm-up
         taken: dict[str, float] = {}
         for name in rotated(names, number):
             # A compiled copy keeps its patch: PyTorch looks its graphs through again after a new one.
@@ -304,7 +306,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         if "agents" in methods:
             methods[CONTROLNET_WHOLE] = methods["agents"]
     counts, memory = ({}, {}) if options.compile else watched(pipe, options.size, methods)
-    seconds = measure(pipe, options.size, options.rounds, methods, options.compile, options.mode)
+    seconds = measure(pipe, options.size, options.rounds, methods, options.compile, options.mode, warm=bool(counts))
     seconds["outside"] = outside
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "tomesd"))
     device = f"{device_name(pipe.unet.device)}, commit {commit()}"
