@@ -12,7 +12,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
 from functools import partial
@@ -22,13 +22,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
+from torch import Tensor
 
 import agentsd
 from agentsd.config import AgentConfig, Phase
 from agentsd.images.methods import use_method
 from agentsd.images.rounds import FEWEST, is_stable, rotated
-from agentsd.images.unet_calls import RandomInputs, plan_of_run
+from agentsd.images.unet_calls import RandomInputs, first_of_each_phase, plan_of_run, set_timesteps
 from agentsd.patch import get_patch
 from eval.common.environment import commit, device_name
 from eval.common.fair_schedules import set_fair_schedule
@@ -39,8 +40,7 @@ from eval.equal_time.rows import Run, parse_runs
 
 from .methods import COLUMNS, METHODS, TOMESD, Column
 
-STEP = 20  # timesteps between two calls of 50 steps
-STARTS = {"agent": 950, "merge": 400}
+STEPS = 50  # of the run that calls are timed in
 OUTSIDE_STEPS = 25
 _KINDS = ("whole, agent phase", "whole, later", "cached, agent phase", "cached, later")
 CONTROLNET_WHOLE = "agents, ControlNet whole"  # patched without the pipeline, so that cached calls do not skip it
@@ -61,13 +61,12 @@ def with_controlnet(pipe: Any) -> Any:
 
 
 @torch.no_grad()
-def timed(unet: Any, timestep: int, inputs: dict[str, Any], controlnet: Any = None, image: Any = None) -> float:
+def timed(unet: Any, timestep: Tensor, inputs: dict[str, Any], controlnet: Any = None, image: Any = None) -> float:
     """Seconds of one call, and of the ControlNet's before it."""
     if unet.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    step = torch.tensor(timestep, device=unet.device)
-    given = (inputs["sample"], step)  # by position, as pipelines do and ToMeSD needs it
+    given = (inputs["sample"], timestep)  # by position, as pipelines do and ToMeSD needs it
     others = {name: value for name, value in inputs.items() if name != "sample"}
     if controlnet is not None:
         down, mid = controlnet(*given, controlnet_cond=image, **others, return_dict=False)
@@ -78,11 +77,16 @@ def timed(unet: Any, timestep: int, inputs: dict[str, Any], controlnet: Any = No
     return time.perf_counter() - start
 
 
-def kinds_of_calls(method: str) -> Iterator[tuple[str, int]]:
-    """Names and timesteps of the calls of a method, in the order in which to run them on a newly patched UNet."""
-    for phase, start in STARTS.items():
-        for index, kind in enumerate(("whole", "cached")):
-            yield f"{method}, {kind}, {phase}", start - index * STEP
+def run_timesteps(device: Any) -> tuple[Tensor, dict[Phase, int]]:
+    """The timesteps of a run of DDIM, by which a patch knows it, and the position of each phase's first call."""
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    timesteps = set_timesteps(scheduler, STEPS, device)
+    return timesteps, first_of_each_phase(AgentConfig(), timesteps.tolist(), scheduler.config.num_train_timesteps)
+
+
+def kinds_of_calls(method: str) -> list[str]:
+    """Names of the calls of a method with step caching, in the order in which they are timed."""
+    return [f"{method}, {kind}, {phase.value}" for phase in Phase for kind in ("whole", "cached")]
 
 
 def timed_method(
@@ -97,15 +101,17 @@ def timed_method(
         inputs: of the UNet.
         control: a ControlNet and its image.
     """
+    timesteps, begins = run_timesteps(pipe.unet.device)
     if method in ("sdpa", TOMESD):
         put_on = use_method(pipe, "tomesd", AgentConfig(**(settings or {}))) if method == TOMESD else nullcontext()
         with put_on:
-            return {method: timed(pipe.unet, 500, inputs, *control)}
+            return {method: timed(pipe.unet, timesteps[begins[Phase.MERGE]], inputs, *control)}
     target = pipe.unet if method == CONTROLNET_WHOLE else pipe
     taken = {}
     with nullcontext() if settings is None else agentsd.patched(target, **settings):
-        for name, timestep in kinds_of_calls(method):
-            taken[name] = timed(pipe.unet, timestep, inputs, *control)
+        positions = [begins[phase] + after for phase in Phase for after in (0, 1)]
+        for name, position in zip(kinds_of_calls(method), positions):
+            taken[name] = timed(pipe.unet, timesteps[position], inputs, *control)
             assert _is_cached(pipe.unet) == ("cached" in name)
     return taken
 
@@ -183,7 +189,7 @@ def watched(pipe: Any, size: int, methods: dict[str, dict[str, Any]]) -> tuple[d
     operations: dict[str, int] = {}
     memory: dict[str, int] = {}
     for method in ("sdpa", *methods):
-        kinds = [method] if method in ("sdpa", TOMESD) else [name for name, _ in kinds_of_calls(method)]
+        kinds = [method] if method in ("sdpa", TOMESD) else kinds_of_calls(method)
         counts, memory[method] = _watch(
             pipe.unet, partial(timed_method, pipe, method, methods.get(method), inputs, control)
         )
@@ -277,7 +283,7 @@ def operations_table(found: dict[str, int], methods: dict[str, dict[str, Any]]) 
     said = "Tensor operations of a call without torch.compile, about the kernels it would launch on a GPU:"
     rows: list[list[object]] = [["SDPA", found["sdpa"], found["sdpa"], "", ""]]
     for method in methods:
-        kinds = [name for name, _ in kinds_of_calls(method)]
+        kinds = kinds_of_calls(method)
         own = [found[TOMESD]] * 2 + ["", ""] if method == TOMESD else [found[kinds[i]] for i in (0, 2, 1, 3)]
         rows.append([method, *own])
     return ["", said, "", markdown(["method", *_KINDS], rows)]
@@ -293,7 +299,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     methods = {name: fields for name, fields in METHODS.items() if name not in left_out}
     if options.dry_run:
         for name in ("sdpa", *methods):
-            kinds = [name] if name in ("sdpa", TOMESD) else [kind for kind, _ in kinds_of_calls(name)]
+            kinds = [name] if name in ("sdpa", TOMESD) else kinds_of_calls(name)
             print(f"{options.random_weights}, {options.size} px, {options.rounds} rounds: {'; '.join(kinds)}")
         return
     pipe = random_pipeline(options.random_weights, options.device, options.dtype)
