@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import agentsd
 from agentsd import AgentConfig
+from agentsd.config import PRESETS
 from agentsd.images.compare import GeneratedImage, generate, warm_up
 from agentsd.images.request import Request
 from agentsd.images.rounds import is_stable, rotated, speed_up
@@ -64,7 +65,7 @@ class Panel:
 
 def panels() -> list[Panel]:
     """All columns but the last, whose steps follow from the time of preset "fast"."""
-    presets = {name: AgentConfig(**fields) for name, fields in agentsd.PRESETS.items()}
+    presets = {name: AgentConfig(**fields) for name, fields in PRESETS.items()}
     return [
         Panel("Stable Diffusion", "sd"),
         Panel("ToMeSD, ratio 0.4", "tomesd", presets["paper"]),
