@@ -163,10 +163,12 @@ def patched(
     try:
         yield model
     finally:
-        with changes:
-            _remove(unet)
-            if before is not None:
-                before.install()
+        # Garbage collection closes a block that was never left together with its model: nothing is left to restore.
+        if not mine.is_orphan:
+            with changes:
+                _remove(unet)
+                if before is not None:
+                    before.install()
 
 
 def choose_config(

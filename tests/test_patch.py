@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -385,6 +386,23 @@ def test_patched_restores_what_was_there():
     with pytest.raises(RuntimeError), agentsd.patched(unet):
         raise RuntimeError
     assert get_patch(unet) is None
+
+
+def test_a_block_that_is_never_left_goes_with_its_model_without_a_word(monkeypatch):
+    """Garbage collection clears weak references to a model before it closes the generator that patched it."""
+
+    def block():
+        unet = make_unet()
+        with agentsd.patched(unet):
+            yield unet
+
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    never_left = block()
+    next(never_left).held_by = never_left
+    del never_left
+    gc.collect()
+    assert not said
 
 
 def test_patched_keeps_the_length_of_the_run_that_stood_there():

@@ -388,8 +388,7 @@ def test_shared_by_two_pipelines_the_last_patch_has_it():
     assert not shared._forward_hooks and not shared._forward_pre_hooks
 
 
-@pytest.mark.parametrize("stop", [3, 4, 5])
-@pytest.mark.parametrize("kind", ["after", "within"])
+@pytest.mark.parametrize("stop, kind", [(3, "after"), (4, "within"), (5, "after")])
 def test_shared_with_an_unpatched_unet(stop, kind):
     """A run of another UNet, with the same seed and prompt, after a stopped one of the patched UNet or within it."""
     pipe = make_sd_with_controlnets()

@@ -95,6 +95,11 @@ class UNetPatch:
         return self._unet.target()
 
     @property
+    def is_orphan(self) -> bool:
+        """Whether the UNet is gone."""
+        return self._unet() is None
+
+    @property
     def num_train_timesteps(self) -> int:
         """Length of the diffusion run by the scheduler that the pipeline has now."""
         return self.schedule.refresh().num_train_timesteps
