@@ -327,23 +327,23 @@ PRESET_NOTES: dict[str, Preset] = {
     "paper": Preset(
         {},
         "The paper's method, the defaults.",
-        "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 1.4× on 2 cores of a shared AMD EPYC "
+        "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 1.3× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 1.0× forecast for an A100.",
         "Median PSNR to the unpatched image, 43 images of the demo model, 25 DDIM steps (eval/fid_bench.py): 47.3 dB.",
     ),
     "fast": Preset(
         {"cache_interval": 3},
         'The paper\'s method with step caching: CPUs and small GPUs; large GPUs take "cache".',
-        "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 3.0× on 2 cores of a shared AMD EPYC "
+        "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 2.8× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 2.2× forecast for an A100.",
         "Median PSNR to the unpatched image, 11 images of the demo model (eval/pareto.py): DDIM 43.3, Euler "
-        "Karras 45.1, DPM++ 2M Karras 40.9 dB; fewer steps in that CPU time 36.6, 37.1, 32.2.",
+        "Karras 45.1, DPM++ 2M Karras 40.9 dB; fewer steps in that CPU time 37.5, 38.6, 35.2.",
     ),
     "fastest": Preset(
         {"cache_interval": 5, **_CAPS},
         "More step caching, and a cost of attention that grows linearly with the tokens: 1024 px and more; "
         "at 512 px on a large GPU fewer steps are nearer.",
-        "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 3.8× on 2 cores of a shared AMD EPYC "
+        "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 3.4× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 2.7× forecast for an A100.",
         "Median PSNR to the unpatched image, 4 images of the demo model (eval/pareto.py): DDIM 37.6 dB; "
         "fewer steps in the time on an A100 38.5.",
@@ -351,7 +351,7 @@ PRESET_NOTES: dict[str, Preset] = {
     "large": Preset(
         {**_CAPS},
         "A cost that grows linearly with the tokens, without caching: 1024 px and more.",
-        "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 1.4× on 2 cores of a shared AMD EPYC "
+        "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 1.3× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 1.1× forecast for an A100.",
     ),
     "cache": Preset(
