@@ -107,12 +107,12 @@ def draw(columns: list[Panel]) -> Image.Image:
     return canvas
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Write the strip, and its figures beside it as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("strip.webp"))
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     pipe = agentsd.load_pipeline("demo", scheduler="ddim")
     # Another number of steps begins at the same noise level: what fewer steps are compared by.
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
