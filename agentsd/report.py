@@ -15,7 +15,7 @@ USUAL_WIDTH = 100
 _LATER = {"merge": "token merging", "downsample": "downsampled keys and values", "full": "unpatched"}
 _HEADER = ("", "tokens", "keys", "agents", "Mmul-add")
 _SHARES = (
-    "Shares of the multiply-adds are not shares of the seconds: a UNet call of SD 1.5 at 1024 px took 44% of its "
+    "Shares of the multiply-adds are not shares of the seconds: a UNet call of SD 1.5 at 1024 px took 38% of its "
     "unpatched time in the early steps with 67% of its multiply-adds (2 CPU cores). To measure yours: "
     "agentsd generate --compare."
 )
