@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from playground.images import distance, psnr
 
 import agentsd
 from agentsd import AgentConfig
@@ -59,8 +60,7 @@ class Panel:
 
     def psnr(self, base: Panel, subject: str) -> float:
         """Distance to the same subject's image of another panel, in dB."""
-        ours, theirs = (np.asarray(one.found[subject].image, np.float64) for one in (self, base))
-        return -10 * np.log10(max(((ours - theirs) ** 2).mean() / 255**2, 1e-10))
+        return psnr(distance(self.found[subject].image, base.found[subject].image))
 
 
 def panels() -> list[Panel]:

@@ -1,4 +1,4 @@
-"""eval/calls/unet_calls.py: what kinds of calls come to; no time is asserted."""
+"""eval/calls/unet_calls.py and call_tables.py: what kinds of calls come to; no time is asserted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import agentsd
 from agentsd.patch import get_patch
 from eval import call_bench
 from eval.calls import unet_calls
+from eval.calls.call_tables import seconds_of_run
 from eval.calls.methods import COLUMNS
+from eval.common.fair_schedules import Run
 from eval.common.operations import TensorWatch
-from eval.equal_time.rows import Run
 
 
 def test_memory_is_of_the_tensors_alive_at_once():
@@ -37,7 +38,7 @@ def test_time_of_a_run_is_that_of_its_calls(column):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     median = {f"{column.method}, {kind}, {phase}": 10.0 ** (power + 2 * (kind == "cached"))
               for kind in ("whole", "cached") for power, phase in enumerate(("agent", "merge"))}  # fmt: skip
-    seconds, whole, calls = unet_calls.seconds_of_run(column, Run("ddim", 25), pipe, median)
+    seconds, whole, calls = seconds_of_run(column, Run("ddim", 25), pipe, median)
 
     settings = {**unet_calls.METHODS[column.method], "cache_interval": column.interval}
     config = agentsd.AgentConfig(**settings)

@@ -11,12 +11,12 @@ from conftest import make_pipeline
 
 from agentsd.config import PRESETS
 from eval import pareto
-from eval.common.fair_schedules import FAIR_SCHEDULES, set_fair_schedule, steps_of_equal_time
+from eval.common.fair_schedules import FAIR_SCHEDULES, Run, set_fair_schedule, steps_of_equal_time
 from eval.common.image_distance import HAS_FLIP
 from eval.common.models import ModelSpec, load_model
 from eval.common.protocol import BenchError
 from eval.equal_time import call_times, generation, line, work
-from eval.equal_time.rows import FEWER_STEPS, Row, Run, rows_of
+from eval.equal_time.rows import FEWER_STEPS, Row, rows_of
 
 RUN = Run("ddim", 12)
 

@@ -1,17 +1,17 @@
-"""METHODS: whose UNet calls call_bench times, by name; COLUMNS: the runs that they come to. Nothing heavy."""
+"""METHODS: whose UNet calls call_bench times; COLUMNS: the runs that they come to; call_name. Nothing heavy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from agentsd.config import PRESETS
+from agentsd.config import PRESETS, AgentConfig, Phase
 
+SDPA = "sdpa"
 TOMESD = "ToMeSD"
-TOMESD_RATIO = 0.4
 
 METHODS: dict[str, dict[str, Any]] = {
-    TOMESD: {"ratio": TOMESD_RATIO},
+    TOMESD: {"ratio": AgentConfig.ratio},
     "agents": {"cache_interval": 2},
     "cache alone": {"ratio": 0.0, "early": 0.0, "cache_interval": 2},
     "large": {**PRESETS["large"], "cache_interval": 2},
@@ -44,3 +44,8 @@ COLUMNS = (
     Column('preset "cache"', "cache alone", 3),
     Column("cache alone, interval 5", "cache alone", 5),
 )
+
+
+def call_name(method: str, whole: bool, phase: Phase) -> str:
+    """What the seconds of a kind of call stand under: "agents, whole, merge"."""
+    return f"{method}, {'whole' if whole else 'cached'}, {phase.value}"

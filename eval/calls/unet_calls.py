@@ -1,8 +1,7 @@
-"""run: time the kinds of UNet calls, unpatched, whole and cached, interleaved, and what runs of them come to.
+"""run: time the kinds of UNet calls, unpatched, whole and cached, in interleaved rounds; `call_tables` prints them.
 
-A run's time is arithmetic: how many calls of each kind it makes (counted by the patch itself, on a tiny UNet), times
-their medians. A whole run adds text encoder, scheduler and autoencoder, timed with a UNet that does nothing. With
-`--controlnet` a call is that of a ControlNet and the UNet after it.
+What a whole run adds (text encoder, scheduler, autoencoder) is timed with a UNet that does nothing. With `--controlnet`
+a call is that of a ControlNet and the UNet after it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,21 +26,19 @@ from torch import Tensor
 import agentsd
 from agentsd.config import AgentConfig, Phase
 from agentsd.images.methods import use_method
-from agentsd.images.rounds import FEWEST, is_stable, rotated
-from agentsd.images.unet_calls import RandomInputs, first_of_each_phase, plan_of_run, set_timesteps
+from agentsd.images.rounds import rotated
+from agentsd.images.unet_calls import RandomInputs, first_of_each_phase, set_timesteps, synchronize
 from agentsd.patch import get_patch
 from eval.common.environment import commit, device_name
-from eval.common.fair_schedules import set_fair_schedule
+from eval.common.fair_schedules import parse_runs
 from eval.common.models import random_pipeline
 from eval.common.operations import TensorWatch
-from eval.common.tables import markdown
-from eval.equal_time.rows import Run, parse_runs
 
-from .methods import COLUMNS, METHODS, TOMESD, Column
+from .call_tables import operations_table, table
+from .methods import METHODS, SDPA, TOMESD, call_name
 
 STEPS = 50  # of the run that calls are timed in
 OUTSIDE_STEPS = 25
-_KINDS = ("whole, agent phase", "whole, later", "cached, agent phase", "cached, later")
 CONTROLNET_WHOLE = "agents, ControlNet whole"  # patched without the pipeline, so that cached calls do not skip it
 
 
@@ -63,8 +59,7 @@ def with_controlnet(pipe: Any) -> Any:
 @torch.no_grad()
 def timed(unet: Any, timestep: Tensor, inputs: dict[str, Any], controlnet: Any = None, image: Any = None) -> float:
     """Seconds of one call, and of the ControlNet's before it."""
-    if unet.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(unet.device)
     start = time.perf_counter()
     given = (inputs["sample"], timestep)  # by position, as pipelines do and ToMeSD needs it
     others = {name: value for name, value in inputs.items() if name != "sample"}
@@ -72,8 +67,7 @@ def timed(unet: Any, timestep: Tensor, inputs: dict[str, Any], controlnet: Any =
         down, mid = controlnet(*given, controlnet_cond=image, **others, return_dict=False)
         others |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     unet(*given, **others)
-    if unet.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(unet.device)
     return time.perf_counter() - start
 
 
@@ -85,8 +79,10 @@ def run_timesteps(device: Any) -> tuple[Tensor, dict[Phase, int]]:
 
 
 def kinds_of_calls(method: str) -> list[str]:
-    """Names of the calls of a method with step caching, in the order in which they are timed."""
-    return [f"{method}, {kind}, {phase.value}" for phase in Phase for kind in ("whole", "cached")]
+    """Names of a method's calls, in the order in which they are timed; of one without step caching its own."""
+    if method in (SDPA, TOMESD):
+        return [method]
+    return [call_name(method, whole, phase) for phase in Phase for whole in (True, False)]
 
 
 def timed_method(
@@ -102,7 +98,7 @@ def timed_method(
         control: a ControlNet and its image.
     """
     timesteps, begins = run_timesteps(pipe.unet.device)
-    if method in ("sdpa", TOMESD):
+    if method in (SDPA, TOMESD):
         put_on = use_method(pipe, "tomesd", AgentConfig(**(settings or {}))) if method == TOMESD else nullcontext()
         with put_on:
             return {method: timed(pipe.unet, timesteps[begins[Phase.MERGE]], inputs, *control)}
@@ -137,14 +133,14 @@ def measure(
         warm: everything has run once already, so that there is no round of warm-up.
     """
     inputs, control = call_inputs(pipe, size), _control(pipe, size)
-    names = ["sdpa", *methods]
+    names = [SDPA, *methods]
     pipes = {name: pipe for name in names}
     if compile:
         torch._dynamo.config.recompile_limit = 64  # the copies share their code
         for name in names:
             pipes[name] = SimpleNamespace(unet=copy.deepcopy(pipe.unet))
             pipes[name].unet.compile(fullgraph=True, mode=mode)
-            if name != "sdpa":
+            if name != SDPA:
                 agentsd.apply_patch(pipes[name].unet, **methods[name])
     seconds: dict[str, list[float]] = {}
     for number in range(-2 if compile else int(warm) - 1, rounds):  # before them the warm-up
@@ -188,12 +184,11 @@ def watched(pipe: Any, size: int, methods: dict[str, dict[str, Any]]) -> tuple[d
     inputs, control = call_inputs(pipe, size), _control(pipe, size)
     operations: dict[str, int] = {}
     memory: dict[str, int] = {}
-    for method in ("sdpa", *methods):
-        kinds = [method] if method in ("sdpa", TOMESD) else kinds_of_calls(method)
+    for method in (SDPA, *methods):
         counts, memory[method] = _watch(
             pipe.unet, partial(timed_method, pipe, method, methods.get(method), inputs, control)
         )
-        operations |= dict(zip(kinds, counts))
+        operations |= dict(zip(kinds_of_calls(method), counts))
     return operations, memory
 
 
@@ -213,82 +208,6 @@ def _is_cached(unet: Any) -> bool:
     return patch is not None and patch.last_call is not None and patch.last_call.cached
 
 
-def seconds_of_run(column: Column, run: Run, pipe: Any, median: dict[str, float]) -> tuple[float, int, int]:
-    """Seconds of a run's UNet calls by the median of each kind; how many calls are whole; and how many there are."""
-    if column.method == TOMESD:
-        calls = sum(plan_of_run(pipe.scheduler, None, run.steps).values())
-        return calls * median[TOMESD], calls, calls
-    settings = {**METHODS[column.method], "cache_interval": column.interval}
-    plan = plan_of_run(pipe.scheduler, AgentConfig(**settings), run.steps)
-    name = lambda phase, whole: f"{column.method}, {'whole' if whole else 'cached'}, {phase.value}"  # noqa: E731
-    total = sum(number * median[name(phase, whole)] for (phase, whole), number in plan.items())
-    return total, sum(number for (_, whole), number in plan.items() if whole), sum(plan.values())
-
-
-def table(
-    seconds: dict[str, list[float]],
-    methods: dict[str, dict[str, Any]],
-    runs: list[Run],
-    pipe: Any,
-    memory: dict[str, int],
-) -> list[str]:
-    """Markdown tables: the calls; what runs of them come to; memory. Of one round no speed-ups."""
-    compared = len(seconds["sdpa"]) >= FEWEST
-    median = {key: statistics.median(values) for key, values in seconds.items()}
-    base, outside = median["sdpa"], median.get("outside")
-    of_kinds = [["SDPA", *_cells([base, base], base, False)]]
-    for method in methods:
-        kinds = [
-            f"{method}, {kind}, {phase.value}" for kind in ("whole", "cached") for phase in (Phase.AGENT, Phase.MERGE)
-        ]
-        own = [median[TOMESD]] * 2 if method == TOMESD else [median[kind] for kind in kinds]
-        of_kinds.append([method, *_cells(own, base, compared)])
-    lines = [markdown(["method", *_KINDS], of_kinds), ""]
-    unstable = [name for name, values in seconds.items() if compared and not is_stable(values)]
-    if unstable:
-        lines += [f"Rounds of these differ by more than 15 %: {', '.join(unstable)}.", ""]
-    if not compared:
-        return [*lines, "One round: no speed-up is given."]
-    columns = [column for column in COLUMNS if column.method in methods]
-    rows = []
-    for run in runs:
-        set_fair_schedule(pipe, run.schedule)
-        of_calls: list[str] = []
-        of_runs: list[str] = []
-        for column in columns:
-            total, whole, calls = seconds_of_run(column, run, pipe, median)
-            said = f" ({whole} of {calls} whole)" if column.interval > 1 else ""
-            of_calls.append(f"{calls * base / total:.2f}×{said}")
-            if outside is not None:
-                of_runs.append(f"{(calls * base + outside) / (total + outside):.2f}×")
-        rows.append([f"UNet calls, {run.name}", *of_calls])
-        if of_runs:
-            rows.append([f"whole run, {run.name}", *of_runs])
-    if memory:
-        rows.append([f"memory (SDPA: {memory['sdpa'] / 1e6:,.0f} MB)",
-                     *(f"{memory[column.method] / 1e6:,.0f} MB" for column in columns)])  # fmt: skip
-    lines += [markdown(["", *(column.name for column in columns)], rows)]
-    if outside is not None:
-        lines += ["", f"Outside the UNet a run of {OUTSIDE_STEPS} steps takes {outside:.2f} s."]
-    return lines
-
-
-def _cells(seconds: list[float], base: float, compared: bool) -> list[str]:
-    said = [f"{one:.2f} s" + (f" ({base / one:.2f}×)" if compared else "") for one in seconds]
-    return said + [""] * (len(_KINDS) - len(said))
-
-
-def operations_table(found: dict[str, int], methods: dict[str, dict[str, Any]]) -> list[str]:
-    """A Markdown table of the numbers of operations."""
-    said = "Tensor operations of a call without torch.compile, about the kernels it would launch on a GPU:"
-    rows: list[list[object]] = [["SDPA", found["sdpa"], found["sdpa"], "", ""]]
-    for method in methods:
-        kinds = kinds_of_calls(method)
-        own = [found[TOMESD]] * 2 + ["", ""] if method == TOMESD else [found[kinds[i]] for i in (0, 2, 1, 3)]
-        rows.append([method, *own])
-    return ["", said, "", markdown(["method", *_KINDS], rows)]
-
-
 def run(options: argparse.Namespace, command: str) -> None:
     """Measure and print; with --out write MODEL-SIZE.md and .json there."""
     if options.threads:
@@ -298,9 +217,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     left_out = {*options.skip, *([TOMESD] if options.compile else [])}
     methods = {name: fields for name, fields in METHODS.items() if name not in left_out}
     if options.dry_run:
-        for name in ("sdpa", *methods):
-            kinds = [name] if name in ("sdpa", TOMESD) else kinds_of_calls(name)
-            print(f"{options.random_weights}, {options.size} px, {options.rounds} rounds: {'; '.join(kinds)}")
+        for name in (SDPA, *methods):
+            kinds = "; ".join(kinds_of_calls(name))
+            print(f"{options.random_weights}, {options.size} px, {options.rounds} rounds: {kinds}")
         return
     pipe = random_pipeline(options.random_weights, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -323,9 +242,9 @@ def run(options: argparse.Namespace, command: str) -> None:
         f"{options.dtype}{kind}; medians of {options.rounds} interleaved rounds. Memory: greatest of the tensors that "
         "calls make, kept features among them, weights not."
     )
-    lines = table(seconds, methods, runs, pipe, memory)
+    lines = table(seconds, list(methods), runs, pipe, memory, OUTSIDE_STEPS)
     if counts and not options.controlnet:  # whose operations would be among those of the UNet's calls
-        lines += operations_table(counts, methods)
+        lines += operations_table(counts, list(methods))
     text = "\n".join([said, "", *lines]) + "\n"
     print(text)
     if options.out:

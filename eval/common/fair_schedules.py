@@ -7,6 +7,7 @@ worse than they are. Lin et al., "Common Diffusion Noise Schedules and Sample St
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -56,3 +57,28 @@ def set_fair_schedule(pipe: Any, name: str) -> None:
     scheduler, changes = FAIR_SCHEDULES[name]
     set_scheduler(pipe, scheduler)
     pipe.scheduler = getattr(diffusers, type(pipe.scheduler).__name__).from_config(pipe.scheduler.config, **changes)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A scheduler and its number of steps."""
+
+    schedule: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.schedule}, {self.steps} steps"
+
+
+def parse_runs(texts: list[str]) -> list[Run]:
+    """["ddim:25"] to runs. Raises BenchError for a schedule that is not known, or no number of steps."""
+    found = []
+    for text in texts:
+        name, _, steps = text.partition(":")
+        if name not in FAIR_SCHEDULES or not steps.isdigit() or not 4 <= int(steps) <= 200:
+            raise BenchError(
+                f"--runs {text!r}: must be NAME:STEPS with 4 … 200 steps, NAME of {', '.join(FAIR_SCHEDULES)}"
+            )
+        found.append(Run(name, int(steps)))
+    return found

@@ -17,13 +17,13 @@ from PIL import Image as PillowImage
 from tqdm import tqdm
 
 from agentsd.config import AgentConfig, Phase
-from eval.common.fair_schedules import set_fair_schedule
+from eval.common.fair_schedules import Run, set_fair_schedule
 from eval.common.image_distance import flip, psnr, ssim
 from eval.common.protocol import BenchError, image_seed
 from eval.common.scenarios import use_scenario
 from eval.fid.features import FeatureNetwork, load_features
 
-from .rows import FEWER_STEPS, Row, Run
+from .rows import FEWER_STEPS, Row
 
 RESULTS = "distances.jsonl"
 FEATURES = "efficientnet-lite0"

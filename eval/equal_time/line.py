@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from eval.common.fair_schedules import Run
+
 from .call_times import CallTimes, time_of
-from .rows import FEWER_STEPS, Row, Run
+from .rows import FEWER_STEPS, Row
 
 MEASURED = "measured"
 

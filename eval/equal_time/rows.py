@@ -8,25 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentsd.config import PRESETS, AgentConfig
-from eval.common.fair_schedules import FAIR_SCHEDULES
-from eval.common.protocol import BenchError, Scenario
+from eval.common.fair_schedules import Run
+from eval.common.protocol import Scenario
 
 NOTHING_MERGED: dict[str, Any] = {"ratio": 0, "early": 0}
 FEWER_STEPS = "fewer steps"
 TOMESD_RATIO = 0.4
 FEWER = (6, 8, 10, 12, 15, 18, 22)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A scheduler and its number of steps."""
-
-    schedule: str
-    steps: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.schedule}, {self.steps} steps"
 
 
 @dataclass(frozen=True)
@@ -59,19 +47,6 @@ class Row:
     def key(self) -> str:
         """Equal for rows that generate the same images."""
         return json.dumps([self.kind, self.steps, self.fields, self.interval], sort_keys=True)
-
-
-def parse_runs(texts: list[str]) -> list[Run]:
-    """["ddim:25"] to runs. Raises BenchError for a schedule that is not known, or no number of steps."""
-    found = []
-    for text in texts:
-        name, _, steps = text.partition(":")
-        if name not in FAIR_SCHEDULES or not steps.isdigit() or not 4 <= int(steps) <= 200:
-            raise BenchError(
-                f"--runs {text!r}: must be NAME:STEPS with 4 … 200 steps, NAME of {', '.join(FAIR_SCHEDULES)}"
-            )
-        found.append(Run(name, int(steps)))
-    return found
 
 
 def rows_of(run: Run, fewer: Sequence[int], intervals: Sequence[int], leave_out: Sequence[str] = ()) -> list[Row]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from eval.common.environment import commit, device_name
+from eval.common.fair_schedules import parse_runs
 from eval.common.models import ModelSpec, load_model, native_size
 from eval.common.protocol import PROMPT, BenchError, choose_classes, demo_classes
 
@@ -19,7 +20,7 @@ from . import call_times
 from .generation import RESULTS, Sampling, generate_all, images_of, read
 from .line import MEASURED, compare, on_common_images
 from .page import tables, write_page
-from .rows import parse_runs, rows_of
+from .rows import rows_of
 
 
 def run(options: argparse.Namespace, command: str) -> None:
