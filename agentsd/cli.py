@@ -75,6 +75,7 @@ def _name_values(parser: argparse.ArgumentParser, shtab: Any) -> None:
     """Note at the options of a parser what can follow them; the values are checked elsewhere, with better errors."""
     files = {"output": shtab.FILE, "model": shtab.FILE, "model_config": shtab.DIRECTORY}
     words = {"scheduler": list(SCHEDULERS), "dtype": list(dict.fromkeys(DTYPES.values()))}
+    words["device"] = ["cuda", "mps", "cpu"]
     words |= {f"patch_{name}": list(map(written, setting.choices)) for name, setting in SETTINGS.items()}
     for action in parser._actions:
         if action.dest in files:
@@ -86,6 +87,8 @@ def _name_values(parser: argparse.ArgumentParser, shtab: Any) -> None:
 def unrecognized(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
     """Name arguments that a parser does not take, and the option that was perhaps meant."""
     meant = did_you_mean(unknown[0].split("=")[0], parser._option_string_actions)
+    if not unknown[0].startswith("-") and any(action.dest == "prompt" for action in parser._actions):
+        meant = " (put the prompt in quotes)"
     return f"unrecognized arguments: {' '.join(unknown)}{meant}"
 
 
@@ -169,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--steps", type=int, default=25, help="denoising steps of the run (default: %(default)s)")
     tune.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once (default: %(default)s)")
     tune.add_argument("--rounds", type=int, metavar="N", help="default: 5, or fewer, but 3, once a minute has passed")
-    tune.add_argument("--scheduler", help="plms, ddim, euler, dpm++2m-karras …; default: the model's own")
+    tune.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)}; default: the model's own")
     tune.add_argument(
         "--json", metavar="FILE", help="also write everything there as JSON; a file that is there is kept"
     )
@@ -197,7 +200,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
     group.add_argument("--height", type=int, help="in pixels; default: the model's own")
     group.add_argument("--width", type=int, help="in pixels; default: the model's own")
-    group.add_argument("--scheduler", help="plms, ddim, euler, dpm++2m-karras …; default: the model's own")
+    group.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)}; default: the model's own")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

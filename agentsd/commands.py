@@ -23,6 +23,7 @@ def generate(options: argparse.Namespace, config: AgentConfig) -> int:
     output = png.check_output(options.output)
     _check_loading(options)
     from .images import compare, progress
+    from .images.generate import calls_text
     from .images.methods import METHODS
 
     pipe = _load(options)
@@ -31,9 +32,8 @@ def generate(options: argparse.Namespace, config: AgentConfig) -> int:
         result = compare.generate(pipe, request, options.method, config)
         output = _place(output, options.overwrite)
         png.save_image(result.image, output, result.settings)
-        calls = result.settings.get("unet_calls")
-        said = f", {calls['whole']} whole + {calls['cached']} cached UNet calls" if calls else ""
-        print(f"{output}: {METHODS[options.method]}, {result.seconds:.2f} s{said}")
+        calls = calls_text(result.settings)
+        print(f"{output}: {METHODS[options.method]}, {result.seconds:.2f} s{calls and f', {calls}'}")
         return 0
     shown = progress.ComparisonProgress(pipe, request.steps, tuple(METHODS), options.rounds)
     comparison = compare.compare_methods(pipe, request, config, tuple(METHODS), options.rounds, shown)

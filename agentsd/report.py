@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import AgentConfig, Phase
+from .step_cache import FEWEST_STEPS
 
 USUAL_WIDTH = 100
 _LATER = {"merge": "token merging", "downsample": "downsampled keys and values", "full": "unpatched"}
@@ -283,6 +284,8 @@ def _last_call(report: Report) -> str:
     )
     if call.whole_calls is not None:
         text += f"; this run: {call.whole_calls} whole and {call.cached_calls} cached calls"
+        if not call.cached_calls and call.whole_calls < FEWEST_STEPS:
+            text += f" (runs of fewer than {FEWEST_STEPS} steps are not cached)"
     return text
 
 

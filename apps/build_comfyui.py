@@ -23,11 +23,14 @@ def build(folder: Path) -> None:
 
     Raises:
         FileExistsError: it exists.
+        FileNotFoundError: the folder that it would lie in does not.
     """
     from comfyui.core import MODULES, PACKAGE
 
     if folder.exists():
         raise FileExistsError(f"{folder} exists; remove it, or name another")
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder.absolute().parent}; name one in ComfyUI's custom_nodes")
     shutil.copytree(NODES, folder, ignore=shutil.ignore_patterns("__pycache__"))
     core = folder / "core" / PACKAGE
     core.mkdir(parents=True)
@@ -65,8 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         build(options.folder)
-    except FileExistsError as error:
+    except (FileExistsError, FileNotFoundError) as error:
         parser.error(str(error))
+    print(f"{options.folder}: the nodes and all that they need; restart ComfyUI to load them")
     return 0
 
 

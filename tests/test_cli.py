@@ -336,6 +336,7 @@ def test_completion_offers_commands_options_and_the_words_of_settings(capsys, tm
     assert completed("agentsd.bash", "agentsd", "generate", "--late", "") == ["merge", "downsample", "full"]
     assert completed("agentsd.bash", "agentsd", "info", "--preset", "pa") == ["paper"]
     assert set(completed("agentsd.bash", "agentsd", "generate", "--scheduler", "dpm")) == {"dpm++2m", "dpm++2m-karras"}
+    assert completed("agentsd.bash", "agentsd", "tune", "--device", "c") == ["cuda", "cpu"]
     code, script, _ = run(capsys, "--print-completion", "zsh")
     assert code == 0 and script.startswith("#compdef agentsd") and "--cache-interval" in script
 
@@ -390,3 +391,6 @@ def test_a_misspelt_option_is_answered_with_the_one_meant(capsys):
         cli.main(["generate", "a zebra", "-o", "x.png", "--stpes", "3"])
     told = capsys.readouterr().err
     assert error.value.code == 2 and "--stpes 3 (did you mean --steps?)" in told and "agentsd generate --help" in told
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "-o", "x.png", "a", "zebra"])
+    assert "unrecognized arguments: zebra (put the prompt in quotes)" in capsys.readouterr().err

@@ -48,9 +48,10 @@ def load(folder, older=""):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
 
 
-def test_the_built_folder_needs_nothing_installed(tmp_path):
+def test_the_built_folder_needs_nothing_installed(tmp_path, capsys):
     folder = tmp_path / "agentsd-nodes"
     assert build_comfyui.main([str(folder)]) == 0
+    assert f"{folder}: the nodes" in capsys.readouterr().out
     done = load(folder)
     assert done.returncode == 0, done.stderr
     names, widgets = done.stdout.splitlines()
@@ -68,6 +69,9 @@ def test_the_built_folder_carries_the_sources_as_they_are(tmp_path):
     assert (folder / "LICENSE").is_file()
     with pytest.raises(FileExistsError, match="remove it, or name another"):
         build_comfyui.build(folder)
+    with pytest.raises(FileNotFoundError, match="there is no folder .*ConfyUI"):
+        build_comfyui.build(tmp_path / "ConfyUI" / "agentsd")
+    assert not (tmp_path / "ConfyUI").exists()
 
 
 def test_a_link_to_a_clone_finds_the_clone(tmp_path):

@@ -163,6 +163,7 @@ def test_an_image_over_http(server):
 def test_the_report_over_http(server):
     history = server.run(workflow(seed=1))
     (text,) = history["outputs"][REPORT]["text"]
+    assert "none cached, as runs of fewer than 10 steps are not" in text
     assert "3 model calls" in text and "16×16 = 256 tokens" in text and "128×128 px" in text
     assert history["outputs"][PREVIEW]["text"] == [text]
 

@@ -105,9 +105,11 @@ def test_a_comparison_is_read_by_method_by_position_and_in_print(tmp_path):
         "ToMeSD               2.00 s   2.00x",
         "AgentSD              1.00 s   4.00x",
         "median of 3 interleaved rounds after a warm-up",
+        "PSNR to the image of Stable Diffusion, higher is nearer: ToMeSD equal, AgentSD equal",
     ]
     markup = comparison._repr_html_()
     assert markup.startswith("<img") and "data:image/png;base64," in markup and "median of 3" in markup
+    assert "ToMeSD equal" in markup
     comparison.save(tmp_path / "a.png")
     assert read_settings(tmp_path / "a.png") == comparison.to_dict()
     assert "rounds differ by more than 15%" in str(Comparison(results_in((4.0, 5.0), (2.0, 2.0))))
@@ -182,6 +184,20 @@ def test_speed_up_is_over_the_first():
     assert "2.00x" in str(Comparison(results_in((2.0, 2.0), (1.0, 1.0))))
     for unstable in (results_in((2.0, 3.0), (1.0, 1.0)), results_in((2.0,), (1.0,))):
         assert not re.search(r"\d[.]\d", str(Comparison(unstable)))
+
+
+def test_a_comparison_says_what_it_costs_and_why_nothing_was_cached():
+    base, other = results_in((2.0,), (1.0,))
+    settings = {"steps": 4, "patch": {"ratio": 0.4, "cache_interval": 3}, "unet_calls": {"whole": 4, "cached": 0}}
+    other = dataclasses.replace(other, method="agentsd", image=Image.new("RGB", (64, 64), (2, 2, 2)), settings=settings)
+    comparison = Comparison((base, other))
+    assert comparison.psnr("agentsd") == pytest.approx(10 * np.log10(255**2 / 4)) and comparison.psnr("sd") == np.inf
+    assert str(comparison).endswith("Stable Diffusion, higher is nearer: AgentSD 42.1 dB")
+    assert "4 whole + 0 cached UNet calls (runs of fewer than 10 steps are not cached)" in str(comparison)
+    from agentsd.images.compare import _title
+
+    assert _title(other) == "AgentSD  ratio 0.4, nothing cached"
+    assert "higher is nearer" not in str(Comparison((base,)))
 
 
 def test_unstable_timings_are_called_unstable():

@@ -76,7 +76,7 @@ def test_schedulers(demo, name):
         set_scheduler(demo, name)
         assert demo.scheduler.config.beta_schedule == "scaled_linear"
         assert demo.scheduler.config.num_train_timesteps == 1000
-        assert demo.scheduler.config.get("use_karras_sigmas", False) is (name == "dpm++2m-karras")
+        assert demo.scheduler.config.get("use_karras_sigmas", False) is name.endswith("-karras")
         out = draw(demo, steps=3, height=64, width=64)
         assert torch.isfinite(torch.as_tensor(out)).all()
         set_scheduler(demo, "dpm++2m-karras")
@@ -167,6 +167,7 @@ def test_what_cannot_be_loaded_is_one_clear_sentence(saved, tmp_path, monkeypatc
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text(content)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "toon.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     for model, message in [
         (damaged, "cannot be loaded"),
@@ -177,6 +178,7 @@ def test_what_cannot_be_loaded_is_one_clear_sentence(saved, tmp_path, monkeypatc
         ("./missing", "there is no folder './missing'"),
         ("no such model!", "there is no folder"),
         ("", "there is no folder ''"),
+        ("toon", r"toon is not a folder here \(did you mean toon.safetensors\?\) and could not be fetched"),
         ("nobody/nothing", "nobody/nothing is not a folder here and could not be fetched from the Hugging Face hub"),
     ]:
         with pytest.raises(ModelError, match=message) as caught:
@@ -188,6 +190,9 @@ def test_what_cannot_be_loaded_is_one_clear_sentence(saved, tmp_path, monkeypatc
     "arguments, message",
     [
         ({"scheduler": "plsm"}, "scheduler='plsm'.*plms"),
+        ({"scheduler": "DPM++ 2M Karras"}, r"did you mean dpm\+\+2m-karras"),
+        ({"scheduler": "dpmpp_2m"}, r"did you mean dpm\+\+2m\?"),
+        ({"scheduler": "Euler a"}, r"did you mean euler-a\?"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"device": "abacus"}, "device='abacus'"),
         ({"device": "cuda"}, "not available to torch"),

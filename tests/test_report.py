@@ -199,11 +199,15 @@ def test_what_happened_in_the_last_call_is_told():
 
 def test_step_caching_is_told_with_its_calls():
     unet = agentsd.apply_patch(make_unet(), cache_interval=3)
+    call_unet(unet, timestep=910)
+    text = as_text(agentsd.describe(unet), 500)
+    assert "1 whole and 0 cached calls (runs of fewer than 10 steps are not cached)\n" in text
+    agentsd.new_run(unet)
     for timestep in (900, 890, 880, 870):
         call_unet(unet, timestep=timestep)
     text = as_text(agentsd.describe(unet), 500)
     assert "step caching: up to 3 calls in a row share one whole call" in text
-    assert "agent phase: active on 3 of 3 patched layers; this run: 2 whole and 2 cached calls" in text
+    assert "agent phase: active on 3 of 3 patched layers; this run: 2 whole and 2 cached calls\n" in text
     call_unet(unet, timestep=860)
     assert "agent phase, cached: active on 3 of 3" in as_text(agentsd.describe(unet), 500)
     json.dumps(agentsd.describe(unet).to_dict())

@@ -213,6 +213,22 @@ def test_a_name_that_can_be_no_model_is_not_looked_up_on_the_hub(tmp_path, monke
         check_model(model)
 
 
+def test_a_misspelt_name_of_a_file_that_lies_there_says_which_was_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v1-5.safetensors").touch()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "toon.safetensors").touch()
+    for model, meant in [
+        ("v15.safetensors", "v1-5.safetensors"),
+        ("v1-5.safetensor", "v1-5.safetensors"),  # no name of the hub: it would be looked up there, in vain
+        ("./v1-5", "v1-5.safetensors"),
+        ("./model", "models"),
+        ("models/tooon.safetensors", "models/toon.safetensors"),
+    ]:
+        with pytest.raises(ModelError, match=re.escape(f"{model!r} (did you mean {meant}?): give")):
+            check_model(model)
+
+
 def test_names_of_the_hub_pass(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for model in ("demo", "stable-diffusion-v1-5/stable-diffusion-v1-5", "gpt2", "runwayml/sd_1.5-x"):

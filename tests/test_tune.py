@@ -132,6 +132,7 @@ def tuning_of(unpatched, **candidates):
 )
 def test_nothing_is_recommended_that_may_be_slower_than_the_unpatched_model(paper, fast, best, without):
     tuning = tuning_of((1.0, 1.02), paper=paper, fast=fast)
+    assert ("how near the image stays" in str(tuning)) is (best != "unpatched")
     assert (tuning.best.name, tuning.best_without_caching.name) == (best, without)
     if best == "unpatched":
         assert tuning.recommended is None and LEAVE in str(tuning) and tuning.to_dict()["code"] == LEAVE

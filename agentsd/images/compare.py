@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..config import AgentConfig
 from ..patch import choose_config
-from .generate import GeneratedImage, Step, generate, settings_of
+from .generate import GeneratedImage, Step, calls_text, generate, settings_of
+from .image_distance import distance, psnr
 from .methods import METHODS, check_method, refuse_patched
 from .png import save_image
 from .request import Request
@@ -74,6 +76,10 @@ class Comparison:
         """Seconds of the first method over those of this one."""
         return self.results[0].seconds / self[method].seconds
 
+    def psnr(self, method: str) -> float:
+        """PSNR in dB of this method's image to the first one's: higher is nearer, infinite where they are equal."""
+        return psnr(distance(self.results[0].image, self[method].image))
+
     def figure(self) -> Image.Image:
         """The images side by side, each with its method, seconds and (if they are stable) speed-up over the first."""
         return comparison_image(self.results)
@@ -90,8 +96,9 @@ class Comparison:
         lines = []
         for result in self.results:
             line = f"{METHODS[result.method]:<17}{seconds_text(result.seconds, self.stable):>10}"
-            lines.append(line + (f"  {self.speed_up(result.method):5.2f}x" if self.stable else ""))
-        return "\n".join([*lines, self._how_timed()])
+            line += f"  {self.speed_up(result.method):5.2f}x" if self.stable else ""
+            lines.append("  ".join(filter(None, (line, calls_text(result.settings)))))
+        return "\n".join([*lines, self._how_timed(), *self._how_near()])
 
     __repr__ = __str__  # shown where a notebook or a prompt shows a value; the data stands in its attributes
 
@@ -101,8 +108,15 @@ class Comparison:
         picture = base64.b64encode(buffer.getvalue()).decode("ascii")
         return (
             f'<img style="max-width:100%" src="data:image/png;base64,{picture}" alt="{html.escape(str(self))}">'
-            f"<p>{html.escape(self._how_timed())}</p>"
+            + "".join(f"<p>{html.escape(line)}</p>" for line in (self._how_timed(), *self._how_near()))
         )
+
+    def _how_near(self) -> list[str]:
+        """One line with every method's distance to the first; none for a single method."""
+        first, *others = self.results
+        near = [(METHODS[result.method], self.psnr(result.method)) for result in others]
+        said = ", ".join(f"{name} {'equal' if math.isinf(db) else f'{db:.1f} dB'}" for name, db in near)
+        return [f"PSNR to the image of {METHODS[first.method]}, higher is nearer: {said}"] if near else []
 
     def _how_timed(self) -> str:
         rounds = len(self.results[0].all_seconds)
@@ -233,8 +247,9 @@ def _title(result: GeneratedImage) -> str:
     patch = result.settings.get("patch")
     if not patch:
         return METHODS[result.method]
-    interval = patch.get("cache_interval", 1)
-    return f"{METHODS[result.method]}  ratio {patch['ratio']:g}" + (f", caching {interval}" if interval > 1 else "")
+    interval, calls = patch.get("cache_interval", 1), result.settings.get("unet_calls")
+    caching = "nothing cached" if calls and not calls["cached"] else f"caching {interval}"
+    return f"{METHODS[result.method]}  ratio {patch['ratio']:g}" + (f", {caching}" if interval > 1 else "")
 
 
 def seconds_text(seconds: float, stable: bool) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import AgentConfig
 from ..patch import find_unet, get_patch
+from ..step_cache import FEWEST_STEPS
 from .measure import PeakMemory
 from .methods import config_for, use_method
 from .pipelines import DEMO_MODEL
@@ -109,6 +110,16 @@ def cached_calls(pipe: Any) -> dict[str, int] | None:
     if patch is None or patch.counts is None:
         return None
     return dataclasses.asdict(patch.counts)
+
+
+def calls_text(settings: dict[str, Any]) -> str:
+    """Say how many UNet calls an image's settings count, and why none was cached; "" without step caching."""
+    calls = settings.get("unet_calls")
+    if not calls:
+        return ""
+    text = f"{calls['whole']} whole + {calls['cached']} cached UNet calls"
+    few = not calls["cached"] and settings["steps"] < FEWEST_STEPS
+    return text + f" (runs of fewer than {FEWEST_STEPS} steps are not cached)" * few
 
 
 def run_pipeline(

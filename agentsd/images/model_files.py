@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..messages import did_you_mean
 from ..trained import Trained, read_trained
 
 _FORMATS = "give a folder in diffusers' format, a .safetensors checkpoint, a Hugging Face id, or demo"
@@ -76,9 +77,22 @@ def check_model(model: str | Path) -> None:
     elif path.is_file():
         read_checkpoint(path)
     elif path.suffix in (".safetensors", *_PICKLES):
-        raise ModelError(f"there is no file {name!r}: {_FORMATS}")
+        raise ModelError(f"there is no file {name!r}{meant_beside(path)}: {_FORMATS}")
     elif name.startswith((".", "/", "~")) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", name):
-        raise ModelError(f"there is no folder {name!r}: {_FORMATS}")
+        raise ModelError(f"there is no folder {name!r}{meant_beside(path)}: {_FORMATS}")
+    elif path.suffix and path.suffix in ".safetensors" and (meant := meant_beside(path)):
+        raise ModelError(f"there is no file {name!r}{meant}: {_FORMATS}")
+
+
+def meant_beside(path: Path) -> str:
+    """Return " (did you mean model.safetensors?)" where a file or folder of nearly that name lies there, else ""."""
+    try:
+        beside = [one for one in path.parent.iterdir() if one.suffix == ".safetensors" or one.is_dir()]
+    except OSError:
+        return ""
+    if (file := path.parent / f"{path.name}.safetensors") in beside:
+        return f" (did you mean {file}?)"
+    return did_you_mean(str(path), [str(one) for one in beside])
 
 
 def check_config(config: str | Path | None, model: str | Path) -> None:

@@ -12,6 +12,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler-karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "dpm++2m": ("DPMSolverMultistepScheduler", {}),
@@ -37,7 +38,9 @@ _DEVICES = (
 def check_scheduler(name: str) -> tuple[str, dict[str, Any]]:
     """The row of SCHEDULERS. Raises ValueError for an unknown name."""
     if name not in SCHEDULERS:
-        meant = did_you_mean(str(name), SCHEDULERS)
+        # "DPM++ 2M Karras" and "dpmpp_2m", as others write them.
+        plain = re.sub(r"[\s_-]", "", str(name).lower()).replace("pp", "++").replace("karras", "-karras")
+        meant = did_you_mean(plain, SCHEDULERS) or did_you_mean(str(name), SCHEDULERS)
         raise ValueError(f"scheduler={name!r}: must be one of {', '.join(SCHEDULERS)}{meant}")
     return SCHEDULERS[name]
 

@@ -15,7 +15,7 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from ..trained import Trained, attach_trained
-from .model_files import ModelError, check_config, check_model, trained_settings
+from .model_files import ModelError, check_config, check_model, meant_beside, trained_settings
 from .names import SCHEDULERS, check_dtype, check_scheduler
 from .noise import other_noise
 from .single_file import load_checkpoint
@@ -207,7 +207,7 @@ def _why_not_loaded(model: str | Path, error: Exception) -> str:
         remedy = "save it again as safetensors" if any(Path(model).glob("*/*.bin")) else "download or save it again"
         return f"the pipeline in {model} cannot be loaded ({_first_line(error)}): {remedy}"
     return (
-        f"{model} is not a folder here and could not be fetched from the Hugging Face hub "
+        f"{model} is not a folder here{meant_beside(Path(model))} and could not be fetched from the Hugging Face hub "
         f"({_first_line(_root(error))}): check the id and the network connection, or give demo or a folder in "
         "diffusers' format"
     )

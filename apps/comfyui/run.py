@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agentsd.config import Phase
 from agentsd.layer_plan import LayerPlan
+from agentsd.step_cache import FEWEST_STEPS
 
 from .layers import Layer
 from .skipping import SkippedParts
@@ -57,6 +58,7 @@ class Run:
         schedule: ComfyUI's sigmas of the run; held, so that another run's tensor cannot have the same identity.
         caching: step caching of the run; None without.
         unpatched: its model calls run as without AgentSD.
+        short: step caching is on, and leaves runs of so few steps whole.
         expected: steps that the sampler has to take, where it calls the model once in each; 0 where that is not known.
         network: the UNet, while the run goes on.
         step: the evaluation in progress.
@@ -75,6 +77,7 @@ class Run:
     schedule: Any = None
     caching: StepCaching | None = None
     unpatched: bool = False
+    short: bool = False
     expected: int = 0
     network: Network | None = None
     step: Step | None = None
@@ -114,6 +117,8 @@ class Run:
         text = f"{agent + later} model calls, {agent} in the agent phase and {later} later"
         if self.cached:
             text += f"; {self.whole} whole and {self.cached} cached"
+        elif self.short:
+            text += f"; none cached, as runs of fewer than {FEWEST_STEPS} steps are not"
         if self.others:
             text += f"; {self.others} more were answered by another node"
         return text

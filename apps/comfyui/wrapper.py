@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from agentsd.config import AgentConfig, Phase
+from agentsd.step_cache import FEWEST_STEPS
 
 from .layers import find_layers
 from .run import Network, Run, Step
@@ -75,6 +76,7 @@ class AgentWrapper:
             run.warn(_ADAPTIVE)
         elif self.config.cache_interval > 1:
             run.caching = StepCaching(self.config, sampler, levels, sampling, self.percents)
+            run.short = len(levels) - 1 < FEWEST_STEPS
         outer = self._active, self._batch  # of a run that samples within a step
         self.run = self._active = run
         self._batch = None

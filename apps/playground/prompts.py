@@ -7,7 +7,9 @@ from typing import Any
 from agentsd.images.demo_prompts import DEMO_NAMES, nearest_names, unknown_subject
 from agentsd.images.request import Request, unread_part
 
-ENOUGH_STEPS = dict.fromkeys(("ddim", "ddpm", "euler", "euler-a", "heun", "dpm++2m", "dpm++2m-karras", "unipc"), 10)
+ENOUGH_STEPS = dict.fromkeys(
+    ("ddim", "ddpm", "euler", "euler-karras", "euler-a", "heun", "dpm++2m", "dpm++2m-karras", "unipc"), 10
+)
 ENOUGH_STEPS["plms"] = 50
 """Denoising steps from which on a scheduler's images are clean: the demo model's castle at guidance 5 is mottled at 6
 and clean at 10, with PLMS frayed at 20. "lcm", and what is not listed, is made for models of few steps."""
