@@ -387,7 +387,7 @@ def make_config(config: AgentConfig | None = None, preset: str | None = None, **
         return replace(config or AgentConfig(), **settings)
     if config is not None:
         raise TypeError("config and preset: give one of them; single settings go by name, as in ratio=0.4")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         meant = did_you_mean(str(preset), PRESETS)
         raise ValueError(f"preset={preset!r}: must be one of {', '.join(PRESETS)}{meant}")
     return AgentConfig(**{**PRESETS[preset], **settings})

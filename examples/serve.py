@@ -47,6 +47,11 @@ class ImageRequest(BaseModel, extra="forbid"):
         return patch
 
 
+def _where(location: tuple[str | int, ...]) -> str:
+    """The field's name, or "body", where text that is no JSON has only a position."""
+    return [part for part in location if isinstance(part, str)][-1]
+
+
 def make_app(pipe: Any, most_waiting: int = 32) -> FastAPI:
     app = FastAPI(title="agentsd")
     # The lock: one thread changes the patch and runs the pipeline, one request at a time, in order of arrival.
@@ -83,7 +88,7 @@ def make_app(pipe: Any, most_waiting: int = 32) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def refuse(_: Any, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"detail": [f"{one['loc'][-1]}: {one['msg']}" for one in error.errors()]}, 422)
+        return JSONResponse({"detail": [f"{_where(one['loc'])}: {one['msg']}" for one in error.errors()]}, 422)
 
     @app.get("/health")
     async def health() -> dict[str, int]:

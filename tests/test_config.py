@@ -253,6 +253,7 @@ def test_presets_are_possible_and_described():
     [
         ({"rato": 0.3}, r"unknown setting rato \(did you mean ratio\?\); the settings are ratio, early"),
         ({"cache_intervall": 3, "ratio": 0.3}, "cache_intervall .did you mean cache_interval"),
+        ({"preset": ["fast"]}, "preset=.'fast'.: must be one of paper, "),
         ({"preset": "fats"}, "preset='fats': must be one of paper, .*did you mean fast"),
         ({"nothing_like_it_at_all": 1}, "unknown setting nothing_like_it_at_all; the settings"),
     ],

@@ -115,6 +115,8 @@ def test_a_schedule_that_is_not_fair_is_refused():
         ("--runs heun:20", "--runs 'heun:20': must be NAME:STEPS with 4 … 200 steps, NAME of ddim"),
         ("--runs ddim", "--runs 'ddim': must be NAME:STEPS"),
         ("--images 0", "'0': must be an integer, at least 1"),
+        ("--size 100", "--size 100: must be a multiple of 8"),
+        ("--leave-out tomesd", "--leave-out 'tomesd': is no row here; the rows are 6 steps, 8 steps"),
         ("--report-only", "no image has all rows yet"),
     ],
 )

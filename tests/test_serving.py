@@ -121,7 +121,7 @@ def test_parallel_requests_each_get_the_image_made_alone(server, folder):
         ('{"prompt": "a", "guidance": NaN}', "guidance"),
         ('{"prompt": "a", "patch": {"ratio": NaN}}', "ratio=nan"),
         ({"prompt": "a", "sed": 1}, "sed"),
-        ("{", "JSON"),
+        ("{", "body: JSON"),
         ([], ""),
     ],
 )

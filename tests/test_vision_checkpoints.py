@@ -104,6 +104,20 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\n<!DOCTYPE html><html><title>Google Drive - can't scan for viruses", "is a web page.*save the file"),
+        (b"<html><body>Sign in", "is a web page"),
+        (b"", "is no checkpoint of PyTorch or safetensors .it ends too early"),
+    ],
+)
+def test_a_download_that_went_wrong_is_explained(tmp_path, content, said):
+    (tmp_path / "agent_deit_t.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        load_official_checkpoint(make(AgentDeit, DEIT), tmp_path / "agent_deit_t.pth")
+
+
 def test_other_files_are_explained(tmp_path):
     model = make(AgentDeit, DEIT)
     with pytest.raises(FileNotFoundError):

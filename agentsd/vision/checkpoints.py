@@ -118,6 +118,11 @@ def _read(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
+        if _is_web_page(path):
+            raise ValueError(
+                f"{path}: is a web page, not a checkpoint: a download's page was saved in place of the file. Open the "
+                "link in a browser and save the file that it offers"
+            ) from error
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it names {found[1]}, which would run" if found else "it is damaged, or more than tensors"
         raise ValueError(
@@ -125,7 +130,14 @@ def _read(path: Path) -> Any:
             "convert it to safetensors where you made or downloaded it"
         ) from error
     except Exception as error:  # what a damaged file makes the readers raise is of any kind
-        raise ValueError(f"{path}: is no checkpoint of PyTorch or safetensors ({error})") from error
+        said = str(error) or "it ends too early"  # an EOFError says nothing
+        raise ValueError(f"{path}: is no checkpoint of PyTorch or safetensors ({said})") from error
+
+
+def _is_web_page(path: Path) -> bool:
+    """What a file host that asks for a click first leaves under the file's name."""
+    with path.open("rb") as file:
+        return file.read(512).lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
 def _unwrapped(content: Any, source: str) -> dict[str, Tensor]:

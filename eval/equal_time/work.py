@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from datetime import date
 from importlib.metadata import version
@@ -28,7 +29,15 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.call_times:
         call_times.store()
         return
-    rows = {run: rows_of(run, options.fewer, options.intervals, options.leave_out) for run in parse_runs(options.runs)}
+    if options.size and options.size % 8:
+        raise BenchError(f"--size {options.size}: must be a multiple of 8 (one latent pixel is 8 × 8 pixels)")
+    runs = parse_runs(options.runs)
+    names = dict.fromkeys(row.name for run in runs for row in rows_of(run, options.fewer, options.intervals))
+    # A row that other --fewer or --intervals have is left out already; a misspelt one would be run.
+    kinds = {re.sub(r"\d+", "N", name) for name in names}
+    if unknown := [name for name in options.leave_out if re.sub(r"\d+", "N", name) not in kinds]:
+        raise BenchError(f"--leave-out {unknown[0]!r}: is no row here; the rows are {', '.join(names)}")
+    rows = {run: rows_of(run, options.fewer, options.intervals, options.leave_out) for run in runs}
     times = call_times.load()
     images = images_of(_prompts(options))
     if options.only != "all":
@@ -97,4 +106,9 @@ def _about(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "interval by order statistics (6 images or more), the worst, and on how many images the row is nearer. A dash "
         "where the line of fewer steps does not reach.",
     ]  # fmt: skip
+    if (options.size or 512) != 512 or options.model != "demo":
+        said.append(
+            "The times of the CPU and the GPUs are those of SD 1.5 at 512 px also here: of another model or size "
+            '"in the same time" holds for the measured seconds alone (--measured; on a GPU always).'
+        )
     return {"command": command, "model": options.model, "guidance": options.guidance, "said": said}
