@@ -7,9 +7,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import AgentConfig
+
+if TYPE_CHECKING:
+    from .images.request import Request
 
 
 def generate(options: argparse.Namespace, config: AgentConfig) -> int:
@@ -27,6 +30,7 @@ def generate(options: argparse.Namespace, config: AgentConfig) -> int:
     from .images.methods import METHODS
 
     pipe = _load(options)
+    _say_what_is_poor(pipe, request, options.scheduler)
     if not options.compare:
         progress.Progress(pipe, request.steps).single(METHODS[options.method])
         result = compare.generate(pipe, request, options.method, config)
@@ -43,6 +47,18 @@ def generate(options: argparse.Namespace, config: AgentConfig) -> int:
     print(comparison)
     print(output)
     return 0
+
+
+def _say_what_is_poor(pipe: Any, request: Request, scheduler: str | None) -> None:
+    """Settings that make a poor image by every method: said, not refused."""
+    from .images.names import scheduler_name
+    from .images.quality_notes import quality_notes
+    from .patch import find_unet
+    from .unet.layers import own_latent_size
+
+    height, width = (side * pipe.vae_scale_factor for side in own_latent_size(find_unet(pipe)))
+    for note in quality_notes(request, scheduler or scheduler_name(pipe.scheduler), (height, width)):
+        print(f"agentsd: {note}", file=sys.stderr)
 
 
 def _place(output: Path, overwrite: bool, taken: Callable[[Path], bool] = Path.exists) -> Path:

@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    print("agentsd: loading, a few seconds …", file=sys.stderr)
     try:
         # Heavy imports happen here, so that --help and wrong arguments answer at once.
         from playground.server import start
@@ -52,8 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="demo.py", description="See in a browser what agent attention does: Stable Diffusion, ToMeSD and AgentSD."
     )
     parser.add_argument(
-        "--model", action="append", metavar="demo|ID|FOLDER",
-        help="a model to offer, also several times; only these are ever loaded (default: demo, the built-in one)",
+        "--model", action="append", metavar="demo|ID|FOLDER|FILE",
+        help="a model to offer (FILE: a .safetensors checkpoint), also several times; only these are ever loaded "
+        "(default: demo, the built-in one)",
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
     parser.add_argument("--port", type=_port, help="default: the first free one from 7860")

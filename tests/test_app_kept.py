@@ -11,13 +11,14 @@ from PIL import Image
 from playground.browser import MOST_RUNS, Entry, read_entries, read_opened, thumbnail
 from playground.context import PastRun
 from playground.example import read_example
-from playground.models import scheduler_name, scheduler_to_set
+from playground.models import scheduler_to_set
 from playground.outputs import Outputs
-from playground.prompts import quality_notes
 from playground.settings import OWN_SCHEDULER, RECOMMENDED
 
 from agentsd.images.methods import METHODS
+from agentsd.images.names import scheduler_name
 from agentsd.images.pipelines import SCHEDULERS, set_scheduler
+from agentsd.images.quality_notes import quality_notes
 from agentsd.images.request import Request
 
 ENTRY = Entry("0" * 32, "compare", "ratio 0.4", "AgentSD was faster.", {"prompt": "a zebra"}, "")

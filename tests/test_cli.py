@@ -54,6 +54,8 @@ def test_generate_compare(capsys, tmp_path):
     assert code == 0
     # Off a terminal there is a line a run, and no bar.
     told = err.splitlines()
+    assert told.pop(0).startswith("agentsd: 4 steps are few for the scheduler plms: expect mush")
+    assert told.pop(0).startswith("agentsd: 64 × 64 px are far below")
     assert (
         told[0] == "3 methods, 1 round of 4 steps, after a warm-up" and "\r" not in err and len(told) == 1 + 3 + 3 + 1
     )

@@ -45,6 +45,12 @@ def check_scheduler(name: str) -> tuple[str, dict[str, Any]]:
     return SCHEDULERS[name]
 
 
+def scheduler_name(scheduler: Any) -> str | None:
+    """The name in SCHEDULERS of a scheduler of that class; None where there is none."""
+    kind = type(scheduler).__name__
+    return next((name for name, (listed, _) in SCHEDULERS.items() if listed == kind), None)
+
+
 def check_dtype(name: str) -> str:
     """Torch's name of a type. Raises ValueError for any but float32, float16 and bfloat16, and their short names."""
     if name not in DTYPES:

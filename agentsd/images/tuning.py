@@ -145,7 +145,8 @@ class Tuning:
         machine = self.machine
         images = "1 image" if self.batch_size == 1 else f"{self.batch_size} images"
         lines = [
-            f"{machine['model']}, {self.width}×{self.height} px, {images}, {machine['dtype']}, on {machine['device']}",
+            f"{machine['model']}, {self.height}×{self.width} px (height × width), {images}, {machine['dtype']}, on "
+            f"{machine['device']}",
             f"UNet calls of {self.steps} steps of {self.scheduler}:",
             "",
             *_aligned([_HEADER, *[self._row(one) for one in (self.unpatched, *self.candidates)]]),

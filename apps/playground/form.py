@@ -13,11 +13,13 @@ from agentsd import AgentConfig
 from agentsd.config import SETTINGS
 from agentsd.fields import written
 from agentsd.images.demo_prompts import DEMO_NAMES
+from agentsd.images.names import scheduler_name
+from agentsd.images.quality_notes import quality_notes
 
 from . import captions
 from .context import PRIVATE, Context
-from .models import Models, scheduler_name, scheduler_to_set
-from .prompts import quality_notes, unknown_note
+from .models import Models, scheduler_to_set
+from .prompts import unknown_note
 from .restore import link_values
 from .script import script
 from .settings import (

@@ -18,14 +18,16 @@ from PIL import Image
 from agentsd.config import DEFAULT_NUM_TRAIN_TIMESTEPS, AgentConfig
 from agentsd.images.generate import GeneratedImage, Step, generate, settings_of
 from agentsd.images.methods import METHODS, refuse_patched
+from agentsd.images.names import scheduler_name
 from agentsd.images.pipelines import ModelError, set_scheduler
+from agentsd.images.quality_notes import quality_notes
 from agentsd.images.warm_up import warm_up, warm_up_timesteps
 from agentsd.patch import find_unet, get_patch
 from agentsd.trained import FILE_NAME, trained_of
 from agentsd.visualize import LayerView, look_inside, look_through
 
-from .models import Model, Models, free_memory, scheduler_name, scheduler_to_set
-from .prompts import prompt_notes, quality_notes
+from .models import Model, Models, free_memory, scheduler_to_set
+from .prompts import prompt_notes
 from .settings import Limits, Settings
 
 _PREVIEW_EVERY = 0.25  # seconds; more would only cost time, as each one is sent to the browser

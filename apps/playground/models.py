@@ -11,7 +11,8 @@ import torch
 
 from agentsd import AgentConfig
 from agentsd.images.methods import refuse_patched
-from agentsd.images.pipelines import SCHEDULERS, ModelError, load_pipeline
+from agentsd.images.names import scheduler_name
+from agentsd.images.pipelines import ModelError, load_pipeline
 from agentsd.patch import find_unet
 from agentsd.unet.layers import find_layers, own_latent_size
 
@@ -104,12 +105,6 @@ class Models:
             tuple((layer.name, layer.downsample) for layer in layers),
             Preview(pipe),
         )
-
-
-def scheduler_name(scheduler: Any) -> str | None:
-    """The name in SCHEDULERS of a scheduler of that class; None where there is none."""
-    kind = type(scheduler).__name__
-    return next((name for name, (listed, _) in SCHEDULERS.items() if listed == kind), None)
 
 
 def scheduler_to_set(asked: str, own: Any) -> str | None:
