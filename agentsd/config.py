@@ -336,17 +336,17 @@ PRESET_NOTES: dict[str, Preset] = {
         'The paper\'s method with step caching: CPUs and small GPUs; large GPUs take "cache".',
         "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 2.8× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 2.2× forecast for an A100.",
-        "Median PSNR to the unpatched image, 11 images of the demo model (eval/pareto.py): DDIM 43.3, Euler "
-        "Karras 45.1, DPM++ 2M Karras 40.9 dB; fewer steps in that CPU time 37.5, 38.6, 35.2.",
+        "Median PSNR to the unpatched image, 24 images of the demo model (eval/pareto.py): DDIM 45.1, Euler "
+        "Karras 45.3, DPM++ 2M Karras 42.2 dB; nearer than fewer steps in that CPU time by 7.0, 3.9, 8.9.",
     ),
     "fastest": Preset(
         {"cache_interval": 5, **_CAPS},
         "More step caching, and a cost of attention that grows linearly with the tokens: 1024 px and more; "
-        "at 512 px on a large GPU fewer steps are nearer.",
+        "at 512 px on a large GPU fewer steps are about as near.",
         "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 3.4× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 2.7× forecast for an A100.",
-        "Median PSNR to the unpatched image, 4 images of the demo model (eval/pareto.py): DDIM 37.6 dB; "
-        "fewer steps in the time on an A100 38.5.",
+        "Median PSNR to the unpatched image, 24 images of the demo model (eval/pareto.py): DDIM 40.3, Euler Karras "
+        "40.1, DPM++ 2M Karras 39.9 dB; nearer than fewer steps in that A100 time by 1.2, −1.6, −0.6.",
     ),
     "large": Preset(
         {**_CAPS},
@@ -359,8 +359,8 @@ PRESET_NOTES: dict[str, Preset] = {
         "Step caching with nothing merged: SDXL, and large GPUs; with DPM++ 2M fewer steps are as near.",
         "UNet calls of 25 DDIM steps, SD 1.5, 512 px: 2.3× on 2 cores of a shared AMD EPYC "
         "(eval/call_bench.py), 2.3× forecast for an A100.",
-        "Median PSNR to the unpatched image, 11 images of the demo model (eval/pareto.py): DDIM 43.4, Euler "
-        "Karras 48.2, DPM++ 2M Karras 42.2 dB; fewer steps in that A100 time 41.0, 44.1, 43.8.",
+        "Median PSNR to the unpatched image, 24 images of the demo model (eval/pareto.py): DDIM 44.8, Euler "
+        "Karras 49.0, DPM++ 2M Karras 42.9 dB; nearer than fewer steps in that A100 time by 3.6, 3.9, 1.2.",
     ),
 }
 """The presets, each with what it is for and what it measured."""

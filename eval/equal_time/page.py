@@ -137,6 +137,7 @@ def chart(entries: Sequence[dict[str, Any]], machines: Sequence[str], path: Path
             axes.set_xlabel("time, in steps of the unpatched model; grey: fewer steps", fontsize=7)
             axes.set_ylabel("PSNR to the full run, median, dB", fontsize=7)
             axes.grid(alpha=0.3)
+            axes.margins(x=0.12, y=0.1)  # room for the names
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
