@@ -380,13 +380,13 @@ def test_the_command_uses_them_says_so_and_records_what_it_used(capsys, tmp_path
     assert AgentConfig(**found["patch"]) == dataclasses.replace(TRAINED, early=0.2, seed=7)
     assert "(ratio=0.3, agent_stride=(2, 4))" in said
     found, said = settings("--preset", "paper")
-    assert AgentConfig(**found["patch"]) == AgentConfig() and "trained" not in said
+    assert AgentConfig(**found["patch"]) == AgentConfig() and "trained with agents" not in said
     found, said = settings("--method", "sd")
-    assert found["patch"] is None and "trained" not in said
+    assert found["patch"] is None and "trained with agents" not in said
     found, _ = settings("--compare", "--rounds", "1")
     assert AgentConfig(**found["compare"][-1]["patch"]) == TRAINED
     found, said = settings(model=lora[0])
-    assert found["model"] == str(lora[0]) and AgentConfig(**found["patch"]) == TRAINED and "trained" in said
+    assert found["model"] == str(lora[0]) and AgentConfig(**found["patch"]) == TRAINED and "trained with agents" in said
 
 
 def test_info_describes_the_trained_settings(capsys, folder):
